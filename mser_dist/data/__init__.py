@@ -1,0 +1,1 @@
+"""From corpora or synthesis to shards, and from shards to batches."""

@@ -1,0 +1,147 @@
+"""Audio: bytes to a 16 kHz mono waveform and back, and Whisper's log-mel spectrogram."""
+
+import importlib.util
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from mser_dist.errors import UserError
+
+SAMPLE_RATE = 16_000  # Hz, what every speech encoder here expects
+HOP = 160  # samples a log-mel frame: 10 ms
+N_FFT = 400  # samples a window: 25 ms
+MAX_SECONDS = 3600.0  # the bound on one clip's memory where the caller gives none: a header may claim any length
+MAX_CHANNELS = 16
+
+FEATURE_BACKEND = "asrfront" if importlib.util.find_spec("asrfront") else "torch"
+"""What `log_mel` computes with: asrfront's native code, or torch where that package is not installed."""
+
+
+def decode(data: bytes, where: str, rate: int = SAMPLE_RATE, max_seconds: float | None = None) -> np.ndarray:
+    """Decode an audio file held in memory (wav, flac, ogg, opus, mp3 …; by content, not by name) to one channel.
+
+    Args:
+        data: the file's bytes.
+        where: names the file or sample in errors.
+        rate: Hz of the result; another rate is resampled (soxr, HQ). Channels are averaged.
+        max_seconds: longer clips are refused before their samples are read (default: `MAX_SECONDS`).
+
+    Returns:
+        float32 [samples], full scale ±1.
+
+    Raises:
+        UserError: unreadable, truncated, empty, too long, or not finite.
+    """
+    limit = MAX_SECONDS if max_seconds is None else max_seconds
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            frames, native_rate, channels = file.frames, file.samplerate, file.channels
+            if frames > limit * native_rate:
+                raise UserError(
+                    f"{where}: {frames / native_rate:.1f} s of audio, the limit is {limit:g} s; "
+                    "cut it or raise max_seconds"
+                )
+            if channels > MAX_CHANNELS:
+                raise UserError(f"{where}: {channels} channels, at most {MAX_CHANNELS} can be read; convert it to mono")
+            wave = file.read(dtype="float32", always_2d=True)
+            exact_length = file.format in ("WAV", "FLAC")  # the others' length is an estimate until they are decoded
+    except (soundfile.SoundFileError, RuntimeError, MemoryError) as error:
+        detail = str(error).rstrip(".").replace("\n", " ")
+        raise UserError(f"{where}: not readable as audio ({detail}); replace or remove this file") from None
+    if len(wave) == 0:
+        raise UserError(f"{where}: the audio is empty (no samples); replace or remove this file")
+    if (exact_length and len(wave) != frames) or _riff_is_cut(data):
+        raise UserError(f"{where}: the audio is truncated ({len(data)} bytes); copy this file again")
+    mono = wave[:, 0] if channels == 1 else wave.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise UserError(f"{where}: the audio has NaN or infinite samples; replace or remove this file")
+    if native_rate != rate:
+        mono = soxr.resample(mono, native_rate, rate, quality="HQ")
+        if len(mono) == 0:
+            raise UserError(f"{where}: the audio is shorter than one sample at {rate} Hz; remove this file")
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def seconds(data: bytes, where: str) -> float:
+    """The length of an audio file by its header, without decoding it; UserError naming `where` when it is not audio."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return file.frames / file.samplerate
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise UserError(f"{where}: not readable as audio ({error}); replace or remove it") from None
+
+
+def _riff_is_cut(data: bytes) -> bool:
+    """libsndfile shortens a cut wav without a word, so its RIFF size is compared with what is there.
+
+    Programs that stream a wav to a pipe leave 0 or about 2^31 and more as the size: those cannot be judged.
+    """
+    size = int.from_bytes(data[4:8], "little")
+    return (
+        data[:4] == b"RIFF" and 0 < size < 0x7FFF0000 and size + 8 > len(data) + 1
+    )  # + 1: a missing pad byte is harmless
+
+
+def encode(pcm: np.ndarray, rate: int, ext: str = "flac") -> bytes:
+    """Encode int16 [samples] (mono) as 16-bit "flac" or "wav"; the same input gives the same bytes."""
+    if pcm.dtype != np.int16 or pcm.ndim != 1:
+        raise ValueError(f"encode needs int16 [samples], got {pcm.dtype} {pcm.shape}")
+    if ext not in ("flac", "wav"):
+        raise ValueError(f"encode writes flac or wav, not {ext!r}")
+    file = io.BytesIO()
+    soundfile.write(file, pcm, rate, format=ext.upper(), subtype="PCM_16")
+    return file.getvalue()
+
+
+def to_pcm16(wave: np.ndarray) -> np.ndarray:
+    """float [samples] of full scale ±1 to int16, rounded, clipped at full scale."""
+    return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def log_mel(wave: np.ndarray, n_mels: int = 80, backend: str = FEATURE_BACKEND) -> np.ndarray:
+    """Whisper's log-mel spectrogram of a clip at its own length (not padded to 30 s).
+
+    Equal to transformers' `WhisperFeatureExtractor(feature_size=n_mels)(wave, padding="longest")` to 1e-4: log10 of the
+    mel power, clamped to 8 below the clip's maximum, then (x + 4) / 4. https://github.com/openai/whisper, audio.py.
+
+    Args:
+        wave: float32 [samples] at 16 kHz. Fewer than 400 samples (one window) are zero-padded to 400.
+        n_mels: 80, or 128 for Whisper large-v3.
+        backend: "asrfront" or "torch".
+
+    Returns:
+        float32 [n_mels, samples // 160].
+    """
+    if wave.ndim != 1:
+        raise ValueError(f"log_mel needs [samples], got {wave.shape}")
+    if len(wave) < N_FFT:
+        wave = np.pad(wave, (0, N_FFT - len(wave)))
+    if backend == "asrfront":
+        import asrfront.whisper
+
+        return asrfront.whisper.log_mel(wave, n_mels, pad_or_trim=False)
+    import torch
+
+    window, filters = _torch_constants(n_mels)
+    spectrum = torch.stft(torch.from_numpy(wave), N_FFT, HOP, window=window, return_complex=True)[
+        :, :-1
+    ]  # [201, frames]
+    power = (spectrum.real.square() + spectrum.imag.square()).contiguous()
+    mel = (filters @ power).clamp(min=1e-10).log10()
+    return ((torch.maximum(mel, mel.max() - 8.0) + 4.0) / 4.0).numpy()
+
+
+@lru_cache
+def _torch_constants(n_mels: int) -> tuple[Any, Any]:
+    """The Hann window [400] and Slaney's mel filters [n_mels, 201], 0 to 8 kHz."""
+    import torch
+    from transformers.audio_utils import mel_filter_bank
+
+    filters = mel_filter_bank(
+        1 + N_FFT // 2, n_mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+    )
+    return torch.hann_window(N_FFT), torch.from_numpy(filters.T).float().contiguous()

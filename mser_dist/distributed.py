@@ -1,0 +1,171 @@
+"""Who am I among how many: the only reader of RANK, WORLD_SIZE and SLURM_*.
+
+Three launchers, one answer: a single process, ``torchrun`` (or anything that sets RANK and WORLD_SIZE), or one rank per
+``srun`` task. ``torchrun`` inside ``srun`` wins over SLURM's own variables, because it is the inner launcher.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from mser_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """A process's place in its job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    launcher: str = "single"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def discover(env: Mapping[str, str] | None = None) -> World:
+    """Read the launcher's variables. Raises `UserError` on a half-set or contradictory environment."""
+    env = os.environ if env is None else env
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _from_torchrun(env)
+    # SLURM_STEP_NUM_TASKS exists only inside an srun step; SLURM_NTASKS also in the batch script itself, where one
+    # process that believed it would wait for ever for peers that nobody starts.
+    if "SLURM_STEP_NUM_TASKS" in env and int(env["SLURM_STEP_NUM_TASKS"]) > 1:
+        return _from_slurm(env)
+    return World()
+
+
+def _from_torchrun(env: Mapping[str, str]) -> World:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise UserError(
+            f"the environment sets {'RANK' if 'RANK' in env else 'WORLD_SIZE'} but not {', '.join(missing)}: "
+            "unset it for a single process, or start with torchrun, srun or `mser train --nproc N`"
+        )
+    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    if not 0 <= rank < size:
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}: check the launcher's environment")
+    local = int(env.get("LOCAL_RANK", "0"))
+    return World(rank, size, local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "torchrun")
+
+
+def _from_slurm(env: Mapping[str, str]) -> World:
+    rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+    addr = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"], env)
+    # A port from the job and step ids: jobs that share a node do not meet on it.
+    job, step = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_STEP_ID", "0"))
+    port = int(env.get("MASTER_PORT") or 20000 + (job * 7 + step) % 12000)
+    return World(rank, size, int(env.get("SLURM_LOCALID", "0")), addr, port, "srun")
+
+
+def _first_host(nodelist: str, env: Mapping[str, str]) -> str:
+    """The first host of SLURM's compressed list, e.g. ``gpu[03-05,9],login1`` → ``gpu03``, as an address that resolves."""
+    head = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    if head is None:
+        raise UserError(f"SLURM's node list {nodelist!r} names no host: set MASTER_ADDR in the job script")
+    name = head[1] + (head[2] or "") + (head[3] or "")
+    return _address(name)
+
+
+def _address(node: str) -> str:
+    """A node's address: SLURM's NodeAddr, which is the name itself unless the site maps it to another address."""
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "node", node], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return node  # no scontrol in the container: the name is what there is
+    found = re.search(r"NodeAddr=(\S+)", shown)
+    return found[1] if found else node
+
+
+def init(world: World, timeout_minutes: float, device: str) -> None:
+    """Start the default process group (NCCL on CUDA, else gloo) through DeepSpeed. Idempotent.
+
+    Raises `UserError` when the peers cannot be reached in time.
+    """
+    import torch
+
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.world_size),
+        LOCAL_RANK=str(world.local_rank),
+        MASTER_ADDR=world.master_addr,
+        MASTER_PORT=str(world.master_port),
+    )
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    if device == "cuda":
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+    else:
+        # DeepSpeed would compile its shared-memory op for minutes; it serves only inference_all_reduce.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized():
+        return
+    backend = "nccl" if device == "cuda" else "gloo"
+    try:
+        deepspeed.init_distributed(
+            backend, timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {world.rank} of {world.world_size} could not join {world.master_addr}:{world.master_port} "
+            f"({str(error).splitlines()[0]}): check that every rank started and that MASTER_ADDR is reachable"
+        ) from error
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(values: list[float], device: Any = "cpu") -> list[float]:
+    """Each value summed over the ranks, in double precision."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def agree(value: Any, device: Any = "cpu") -> Any:
+    """Rank 0's value on every rank: rank 0 decides, so that ranks that see different disks cannot diverge."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out

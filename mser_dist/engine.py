@@ -1,0 +1,164 @@
+"""DeepSpeed behind forward, backward, step, save and load; its JSON checked against the run config."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mser_dist import config as cfg
+from mser_dist.distributed import World
+from mser_dist.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_json(name: str) -> Path:
+    """A DeepSpeed JSON by path, or by its name in ``ds_configs/`` (beside the package, or inside an installed one)."""
+    here = Path(__file__).parent
+    candidates = [Path(name), *(f / f"{name.removesuffix('.json')}.json" for f in (here.parent / "ds_configs", here / "ds_configs"))]
+    for path in candidates:
+        if path.is_file():
+            return path
+    shipped = sorted({p.stem for f in candidates[1:] for p in f.parent.glob("*.json")})
+    raise UserError(f"engine.deepspeed={name}: no such file, and none of the shipped ones: {', '.join(shipped)}")
+
+
+def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of a run: its JSON, filled in with what the run config decides.
+
+    Raises `UserError` where the JSON says otherwise than the run config, or holds what is the run config's alone.
+    """
+    path = find_json(config.engine.deepspeed)
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    for section, instead in {"optimizer": "train.lr, train.betas, …", "scheduler": "train.warmup, train.min_lr"}.items():
+        if section in plain:
+            raise UserError(f"{path}: remove the section {section!r}: the run config decides it ({instead})")
+    micro, accumulation = cfg.batch_shape(config.train, world_size)
+    decided = {
+        "train_batch_size": (config.train.global_batch, "train.global_batch"),
+        "train_micro_batch_size_per_gpu": (micro, "train.micro_batch"),
+        "gradient_accumulation_steps": (accumulation, "train.global_batch / (train.micro_batch · world size)"),
+        "gradient_clipping": (config.train.grad_clip, "train.grad_clip"),
+    }
+    for key, (value, source) in decided.items():
+        said = plain.get(key, "auto")
+        if said not in ("auto", value):
+            raise UserError(f"{path}: {key}={said} contradicts {source}={value}: remove {key} from the JSON")
+        plain[key] = value
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = config.engine.dtype == dtype
+        said = plain.get(section, {}).get("enabled", "auto")
+        if said not in ("auto", enabled):
+            raise UserError(
+                f"{path}: {section}.enabled={str(said).lower()} contradicts engine.dtype={config.engine.dtype}: "
+                f"set engine.dtype={dtype if said else 'to another type'} or remove {section} from the JSON"
+            )
+        plain[section] = {**plain.get(section, {}), "enabled": enabled}
+    plain.setdefault("steps_per_print", 10**9)  # our log says more
+    return plain
+
+
+def schedule(train: cfg.Train, total: int) -> Any:
+    """step → share of the peak learning rate: linear warm-up, then cosine decay to `min_lr`."""
+    warm = max(1, round(train.warmup * total))
+
+    def share(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        done = min(1.0, (step - warm) / max(1, total - warm))
+        return train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return share
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms, scales and learned queries do not."""
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and not name.endswith("queries")
+            (decay if is_matrix else plain).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Engine:
+    """A model under DeepSpeed. `total` is the number of optimizer steps of the whole training."""
+
+    def __init__(self, model: nn.Module, config: cfg.Common, world: World, total: int, device: str) -> None:
+        import deepspeed
+
+        self.json = resolve_json(config, world.world_size)
+        zero = self.json.get("zero_optimization", {})
+        self.zero_stage = int(zero.get("stage", 0))
+        groups = parameter_groups(model, config.train.weight_decay)
+        if not groups:
+            raise UserError("every part of the model is frozen: nothing would be trained; unfreeze a part in the config")
+        betas = (config.train.betas[0], config.train.betas[1])
+        optimizer: torch.optim.Optimizer
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            optimizer = DeepSpeedCPUAdam(groups, lr=config.train.lr, betas=betas, adamw_mode=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=betas, fused=device == "cuda")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config.train, total))
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._engine(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; DeepSpeed divides by the accumulation steps."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Close a micro-batch; at the accumulation boundary, clip, update and move the schedule."""
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> float:
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def lr(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    def save(self, folder: Path) -> None:
+        """Weights, optimizer and schedule, frozen parts included, as DeepSpeed files in `folder`. Collective."""
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote. Collective; only for a folder whose seal was verified, for DeepSpeed unpickles it."""
+        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise UserError(f"DeepSpeed found no checkpoint in {folder}: remove the folder to start from an older one")
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer by name, whole, on rank 0's CPU; an empty dict elsewhere. Collective."""
+        from deepspeed import zero
+
+        main = self._engine.global_rank == 0
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            gathered = zero.GatheredParameters([parameter], enabled=self.zero_stage == 3)
+            with gathered:
+                if main:
+                    state[name] = parameter.detach().cpu().clone().contiguous()
+        if main:
+            persistent = self.module.state_dict().keys()
+            state |= {n: b.detach().cpu().clone() for n, b in self.module.named_buffers() if n in persistent}
+        return state

@@ -1,0 +1,176 @@
+"""Zero-shot evaluation: each clip's labels scored, metrics per corpus and language, a table, plots and predictions.
+
+Languages are never pooled: a mean over languages is the mean of their own UAs.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mser_dist import __version__, distributed, exported, plots
+from mser_dist import config as cfg
+from mser_dist.config_file import flatten, to_yaml
+from mser_dist.data import stream
+from mser_dist.data.shards import ShardSet
+from mser_dist.engine import DTYPES
+from mser_dist.files import write_json, write_text
+from mser_dist.metrics import Scores, score
+from mser_dist.models.attention import choose
+from mser_dist.models.scoring import AnswerScorer, PromptScorer
+from mser_dist.models.text import TextTower
+from mser_dist.tracking import Tracker, run_id_of
+
+
+def predict(
+    scorer: Any,
+    clips: stream.Clips,
+    batch: int,
+    collate: stream.Collate,
+    workers: int,
+    world: distributed.World,
+    device: str,
+    title: str,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Score every clip once, shared out over the ranks. Returns (n,) clip numbers in order and (n, K) scores, on every rank.
+
+    Collective when there is a process group: all ranks run equally many forward passes.
+    """
+    rounds, batches = stream.one_pass(clips, batch, world.rank, world.world_size, collate, workers)
+    found: dict[int, NDArray[np.float32]] = {}
+    for indices, inputs in tqdm(
+        batches, total=rounds, desc=title, unit="batch", disable=not world.is_main, leave=False, mininterval=1
+    ):
+        tensors = {key: inputs[key].to(device) for key in ("mel", "lengths")}
+        found.update(zip(indices.tolist(), scorer(tensors).float().cpu().numpy(), strict=True))
+    everything: dict[int, NDArray[np.float32]] = {}
+    for part in distributed.gather(found):
+        everything |= part
+    numbers = np.array(sorted(everything))
+    return numbers, np.stack([everything[i] for i in numbers])
+
+
+def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
+    """Evaluate finished runs and return {"zero_shot": rows, …}; writes ``<out>/``: the table, predictions and plots."""
+    world = distributed.discover()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[config.dtype]
+    attention = choose(config.attention, dtype, device)
+    runs = {stage: run for stage, run in ((1, config.stage1), (2, config.stage2)) if run}
+    exports = {stage: exported.find(run, stage) for stage, run in runs.items()}
+    data = config.data
+    shards = ShardSet.open(data.sets, split=data.split, languages=data.languages or None, labels=data.labels)
+    if world.world_size > 1:
+        distributed.init(world, 30.0, device)
+    out = Path(config.out)
+    rows: list[dict[str, Any]] = []
+    tables: dict[int, dict[str, NDArray[np.int64]]] = {}
+    predictions: list[dict[str, Any]] = []
+    for stage, export in exports.items():
+        card = exported.read_card(export)
+        scorer: PromptScorer | AnswerScorer
+        if stage == 1:
+            aligner = exported.load_aligner(export, attention, dtype).to(device)
+            scorer = PromptScorer(aligner, TextTower(card["text"], device), data.labels)
+        else:
+            model, tokenizer = exported.load_speech_llm(export, attention, dtype)
+            scorer = AnswerScorer(model.to(device), tokenizer, data.labels)
+        clips = stream.Clips(shards, data.labels, card["speech"]["n_mels"], data.max_seconds, seed=0)
+        numbers, scores = predict(
+            scorer, clips, config.batch, stream.pad_mels, data.workers, world, device, f"evaluate stage {stage}"
+        )
+        best = scores.argmax(1)
+        tables[stage] = {}
+        for corpus, language in sorted({(shards.corpus[i], shards.language[i]) for i in numbers}):
+            mine = np.array([shards.corpus[i] == corpus and shards.language[i] == language for i in numbers])
+            result = score(clips.label[numbers[mine]], best[mine], len(data.labels))
+            rows.append(_row(stage, corpus, language, language in card["languages"], result))
+            tables[stage][f"{language} ({corpus})"] = result.confusion
+        predictions += [
+            {
+                "stage": stage,
+                "key": shards.keys[i],
+                "language": shards.language[i],
+                "label": shards.label[i],
+                "predicted": data.labels[choice],
+                "scores": dict(zip(data.labels, map(float, line.round(4)), strict=True)),
+            }
+            for i, choice, line in zip(numbers.tolist(), best.tolist(), scores, strict=True)
+        ]
+    rows.sort(key=lambda row: (row["stage"], not row["seen_language"], row["corpus"], row["language"]))
+    report = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
+    if world.is_main:
+        report |= _publish(config, out, runs, rows, tables, predictions)
+    distributed.barrier()
+    return report
+
+
+def _row(stage: int, corpus: str, language: str, seen: bool, s: Scores) -> dict[str, Any]:
+    numbers = {"n": s.n, "k": s.k, "chance": s.chance, "ua": s.ua, "wa": s.wa, "macro_f1": s.macro_f1}
+    return {"stage": stage, "corpus": corpus, "language": language, "seen_language": seen, **numbers}
+
+
+def macro_ua(rows: list[dict[str, Any]], stage: int, seen: bool) -> float:
+    """Mean UA over the languages that were, or were not, seen in training; NaN if there is none."""
+    values = [row["ua"] for row in rows if row["stage"] == stage and row["seen_language"] is seen]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The table a person reads in the terminal."""
+    head = f"{'stage':>5}  {'corpus':<14} {'language':<9} {'seen':<5} {'n':>5} {'chance':>7} {'UA':>7} {'WA':>7} {'macroF1':>8}"
+    lines = [head, "─" * len(head)]
+    for stage in sorted({row["stage"] for row in rows}):
+        for row in (r for r in rows if r["stage"] == stage):
+            lines.append(
+                f"{stage:>5}  {row['corpus'][:14]:<14} {row['language']:<9} {'yes' if row['seen_language'] else 'no':<5} "
+                f"{row['n']:>5} {row['chance']:>7.3f} {row['ua']:>7.3f} {row['wa']:>7.3f} {row['macro_f1']:>8.3f}"
+            )
+        for seen, name in ((True, "seen languages"), (False, "unseen languages")):
+            mean = macro_ua(rows, stage, seen)
+            if mean == mean:
+                lines.append(f"{stage:>5}  {'mean UA over ' + name:<38} {'':>8}{mean:>7.3f}")
+        lines.append("─" * len(head))
+    return "\n".join(lines)
+
+
+def _publish(
+    config: cfg.Evaluation,
+    out: Path,
+    runs: dict[int, str],
+    rows: list[dict[str, Any]],
+    tables: dict[int, dict[str, NDArray[np.int64]]],
+    predictions: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Write the files of an evaluation and log them to MLflow, linked to the runs they came from."""
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_text(out / "config.yaml", to_yaml(config))
+    write_text(out / "table.txt", format_table(rows) + "\n")
+    write_text(out / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    pictures = [out / "ua_by_language.png"]
+    plots.ua_by_language(rows, pictures[0])
+    for stage, confusion in tables.items():
+        pictures.append(out / f"confusion_stage{stage}.png")
+        plots.confusions(confusion, config.data.labels, f"stage {stage}: confusion by language", pictures[-1])
+    tags = {"mser.stage": "eval", "mser.version": __version__, "mser.out": str(out.resolve())}
+    tags |= {f"mser.stage{stage}_run_id": run_id_of(run) or "" for stage, run in runs.items()}
+    tracker = Tracker(config.tracking, out, tags, flatten(config))
+    numbers = {f"ua/stage{r['stage']}/{r['corpus']}/{r['language']}": r["ua"] for r in rows}
+    for stage in runs:
+        for seen in (True, False):
+            mean = macro_ua(rows, stage, seen)
+            if mean == mean:
+                numbers[f"ua/stage{stage}/{'seen' if seen else 'unseen'}"] = mean
+    tracker.metrics(0, numbers)
+    tracker.table(rows, "zero_shot.json")
+    for path in (out / "config.yaml", out / "table.txt", out / "predictions.jsonl", *pictures):
+        tracker.artifact(path)
+    tracker.close("FINISHED")
+    result = {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
+    write_json(out / "report.json", {"zero_shot": rows, **result})
+    return result

@@ -1,0 +1,65 @@
+"""Which attention kernel runs, and why.
+
+``auto`` takes flash-attn when the package, the GPU and the dtype allow it, else PyTorch's SDPA, whose own flash kernels
+need no package. Asking by name for a kernel that cannot run is an error that names the missing thing.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from mser_dist.errors import UserError
+
+# Modules and the least compute capability each kernel needs (flash-attn's README: Ampere for 2, Hopper for 3).
+_FLASH = {"flash_attention_3": ("flash_attn_interface", (9, 0)), "flash_attention_2": ("flash_attn", (8, 0))}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A kernel in transformers' spelling (`attn_implementation`) and the reason for it."""
+
+    kernel: str
+    reason: str
+
+
+def choose(requested: str, dtype: torch.dtype, device: str) -> Attention:
+    """The kernel for `requested` (auto, or a kernel's name). Raises `UserError` if a named kernel cannot run."""
+    if requested in ("sdpa", "eager"):
+        return Attention(requested, "asked for")
+    if requested in _FLASH:
+        missing = _missing(requested, dtype, device)
+        if missing:
+            raise UserError(f"engine.attention={requested} cannot run: {missing}; or set engine.attention=auto")
+        return Attention(requested, "asked for")
+    if requested != "auto":
+        raise ValueError(f"unknown attention kernel {requested!r}")
+    reasons = []
+    for kernel in _FLASH:
+        missing = _missing(kernel, dtype, device)
+        if not missing:
+            return Attention(kernel, "auto: package, GPU and dtype allow it")
+        reasons.append(f"{kernel}: {missing}")
+    return Attention("sdpa", "auto: " + "; ".join(dict.fromkeys(reasons)))
+
+
+def _missing(kernel: str, dtype: torch.dtype, device: str) -> str:
+    """What keeps a flash kernel from running here; empty if nothing does."""
+    module, capability = _FLASH[kernel]
+    if device != "cuda":
+        return "it needs a CUDA GPU and there is none"
+    if importlib.util.find_spec(module) is None:
+        extra = "`pip install 'mser-dist[flash-attn]'`" if module == "flash_attn" else "flash-attention 3's hopper build"
+        return f"the Python module {module} is not installed ({extra})"
+    if torch.cuda.get_device_capability() < capability:
+        return f"the GPU's compute capability {torch.cuda.get_device_capability()} is below {capability}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+def supported_by(model_class: type, attention: Attention) -> Attention:
+    """`attention`, or SDPA where a model's transformers class has no flash implementation (the Q-Former's has none)."""
+    if attention.kernel in _FLASH and not getattr(model_class, "_supports_flash_attn", False):
+        return Attention("sdpa", f"{model_class.__name__} has no flash-attn path in transformers")
+    return attention

@@ -1,0 +1,153 @@
+"""What differs between the two stages: the model, how clips become a batch, how labels are scored, what is exported."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mser_dist import config as cfg
+from mser_dist import exported
+from mser_dist.data import prompts
+from mser_dist.data.stream import Clip, Collate, pad_mels
+from mser_dist.models.aligner import Aligner
+from mser_dist.models.attention import Attention
+from mser_dist.models.llm import build_llm
+from mser_dist.models.scoring import AnswerScorer, PromptScorer
+from mser_dist.models.speech import build_speech
+from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
+from mser_dist.models.text import TextTower
+
+Batch = dict[str, Any]
+
+
+class Stage(Protocol):
+    """What the training loop needs to know of a stage."""
+
+    model: nn.Module
+    n_mels: int
+    collate: Collate
+
+    def prepare(self, batches: list[Batch], total: Any, device: str) -> None:
+        """Finish a step's micro-batches on the training process; `total` sums a number over all ranks."""
+
+    def scorer(self) -> Any:
+        """A callable batch → (B, K) scores of the labels, for validation."""
+
+    def card(self) -> dict[str, Any]:
+        """What the exported model is, as JSON."""
+
+
+class Align:
+    """Stage 1: contrastive alignment with the captions of each clip's label."""
+
+    def __init__(self, config: cfg.Stage1, attention: Attention, device: str) -> None:
+        self.config = config
+        self.labels = config.data.labels
+        self.tower = TextTower(config.text.pretrained, device)
+        if config.init_from:
+            speech = exported.load_speech(exported.find(config.init_from, stage=1), attention)
+            if config.encoder.freeze:
+                speech.freeze_encoder()
+        else:
+            speech = build_speech(config.encoder, config.qformer, attention)
+        self.model = Aligner(speech, self.tower.width, config.contrastive)
+        self.n_mels = speech.encoder.n_mels
+        self.collate = AlignCollate(self.labels)
+        self.tower.embed([c for label in self.labels for c in prompts.captions(label)])
+
+    def prepare(self, batches: list[Batch], total: Any, device: str) -> None:
+        for batch in batches:
+            batch["text"] = self.tower.embed(batch.pop("captions"))
+
+    def scorer(self) -> PromptScorer:
+        return PromptScorer(self.model, self.tower, self.labels)
+
+    def card(self) -> dict[str, Any]:
+        return {"text": self.tower.name, "text_width": self.tower.width, **exported.aligner_card(self.model)}
+
+
+class AlignCollate:
+    """Clips → padded log-mels, ids, and a caption drawn for each clip."""
+
+    def __init__(self, labels: list[str]) -> None:
+        self.captions = [prompts.captions(label) for label in labels]
+
+    def __call__(self, clips: list[Clip]) -> Batch:
+        return {
+            **pad_mels(clips),
+            "label": torch.tensor([clip.label for clip in clips]),
+            "source": torch.tensor([clip.source for clip in clips]),
+            "captions": [str(clip.draw.choice(self.captions[clip.label])) for clip in clips],
+        }
+
+
+class Instruct:
+    """Stage 2: the LLM answers an instruction about the clip with its label."""
+
+    def __init__(self, config: cfg.Stage2, attention: Attention, ds_json: dict[str, Any]) -> None:
+        self.config = config
+        self.labels = config.data.labels
+        speech = exported.load_speech(exported.find(config.stage1, stage=1), attention)
+        if config.freeze_encoder:
+            speech.freeze_encoder()
+        if config.freeze_qformer:
+            speech.qformer.requires_grad_(False)
+            speech.queries.requires_grad_(False)
+        llm, self.tokenizer = build_llm(config.llm, self.labels, attention, ds_json)
+        self.model = SpeechLLM(speech, llm)
+        self.n_mels = speech.encoder.n_mels
+        self.collate = InstructCollate(self.tokenizer, self.labels, speech.query_count)
+
+    def prepare(self, batches: list[Batch], total: Any, device: str) -> None:
+        """Share out the loss: the mean over the answer tokens of all ranks and micro-batches of the step."""
+        tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+        [tokens_everywhere, losses] = total([float(tokens), float(len(batches))])
+        for batch in batches:
+            batch["normalizer"] = tokens_everywhere / losses
+
+    def scorer(self) -> AnswerScorer:
+        return AnswerScorer(self.model, self.tokenizer, self.labels)
+
+    def card(self) -> dict[str, Any]:
+        return {**exported.speech_llm_card(self.model, self.config.llm.pretrained), "stage1": self.config.stage1}
+
+
+class InstructCollate:
+    """Clips → padded log-mels and chat prompts with the answer behind them; only the answer has labels."""
+
+    def __init__(self, tokenizer: Any, labels: list[str], queries: int) -> None:
+        self.prompts = [
+            prompts.prompt_ids(tokenizer, instruction, queries, SPEECH) for instruction in prompts.instructions(labels)
+        ]
+        self.answers = [prompts.answer_ids(tokenizer, label) for label in labels]
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def __call__(self, clips: list[Clip]) -> Batch:
+        rows = []
+        for clip in clips:
+            prompt = self.prompts[int(clip.draw.integers(len(self.prompts)))]
+            rows.append((prompt, self.answers[clip.label]))
+        width = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids = torch.full((len(rows), width), self.pad)  # (B, T)
+        labels = torch.full((len(rows), width), IGNORE)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            ids[i, :end] = torch.tensor([*prompt, *answer])
+            labels[i, len(prompt) : end] = torch.tensor(answer)
+            mask[i, :end] = 1
+        return {**pad_mels(clips), "input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def build(
+    config: cfg.Stage1 | cfg.Stage2, attention: Attention, device: str, ds_json: dict[str, Any]
+) -> Align | Instruct:
+    """The stage that a config asks for; `ds_json` tells whether pretrained LLM weights are partitioned as they load."""
+    if isinstance(config, cfg.Stage1):
+        return Align(config, attention, device)
+    return Instruct(config, attention, ds_json)
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    """A batch with its tensors on `device`."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

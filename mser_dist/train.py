@@ -1,0 +1,262 @@
+"""The one training loop of both stages."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from mser_dist import __version__, distributed, exported, stages
+from mser_dist import config as cfg
+from mser_dist.checkpoint import Checkpoints
+from mser_dist.config_file import flatten, to_yaml
+from mser_dist.data import stream
+from mser_dist.data.shards import ShardSet
+from mser_dist.engine import DTYPES, Engine, resolve_json
+from mser_dist.errors import UserError
+from mser_dist.evaluate import predict
+from mser_dist.files import write_json, write_text
+from mser_dist.metrics import score
+from mser_dist.models.attention import choose
+from mser_dist.plots import curves
+from mser_dist.tracking import Tracker, run_id_of
+
+
+def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
+    """Train a run to its end, from its newest checkpoint if it has one, and return its summary.
+
+    Collective: every rank of the job calls it. Writes ``<out>/``: config.yaml, log.jsonl, curves.png, checkpoints/,
+    export/ (the model) and summary.json. Raises `UserError` for what a user can mend.
+    """
+    began = time.monotonic()
+    world = distributed.discover()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(config.out)
+    finished = _claim(out, config, world)
+    if finished:
+        return finished
+    # What can be wrong is looked for before the minutes of loading.
+    ds_json = resolve_json(config, world.world_size)
+    micro, _ = cfg.batch_shape(config.train, world.world_size)
+    attention = choose(config.engine.attention, DTYPES[config.engine.dtype], device)
+    shards = open_clips(config.data, config.data.split)
+    held_out = open_clips(config.data, config.data.val_split) if config.data.val_split else None
+
+    distributed.init(world, config.engine.timeout_minutes, device)
+    torch.manual_seed(config.seed)  # the same weights on every rank …
+    stage = stages.build(config, attention, device, ds_json)
+    clips = clips_of(shards, config, stage.n_mels, config.data.shuffle_labels)
+    validation = clips_of(held_out, config, stage.n_mels) if held_out else None
+    plan = stream.Plan(len(clips), config.train.global_batch, config.seed, clips.source, config.data.parallel)
+    total = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
+    engine = Engine(stage.model, config, world, total, device)
+    torch.manual_seed(config.seed * 100_003 + world.rank)  # … and different dropout
+    checkpoints = Checkpoints(out, world, config.train.keep)
+    state = checkpoints.resume(engine) or {"step": 0}
+    first = int(state["step"])
+
+    card = {
+        "stage": config.stage,
+        "labels": config.data.labels,
+        "languages": sorted(set(shards.language)),
+        "corpora": sorted(set(shards.corpus)),
+        "clips": len(clips),
+        "shuffled_labels": config.data.shuffle_labels,
+        **stage.card(),
+    }
+    facts = {
+        "world_size": str(world.world_size),
+        "zero_stage": str(engine.zero_stage),
+        "attention.kernel": attention.kernel,
+        "attention.reason": attention.reason,
+        "steps": str(total),
+        "clips": str(len(clips)),
+        "parameters.trained": str(sum(_size(p) for p in stage.model.parameters() if p.requires_grad)),
+        "parameters.all": str(sum(_size(p) for p in stage.model.parameters())),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+    with _tracked(config, out, world, facts) as tracker:
+        loader = stream.training_steps(
+            clips, plan, range(first, total), micro, world.rank, world.world_size, stage.collate, config.data.workers
+        )
+        bar = tqdm(
+            total=total, initial=first, desc=f"stage {config.stage}", unit="step", disable=not world.is_main, mininterval=1
+        )
+        clock = _Clock(config.train.global_batch)
+        val: dict[str, float] = {}
+        for step in range(first + 1, total + 1):
+            with clock.waiting():
+                batches = [stages.to_device(batch, device) for batch in next(loader)]
+            stage.prepare(batches, lambda values: distributed.all_sum(values, device), device)
+            stats = _optimize(engine, batches)
+
+            # Once in a while: log.
+            if step % config.train.log_every == 0 or step == total:
+                numbers = _mean_over_ranks(stats, device)
+                numbers |= {"lr": engine.lr, "grad_norm": engine.grad_norm, **clock.read()}
+                if not all(map(_finite, (numbers["loss"], numbers["grad_norm"]))):
+                    raise UserError(
+                        f"{out}: the loss or its gradient is not finite at step {step} "
+                        f"(loss {numbers['loss']}, gradient norm {numbers['grad_norm']}): lower train.lr or set train.grad_clip"
+                    )
+                if tracker:
+                    tracker.metrics(step, {f"train/{k}": v for k, v in numbers.items()})
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
+            bar.update()
+
+            # Once in a while: validate, save.
+            due = config.train.val_every and step % config.train.val_every == 0
+            if validation is not None and (due or step == total):
+                val = _validate(stage, validation, micro, world, config, device)
+                if tracker:
+                    tracker.metrics(step, {f"val/{k}": v for k, v in val.items()})
+            if step == total or (config.train.save_every and step % config.train.save_every == 0):
+                checkpoints.save(step, engine, {"version": __version__, "mlflow_run_id": run_id_of(out)})
+        bar.close()
+
+        weights = engine.full_state()
+        summary = {
+            "stage": config.stage,
+            "out": str(out),
+            "steps": total,
+            "seconds": round(time.monotonic() - began, 1),
+            "world_size": world.world_size,
+            "zero_stage": engine.zero_stage,
+            "attention": asdict(attention),
+            "validation": val,
+        }
+        if tracker:
+            exported.write(out / "export", stage.model, weights, card, getattr(stage, "tokenizer", None))
+            curves(tracker.rows(), out / "curves.png")
+            tracker.artifact(out / "curves.png")
+            tracker.artifact(out / "export" / "card.json")
+            summary |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
+            write_json(out / "summary.json", summary)
+    distributed.barrier()
+    return summary
+
+
+def _optimize(engine: Engine, batches: list[stages.Batch]) -> dict[str, torch.Tensor]:
+    """One optimizer step over its micro-batches; returns their mean telemetry, still on the device."""
+    sums: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        loss, stats = engine.forward(batch)
+        engine.backward(loss)
+        engine.step()
+        for name, value in stats.items():
+            sums[name] = sums.get(name, 0) + value.float() / len(batches)
+    return sums
+
+
+def _mean_over_ranks(stats: dict[str, torch.Tensor], device: str) -> dict[str, float]:
+    names = sorted(stats)
+    *sums, ranks = distributed.all_sum([float(stats[name]) for name in names] + [1.0], device)
+    return {name: value / ranks for name, value in zip(names, sums, strict=True)}
+
+
+def _validate(
+    stage: Any, clips: stream.Clips, batch: int, world: distributed.World, config: cfg.Common, device: str
+) -> dict[str, float]:
+    """UA, WA and macro-F1 on the validation split. Collective."""
+    stage.model.eval()
+    numbers, scores = predict(stage.scorer(), clips, batch, stage.collate, config.data.workers, world, device, "validate")
+    stage.model.train()
+    result = score(clips.label[numbers], scores.argmax(1), len(config.data.labels))
+    return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
+
+
+def open_clips(data: cfg.Clips, split: str) -> ShardSet:
+    """The clips of a split that a config wants. Raises `UserError` if none is left."""
+    return ShardSet.open(data.sets, split=split, languages=data.languages or None, labels=data.labels)
+
+
+def clips_of(shards: ShardSet, config: cfg.Common, n_mels: int, shuffle: bool = False) -> stream.Clips:
+    return stream.Clips(shards, config.data.labels, n_mels, config.data.max_seconds, config.seed, shuffle)
+
+
+def _claim(out: Path, config: cfg.Common, world: distributed.World) -> dict[str, Any] | None:
+    """Take the run folder for this config; returns the summary if the run is finished already."""
+    text = to_yaml(config)
+    saved = out / "config.yaml"
+    if saved.is_file():
+        old, new = flatten_yaml(saved.read_text(encoding="utf-8")), flatten_yaml(text)
+        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{out} holds a run with another config ({key}={old.get(key)}, now {new.get(key)}): "
+                "choose another run folder with out=…, or delete this one"
+            )
+        if (out / "summary.json").is_file():
+            return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    elif world.is_main:
+        try:
+            out.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_text(saved, text)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {out}: {error.strerror}: choose another with out=…") from error
+    return None
+
+
+def flatten_yaml(text: str) -> dict[str, str]:
+    return flatten(yaml.safe_load(text))
+
+
+@contextmanager
+def _tracked(config: cfg.Common, out: Path, world: distributed.World, facts: dict[str, str]) -> Iterator[Tracker | None]:
+    """The run's tracker on rank 0, None elsewhere; ends the MLflow run with the right status."""
+    if not world.is_main:
+        yield None
+        return
+    tags = {"mser.stage": str(config.stage), "mser.version": __version__, "mser.out": str(out.resolve())}
+    if isinstance(config, cfg.Stage2):
+        tags["mser.stage1_run_id"] = run_id_of(config.stage1) or ""
+    tracker = Tracker(config.tracking, out, tags, {**flatten(config), **facts})
+    tracker.artifact(out / "config.yaml")
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        tracker.close("KILLED")
+        raise
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    tracker.close("FINISHED")
+
+
+class _Clock:
+    """Clips per second, and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, clips_per_step: int) -> None:
+        self.clips_per_step = clips_per_step
+        self._reset()
+
+    def _reset(self) -> None:
+        self.start, self.waited, self.steps = time.monotonic(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        passed = max(time.monotonic() - self.start, 1e-9)
+        rates = {"clips_per_second": self.steps * self.clips_per_step / passed, "data_wait": self.waited / passed}
+        self._reset()
+        return rates
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

@@ -1,0 +1,494 @@
+import concurrent.futures
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from mser_dist.data import audio, tarsafe
+from mser_dist.data.shards import DatasetWriter, ShardSet, verify
+from mser_dist.errors import UserError
+
+LANGUAGES = ("de", "el", "fr")
+
+
+def pcm(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(-3000, 3000, 1600 + 16 * i).astype(np.int16)
+
+
+def meta(i: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "emotion": "joy" if i % 2 else "calm",
+        "label": "happy" if i % 2 else None,
+        "language": LANGUAGES[i % 3],
+        "speaker": f"s{i % 4}",
+        "gender": "female",
+        "corpus": "made-up",
+        "text": "größer",
+        "source_id": f"u{i // 3}",
+        "synthetic": True,
+        "duration": len(pcm(i)) / 16000,
+        "sample_rate": 16000,
+    } | changes
+
+
+def write_set(out: Path, n: int = 20, ext: str = "flac", **options: Any) -> Path:
+    with DatasetWriter(out, "made-up", {"seed": 0}, shard_samples=6, **options) as writer:
+        for i in range(n):
+            writer.write("test" if i % 5 == 0 else "train", f"k{i:02d}", audio.encode(pcm(i), 16000, ext), ext, meta(i))
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("shards") / "set")
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "set"))
+
+
+def test_written_set_reads_back(finished: Path) -> None:
+    shards = ShardSet.open(finished)
+    assert len(shards) == 20
+    assert sorted(path.name for path in finished.glob("*.tar")) == [
+        "test-000000.tar",
+        *(f"train-{i:06d}.tar" for i in range(3)),
+    ]
+    for i, key in enumerate(shards.keys):
+        number = int(key[1:])
+        sample = shards.read(i)
+        assert (sample.key, sample.ext) == (key, "flac")
+        np.testing.assert_array_equal(audio.to_pcm16(audio.decode(sample.audio, key)), pcm(number))
+        split = "test" if number % 5 == 0 else "train"
+        assert sample.meta == meta(number) | {"id": key, "split": split}
+        row = (shards.split[i], shards.label[i], shards.language[i], shards.speaker[i], shards.source_id[i])
+        assert row == (split, *(sample.meta[name] for name in ("label", "language", "speaker", "source_id")))
+        assert shards.duration[i] == sample.meta["duration"]
+
+
+def test_dataset_json_totals(finished: Path) -> None:
+    description = json.loads((finished / "dataset.json").read_text())
+    assert {name: split["count"] for name, split in description["splits"].items()} == {"test": 4, "train": 16}
+    assert description["totals"]["de"]["joy"] == {"test": 1, "train": 2}  # 3, 9, 15
+    assert sum(n for e in description["totals"].values() for s in e.values() for n in s.values()) == 20
+    assert description["labels"] == ["happy"]
+    assert description["speakers"]["test"] == ["s0", "s1", "s2", "s3"]
+    assert description["sample_rates"] == {"16000": 20}
+    seconds = sum(len(pcm(i)) for i in range(20)) / 16000
+    assert sum(split["hours"] for split in description["splits"].values()) == pytest.approx(seconds / 3600, abs=2e-6)
+
+
+def test_same_input_same_bytes(finished: Path, tmp_path: Path) -> None:
+    again = write_set(tmp_path / "elsewhere")
+    names = sorted(path.name for path in finished.iterdir())
+    assert names == sorted(path.name for path in again.iterdir())
+    for name in names:
+        assert (finished / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_filters(finished: Path) -> None:
+    assert set(ShardSet.open(finished, split="train").split) == {"train"}
+    greek = ShardSet.open([finished], languages=["el"], labels={"happy"})
+    assert sorted(greek.keys) == ["k01", "k07", "k13", "k19"]
+    assert [greek.read(i).key for i in range(len(greek))] == greek.keys
+    with pytest.raises(UserError, match=r"no sample is left.*split \['val'\] of \['test', 'train'\]"):
+        ShardSet.open(finished, split="val")
+    with pytest.raises(UserError, match="no sample is left"):
+        ShardSet.open(finished, corpora=[])
+
+
+def test_two_sets_together_and_the_same_twice(finished: Path, tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "other", "other", {}) as writer:
+        writer.write("train", "another", audio.encode(pcm(1), 16000), "flac", meta(1))
+    both = ShardSet.open([finished, tmp_path / "other"])
+    assert len(both) == 21
+    assert both.read(20).key == "another"
+    with pytest.raises(UserError, match="is also in"):
+        ShardSet.open([finished, finished])
+
+
+def _read_all(shards: ShardSet) -> list[str]:
+    return [shards.read(i).meta["id"] for i in range(len(shards))]
+
+
+def test_reads_in_threads_forks_and_spawns(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mser_dist.data.shards.MAX_OPEN", 2)  # fewer than the shards, so that files are closed and reopened
+    shards = ShardSet.open(finished)
+    assert _read_all(shards) == shards.keys
+    assert _read_all(pickle.loads(pickle.dumps(shards))) == shards.keys
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(keys == shards.keys for keys in pool.map(_read_all, [shards] * 16))
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if _read_all(shards) == shards.keys else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert _read_all(shards) == shards.keys
+
+
+# ---- plain WebDataset, both ways
+
+
+def test_webdataset_reads_our_shards(finished: Path) -> None:
+    files = [str(path) for path in sorted(finished.glob("train-*.tar"))]
+    samples = list(webdataset.WebDataset(files, shardshuffle=False, empty_check=False))
+    assert sorted(sample["__key__"] for sample in samples) == [f"k{i:02d}" for i in range(20) if i % 5]
+    for sample in samples:
+        number = int(sample["__key__"][1:])
+        assert json.loads(sample["json"])["text"] == "größer"
+        np.testing.assert_array_equal(audio.to_pcm16(audio.decode(sample["flac"], "clip")), pcm(number))
+
+
+LONG = "long_" + "x" * 120
+
+
+def write_foreign(path: Path, with_json: bool = True) -> Path:
+    """A tar of the webdataset package, with what makes it write pax headers: fractional times, long and non-ASCII names."""
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        for i, key in enumerate(["plain", LONG, "sub/folder", "größe", "пример"]):
+            sample: dict[str, Any] = {"__key__": key, "wav": audio.encode(pcm(i), 16000, "wav"), "txt": b"ignored", "cls": b"3"}
+            if with_json:
+                sample["json"] = json.dumps({"label": "sad", "language": "ru", "split": "val"}).encode()
+            writer.write(sample)
+    assert b"PaxHeader" in path.read_bytes()
+    return path
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_a_tar_of_webdataset_is_indexed_on_first_use(tmp_path: Path, with_json: bool) -> None:
+    tar = write_foreign(tmp_path / "data-0.tar", with_json)
+    shards = ShardSet.open(tmp_path)
+    assert sorted(shards.keys) == sorted(["plain", LONG, "sub/folder", "größe", "пример"])
+    for i in range(len(shards)):
+        number = ["plain", LONG, "sub/folder", "größe", "пример"].index(shards.keys[i])
+        sample = shards.read(i)
+        np.testing.assert_array_equal(audio.to_pcm16(audio.decode(sample.audio, "clip")), pcm(number))
+        assert shards.duration[i] == pytest.approx(len(pcm(number)) / 16000)
+        assert sample.meta == ({"label": "sad", "language": "ru", "split": "val"} if with_json else {})
+    assert set(shards.language) == ({"ru"} if with_json else {"und"})
+    assert set(shards.split) == ({"val"} if with_json else {""})
+    assert verify(tmp_path) == []
+    assert (tmp_path / "data-0.tar.idx.json").exists()
+    os.utime(tar, (0, 0))
+    assert ShardSet.open(tar).keys == shards.keys  # from the cached index
+
+
+def test_a_foreign_tar_that_was_replaced_is_indexed_anew(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "a.tar")
+    assert len(ShardSet.open(tmp_path)) == 5
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        writer.write({"__key__": "only", "wav": audio.encode(pcm(0), 16000, "wav")})
+    assert ShardSet.open(tmp_path).keys == ["only"]
+
+
+# ---- hostile tars
+
+
+def tar_of(path: Path, change: Callable[[tarfile.TarInfo], None], data: bytes | None = None, **options: Any) -> Path:
+    """A tar with a good member, then one changed by `change`, then another good one."""
+    good = audio.encode(pcm(0), 16000, "wav")
+    with tarfile.open(path, options.pop("mode", "w"), **options) as tar:
+        for name in ("a.wav", "b.wav", "c.wav"):
+            info = tarfile.TarInfo(name)
+            content = good
+            if name == "b.wav":
+                content = good if data is None else data
+                change(info)
+            info.size = len(content) if info.isreg() else 0
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def set_to(**values: Any) -> Callable[[tarfile.TarInfo], None]:
+    def change(info: tarfile.TarInfo) -> None:
+        for name, value in values.items():
+            setattr(info, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_to(name="../../b.wav"), "unsafe member name"),
+        (set_to(name="x/../../b.wav"), "unsafe member name"),
+        (set_to(name="/etc/b.wav"), "unsafe member name"),
+        (set_to(name="b\nx.wav"), "unsafe member name"),
+        (set_to(type=tarfile.SYMTYPE, linkname="/etc/passwd"), "link"),
+        (set_to(type=tarfile.LNKTYPE, linkname="a.wav"), "link"),
+        (set_to(type=tarfile.CHRTYPE), "device"),
+        (set_to(type=tarfile.FIFOTYPE), "device"),
+        (set_to(type=tarfile.GNUTYPE_SPARSE), "sparse"),
+        (set_to(pax_headers={"GNU.sparse.realsize": "400000000"}), "sparse"),
+        (set_to(pax_headers={"comment": "x" * (1 << 20)}), "extended header of"),
+        (set_to(name="b.pyd"), "neither audio"),
+        (set_to(name="b.pickle"), "neither audio"),
+        (set_to(name="a.wav"), "two audio members"),
+        (set_to(name="b.json"), "no audio|json cannot be read"),
+    ],
+)
+def test_unsafe_members_are_refused(tmp_path: Path, change: Callable[[tarfile.TarInfo], None], says: str) -> None:
+    tar = tar_of(tmp_path / "x.tar", change, format=tarfile.PAX_FORMAT)
+    with pytest.raises(UserError, match=says) as caught:
+        ShardSet.open(tar)
+    assert str(tar) in str(caught.value)
+    assert not list(tmp_path.glob("*.idx.json"))
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
+def test_compressed_tars_are_refused(tmp_path: Path, mode: str) -> None:
+    tar = tar_of(tmp_path / "x.tar", set_to(), bytes(10_000_000), mode=mode)
+    with pytest.raises(UserError, match="compressed"):
+        ShardSet.open(tar)
+
+
+def test_a_size_beyond_the_file_is_not_read(tmp_path: Path) -> None:
+    tar = tmp_path / "x.tar"
+    tar.write_bytes(tarsafe.header("a.wav", 1 << 30) + bytes(512) + tarsafe.END)
+    with pytest.raises(UserError, match="cut inside member 'a.wav'"):
+        ShardSet.open(tar)
+
+
+# ---- damage: every mutation is found by verify, and by reading
+
+
+def flip(shard: Path, at: int) -> None:
+    data = bytearray(shard.read_bytes())
+    data[at] ^= 0x10
+    shard.write_bytes(data)
+
+
+def place(shard: Path, number: int, part: str) -> int:
+    return int(json.loads(shard.with_name(shard.name + ".idx.json").read_text())["samples"][number][part][0])
+
+
+MUTATIONS: dict[str, Callable[[Path], None]] = {
+    "flipped header byte": lambda s: flip(s, place(s, 2, "audio") - 512 + 3),
+    "flipped json header byte": lambda s: flip(s, place(s, 2, "json") - 512 + 130),
+    "flipped payload byte": lambda s: flip(s, place(s, 2, "audio") + 700),
+    "flipped json byte": lambda s: flip(s, place(s, 2, "json") + 20),
+    "zeroed header": lambda s: _overwrite(s, place(s, 2, "audio") - 512, bytes(512)),
+    "swapped samples": lambda s: _overwrite(s, place(s, 0, "audio") - 512, s.read_bytes()[place(s, 1, "audio") - 512 :][:4096]),
+}
+
+
+def _overwrite(shard: Path, at: int, data: bytes) -> None:
+    with shard.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_damage_is_found_by_verify_and_by_reading(copy: Path, name: str) -> None:
+    shard = copy / "train-000001.tar"
+    assert verify(copy) == []
+    MUTATIONS[name](shard)
+    problems = verify(copy)
+    assert any("SHA-256" in problem for problem in problems)
+    assert all(str(shard) in problem for problem in problems)
+    with pytest.raises(UserError, match=r"train-000001\.tar: sample k\d\d: what the shard holds is not what its index says"):
+        _read_all(ShardSet.open(copy))
+
+
+def test_a_damaged_foreign_tar_is_not_silently_shorter(tmp_path: Path, finished: Path) -> None:
+    """tarfile lists such a file up to the damage, without an error."""
+    for number, at in enumerate([512 * 5, 0]):
+        shutil.copy(finished / "train-000000.tar", tmp_path / f"{number}.tar")
+        header = place(finished / "train-000000.tar", 2, "audio") - 512 if at else 0
+        _overwrite(tmp_path / f"{number}.tar", header, bytes(512) if at else b"\xff")
+        with pytest.raises(UserError, match=r"zeroed header|damaged header"):
+            ShardSet.open(tmp_path / f"{number}.tar")
+
+
+def test_truncation_at_any_point(copy: Path) -> None:
+    shard = copy / "train-000000.tar"
+    data = shard.read_bytes()
+    boundary = place(shard, 3, "audio") - 512
+    for size in (0, 100, 512, boundary, boundary + 512, len(data) - 1024, len(data) - 512, len(data) - 1):
+        shard.write_bytes(data[:size])
+        with pytest.raises(UserError, match=r"train-000000\.tar: \d+ bytes where its index says"):
+            ShardSet.open(copy)
+        assert verify(copy)
+        alone = copy.parent / "foreign.tar"  # the same, where no index tells the size
+        alone.write_bytes(data[:size])
+        with pytest.raises(UserError, match=r"foreign\.tar: .*(cut|damaged)"):
+            ShardSet.open(alone)
+
+
+def test_missing_and_extra_and_foreign_files(copy: Path) -> None:
+    shard, index = copy / "train-000002.tar", copy / "train-000002.tar.idx.json"
+    shutil.copy(shard, copy / "train-000009.tar")
+    assert any("train-000009.tar: an extra shard" in problem for problem in verify(copy))
+    (copy / "train-000009.tar").unlink()
+
+    content = index.read_text()
+    index.unlink()
+    assert any("its index is missing" in problem for problem in verify(copy))
+    assert len(ShardSet.open(copy)) == 20  # indexed anew, and held against dataset.json
+    index.write_text(content.replace('"k1', '"q1', 1))
+    assert verify(copy)
+    index.write_text(content[:-20])
+    with pytest.raises(UserError, match=r"idx\.json: not valid JSON"):
+        ShardSet.open(copy)
+    index.write_text('{"version":1,"bytes":%d,"count":1,"split":"train","samples":[{}]}' % shard.stat().st_size)
+    with pytest.raises(UserError, match="contradicts itself"):
+        ShardSet.open(copy)
+    index.write_text(content)
+
+    shards = ShardSet.open(copy)
+    shard.unlink()
+    assert any("train-000002.tar: the shard is missing" in problem for problem in verify(copy))
+    with pytest.raises(UserError, match=r"train-000002\.tar: the shard is missing"):
+        ShardSet.open(copy)
+    with pytest.raises(UserError, match=r"train-000002\.tar: cannot be read"):
+        _read_all(shards)  # it vanished after it was opened
+
+
+def test_a_shard_of_another_set_is_noticed(copy: Path, tmp_path: Path) -> None:
+    other = write_set(tmp_path / "other", n=21, ext="wav")
+    for name in ("train-000001.tar", "train-000001.tar.idx.json"):
+        shutil.copy(other / name, copy / name)
+    with pytest.raises(UserError, match=r"train-000001\.tar: not the shard that dataset\.json"):
+        ShardSet.open(copy)
+    assert verify(copy)
+
+
+def test_verify_decodes_every_sample(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "set", "set", {}) as writer:
+        writer.write("train", "good", audio.encode(pcm(1), 16000), "flac", meta(1))
+        writer.write("train", "noise", b"no flac at all", "flac", meta(1))
+        writer.write("train", "short", audio.encode(pcm(1), 16000), "flac", meta(1, duration=9.0))
+    noise, short = verify(tmp_path / "set")
+    assert "sample noise: not readable as audio" in noise
+    assert "sample short: 0.10 s of audio, its index says 9.00 s" in short
+
+
+def test_no_set_at_all(tmp_path: Path) -> None:
+    for path, says in ((tmp_path / "nowhere", "no such data set"), (tmp_path, r"holds no \.tar")):
+        with pytest.raises(UserError, match=says):
+            ShardSet.open(path)
+        assert len(verify(path)) == 1
+
+
+# ---- the writer
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"key": "a/b"}, "a key is"),
+        ({"key": "../x"}, "a key is"),
+        ({"key": "a.b"}, "a key is"),
+        ({"key": ""}, "a key is"),
+        ({"key": "x" * 91}, "a key is"),
+        ({"key": "größe"}, "a key is"),
+        ({"key": "k00"}, "the key comes twice"),
+        ({"split": "Train/x"}, "no split name"),
+        ({"ext": "pyd"}, "bytes of 'pyd'"),
+        ({"data": b""}, "0 bytes of 'flac'"),
+        ({"label": "joyful"}, "the label 'joyful' is not of the label set happy"),
+        ({"label": 3}, "'label' is 3, of the wrong type"),
+        ({"speaker": None}, "'speaker' is None"),
+        ({"language": ""}, "'language' is empty"),
+        ({"duration": 0.0}, "duration 0.0 s"),
+        ({"duration": float("nan")}, "duration nan s"),
+        ({"duration": True}, "'duration' is True"),
+        ({"id": "another"}, "its id 'another'"),
+        ({"drop": "source_id"}, "no 'source_id'"),
+    ],
+)
+def test_the_writer_refuses_and_leaves_nothing(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    call = {"split": "train", "key": "k01", "ext": "flac", "data": audio.encode(pcm(1), 16000)}
+    info = meta(1) | {name: value for name, value in change.items() if name not in (*call, "drop")}
+    info.pop(change.get("drop", ""), None)
+    call |= {name: value for name, value in change.items() if name in call}
+    with (
+        pytest.raises(UserError, match=says) as caught,
+        DatasetWriter(tmp_path / "set", "set", {}, labels=["happy"]) as writer,
+    ):
+        writer.write("train", "k00", audio.encode(pcm(0), 16000), "flac", meta(0))
+        writer.write(call["split"], call["key"], call["data"], call["ext"], info)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_or_an_empty_set_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "set", "set", {}) as writer:
+        writer.write("train", "k00", audio.encode(pcm(0), 16000), "flac", meta(0))
+        assert [path.name for path in tmp_path.iterdir()] == ["set.partial"]
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="not one sample"), DatasetWriter(tmp_path / "set", "set", {}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, a disk that is always full")
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"set\.partial: the disk is full \(\d+ MiB free\); free some space"),
+        DatasetWriter(tmp_path / "set", "set", {}) as writer,
+    ):
+        writer.write("train", "k00", audio.encode(pcm(0), 16000), "flac", meta(0))
+        writer._open["train"].file.close()
+        writer._open["train"].file = Path("/dev/full").open("wb")
+        writer.write("train", "k01", audio.encode(pcm(1), 16000), "flac", meta(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_only_when_asked_and_only_a_set(copy: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(UserError, match="already exists"):
+        write_set(copy, n=3)
+    with pytest.raises(UserError, match="the key comes twice"), DatasetWriter(copy, "x", {}, overwrite=True) as writer:
+        for _ in range(2):
+            writer.write("train", "k", audio.encode(pcm(0), 16000), "flac", meta(0))
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before  # a failed overwrite costs nothing
+    write_set(copy, n=3, overwrite=True)
+    assert len(ShardSet.open(copy)) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+    (copy / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="'thesis.txt', which is not of a data set"):
+        write_set(copy, overwrite=True)
+    assert (copy / "thesis.txt").read_text() == "mine"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="a file, where the folder"):
+        write_set(tmp_path / "file")
+
+
+def test_what_a_killed_run_left_is_cleared_but_not_a_running_ones(tmp_path: Path) -> None:
+    staging = tmp_path / "set.partial"
+    staging.mkdir()
+    (staging / "train-000007.tar").write_bytes(b"half")
+    write_set(tmp_path / "set")
+    assert not staging.exists()
+    assert verify(tmp_path / "set") == []
+
+    entered, release = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        with DatasetWriter(tmp_path / "two", "two", {}) as writer:
+            writer.write("train", "k00", audio.encode(pcm(0), 16000), "flac", meta(0))
+            entered.set()
+            release.wait(30)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(slow)
+        entered.wait(30)
+        try:
+            with pytest.raises(UserError, match="another process is writing"):
+                write_set(tmp_path / "two")
+        finally:
+            release.set()
+        first.result()
+    assert ShardSet.open(tmp_path / "two").keys == ["k00"]
