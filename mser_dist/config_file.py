@@ -87,6 +87,11 @@ def load_evaluation(name: str, words: list[str]) -> Evaluation:
     return _checked(Evaluation, tree, path)
 
 
+def load_any(name: str, words: list[str]) -> Stage1 | Stage2 | Evaluation:
+    """The checked config of either command."""
+    return (load_training if "stage" in read_yaml(find_config(name)) else load_evaluation)(name, words)
+
+
 def _checked(cls: type[T], tree: dict[str, Any], path: Path) -> T:
     config = build(cls, tree, str(path))
     config.check()  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ Three launchers, one answer: a single process, ``torchrun`` (or anything that se
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +77,12 @@ def _first_host(nodelist: str, env: Mapping[str, str]) -> str:
 
 
 def _address(node: str) -> str:
-    """A node's address: SLURM's NodeAddr, which is the name itself unless the site maps it to another address."""
+    """An address of a node: its name where that resolves, else the NodeAddr that SLURM has for it."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node  # the usual site; no question to slurmctld from each of a thousand ranks
+    except OSError:
+        pass
     try:
         shown = subprocess.run(
             ["scontrol", "show", "node", node], capture_output=True, text=True, timeout=20, check=True
@@ -101,6 +107,8 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
         MASTER_ADDR=world.master_addr,
         MASTER_PORT=str(world.master_port),
     )
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of the GPU that it looked for
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

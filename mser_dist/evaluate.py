@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mser_dist import __version__, distributed, exported, plots
 from mser_dist import config as cfg
@@ -24,6 +23,7 @@ from mser_dist.metrics import Scores, score
 from mser_dist.models.attention import choose
 from mser_dist.models.scoring import AnswerScorer, PromptScorer
 from mser_dist.models.text import TextTower
+from mser_dist.progress import bar
 from mser_dist.tracking import Tracker, run_id_of
 
 
@@ -36,6 +36,7 @@ def predict(
     world: distributed.World,
     device: str,
     title: str,
+    leave: bool = True,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Score every clip once, shared out over the ranks. Returns (n,) clip numbers in order and (n, K) scores, on every rank.
 
@@ -43,9 +44,7 @@ def predict(
     """
     rounds, batches = stream.one_pass(clips, batch, world.rank, world.world_size, collate, workers)
     found: dict[int, NDArray[np.float32]] = {}
-    for indices, inputs in tqdm(
-        batches, total=rounds, desc=title, unit="batch", disable=not world.is_main, leave=False, mininterval=1
-    ):
+    for indices, inputs in bar(batches, title=title, unit="batch", total=rounds, disable=not world.is_main, leave=leave):
         tensors = {key: inputs[key].to(device) for key in ("mel", "lengths")}
         found.update(zip(indices.tolist(), scorer(tensors).float().cpu().numpy(), strict=True))
     everything: dict[int, NDArray[np.float32]] = {}

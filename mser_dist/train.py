@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
 
 from mser_dist import __version__, distributed, exported, stages
 from mser_dist import config as cfg
@@ -25,6 +24,7 @@ from mser_dist.files import write_json, write_text
 from mser_dist.metrics import score
 from mser_dist.models.attention import choose
 from mser_dist.plots import curves
+from mser_dist.progress import bar
 from mser_dist.tracking import Tracker, run_id_of
 
 
@@ -85,9 +85,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
         loader = stream.training_steps(
             clips, plan, range(first, total), micro, world.rank, world.world_size, stage.collate, config.data.workers
         )
-        bar = tqdm(
-            total=total, initial=first, desc=f"stage {config.stage}", unit="step", disable=not world.is_main, mininterval=1
-        )
+        shown = bar(title=f"stage {config.stage}", unit="step", total=total, initial=first, disable=not world.is_main)
         clock = _Clock(config.train.global_batch)
         val: dict[str, float] = {}
         for step in range(first + 1, total + 1):
@@ -107,8 +105,8 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
                     )
                 if tracker:
                     tracker.metrics(step, {f"train/{k}": v for k, v in numbers.items()})
-                bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
-            bar.update()
+                shown.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
+            shown.update()
 
             # Once in a while: validate, save.
             due = config.train.val_every and step % config.train.val_every == 0
@@ -118,7 +116,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
                     tracker.metrics(step, {f"val/{k}": v for k, v in val.items()})
             if step == total or (config.train.save_every and step % config.train.save_every == 0):
                 checkpoints.save(step, engine, {"version": __version__, "mlflow_run_id": run_id_of(out)})
-        bar.close()
+        shown.close()
 
         weights = engine.full_state()
         summary = {
@@ -165,7 +163,9 @@ def _validate(
 ) -> dict[str, float]:
     """UA, WA and macro-F1 on the validation split. Collective."""
     stage.model.eval()
-    numbers, scores = predict(stage.scorer(), clips, batch, stage.collate, config.data.workers, world, device, "validate")
+    numbers, scores = predict(
+        stage.scorer(), clips, batch, stage.collate, config.data.workers, world, device, "validate", leave=False
+    )
     stage.model.train()
     result = score(clips.label[numbers], scores.argmax(1), len(config.data.labels))
     return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}

@@ -26,10 +26,10 @@ _SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short),
 class Espeak:
     """A speech synthesiser whose output depends on its arguments alone.
 
-    eSpeak NG keeps state for the whole process: the seed of its breath noise, the phase of the pitch flutter, resonator
-    memory. Some of it no call resets (``espeak_Terminate`` and a new ``espeak_Initialize`` still differ), so a clip would
-    depend on what was spoken before. The library is therefore loaded afresh for each clip and unloaded after it, which
-    costs about 3 ms, and the noise gets a fixed seed.
+    eSpeak NG keeps state for the whole process, such as the seed of its noise and the phase of the pitch flutter. Some
+    of it no call resets (after ``espeak_Terminate`` and ``espeak_Initialize`` the same text still sounds different), so
+    a clip would depend on what was spoken before. The library is therefore loaded afresh for each clip and unloaded
+    after it, which costs about 3 ms, and its noise gets a fixed seed.
 
     Raises:
         UserError: the package ``espeakng-loader`` is missing or not usable.
@@ -65,18 +65,21 @@ class Espeak:
         Args:
             voice: language and optional variant, such as ``el`` or ``el+f3``.
             rate: words a minute, 80 to 450.
-            pitch: 0 to 100; 50 is the voice's own, 25 is half an octave.
+            pitch: 0 to 100; 50 is the voice's own, an octave is about 60.
             pitch_range: 0 (monotone) to 100; 50 is the voice's own.
-            volume: per cent, 0 to 200; amplitude is proportional to it.
+            volume: per cent, 0 to 200; amplitude grows about in proportion, and overloads above about 50.
             word_gap: pause between words, in units of 10 ms at the normal rate.
 
         Raises:
             ValueError: unknown voice, a parameter outside its range, or text that gives no sound.
         """
-        limits = {"rate": (80, 450), "pitch": (0, 100), "pitch_range": (0, 100), "volume": (0, 200), "word_gap": (0, 50)}
-        given = {"rate": rate, "pitch": pitch, "pitch_range": pitch_range, "volume": volume, "word_gap": word_gap}
-        for name, value in given.items():
-            low, high = limits[name]
+        for name, value, low, high in (
+            ("rate", rate, 80, 450),
+            ("pitch", pitch, 0, 100),
+            ("pitch_range", pitch_range, 0, 100),
+            ("volume", volume, 0, 200),
+            ("word_gap", word_gap, 0, 50),
+        ):
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}: eSpeak takes {low} to {high}")
         variant = voice.partition("+")[2]
@@ -90,24 +93,23 @@ class Espeak:
             finally:
                 library.espeak_Terminate()
                 self._loader.dlclose(library._handle)
-        if not samples.size:
+        if not samples.any():
             raise ValueError(f"eSpeak made no sound from {text!r} with voice {voice!r}")
         return samples, sample_rate
 
     def _load(self) -> ctypes.CDLL:
         """Load a fresh library; refuse one that is still in memory, as its state would leak into the clip."""
         try:
-            ctypes.CDLL(str(self._library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            held = ctypes.CDLL(str(self._library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
         except OSError:
             return ctypes.CDLL(str(self._library))
+        self._loader.dlclose(held._handle)
         raise UserError(
             "eSpeak NG is held by another part of this process, so clips would not be reproducible: "
             "synthesise in a process of its own"
         )
 
-    def _speak(
-        self, library: ctypes.CDLL, text: str, voice: str, parameters: dict[int, int]
-    ) -> tuple[np.ndarray, int]:
+    def _speak(self, library: ctypes.CDLL, text: str, voice: str, parameters: dict[int, int]) -> tuple[np.ndarray, int]:
         chunks: list[bytes] = []
 
         @_SYNTH_CALLBACK
@@ -129,9 +131,9 @@ class Espeak:
             if library.espeak_SetParameter(parameter, value, 0) != 0:
                 raise ValueError(f"eSpeak refused parameter {parameter} = {value}")
         data = text.encode() + b"\0"
-        status = library.espeak_Synth(
-            data, ctypes.c_size_t(len(data)), ctypes.c_uint(0), _POS_CHARACTER, ctypes.c_uint(0), _CHARS_UTF8, None, None
-        )
+        start = end = ctypes.c_uint(0)  # the whole text
+        size = ctypes.c_size_t(len(data))
+        status = library.espeak_Synth(data, size, start, _POS_CHARACTER, end, _CHARS_UTF8, None, None)
         if status != 0:
             raise RuntimeError(f"espeak_Synth failed with status {status} for {text!r}")
         return np.frombuffer(b"".join(chunks), dtype=np.int16), sample_rate

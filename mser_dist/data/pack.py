@@ -13,14 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mser_dist.data import audio
 from mser_dist.data.clip import SPLITS, Clip
 from mser_dist.data.corpora import CORPORA
 from mser_dist.data.shards import DatasetWriter
 from mser_dist.data.splits import split_by_speaker
 from mser_dist.errors import UserError
+from mser_dist.progress import bar
 
 CHUNK = 16  # clips a task: long enough that handing it to a process costs little, short enough to keep all busy
 
@@ -88,9 +87,8 @@ def pack(
     seconds = 0.0
     with DatasetWriter(out, name, made_by, shard_samples=shard_samples, overwrite=overwrite) as writer:
         encoded = _encode_all(clips, audio_format, max_seconds, workers)
-        # disable=None: no bar where nobody watches (not a terminal)
-        bar = tqdm(encoded, total=len(clips), desc=f"pack {name}", unit="clip", disable=None if progress else True)
-        for clip, (data, duration) in zip(clips, bar, strict=True):
+        shown = bar(encoded, title=f"pack {name}", unit="clip", total=len(clips), disable=not progress)
+        for clip, (data, duration) in zip(clips, shown, strict=True):
             assert clip.split is not None
             writer.write(clip.split, clip.id, data, audio_format, _meta(clip, duration))
             seconds += duration

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -18,7 +18,7 @@ from mser_dist.data import shard_index, tarsafe
 from mser_dist.errors import UserError
 
 DATASET_FILE = "dataset.json"
-_LOCK = ".lock"
+LOCK_FILE = ".lock"  # in a staging folder only: held by its writer, and the mark of a set that is not whole
 _KEY = re.compile(r"[A-Za-z0-9_+=-]{1,90}")  # `<key>.flac` must fit the 100 bytes of a ustar name, and hold one dot
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _OUR_FILE = re.compile(r"(.+\.tar(\.idx\.json)?|dataset\.json|\.lock|\..+\.partial)")
@@ -71,7 +71,7 @@ class DatasetWriter:
         with _disk_errors(self._staging):
             self._staging.mkdir(parents=True, exist_ok=True)
             _refuse_strangers(self._staging)
-            self._lock = (self._staging / _LOCK).open("w")
+            self._lock = (self._staging / LOCK_FILE).open("w")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -80,7 +80,7 @@ class DatasetWriter:
                     f"{self._staging}: another process is writing this data set; wait for it to end"
                 ) from None
             for leftover in self._staging.iterdir():  # of a run that was killed
-                if leftover.name != _LOCK:
+                if leftover.name != LOCK_FILE:
                     leftover.unlink()
         return self
 
@@ -121,7 +121,8 @@ class DatasetWriter:
         self._totals.add(full)
 
     def _finish(self, split: str) -> None:
-        self._done[split].append(self._open.pop(split).finish())
+        self._done[split].append(self._open[split].finish())
+        del self._open[split]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -132,7 +133,8 @@ class DatasetWriter:
                     self._publish()
         finally:
             for shard in self._open.values():
-                shard.file.close()
+                with suppress(OSError):  # on a full disk, closing tries to write the rest once more
+                    shard.file.close()
             self._lock.close()
             shutil.rmtree(self._staging, ignore_errors=True)
 
@@ -147,7 +149,7 @@ class DatasetWriter:
         }
         description = {"version": shard_index.VERSION, "name": self.name, "splits": splits, "made_by": self.made_by}
         shard_index.write_json(self._staging / DATASET_FILE, description | self._totals.as_json())
-        (self._staging / _LOCK).unlink()
+        (self._staging / LOCK_FILE).unlink()
         _fsync_folder(self._staging)
         if _has_files(self.out):
             old = self.out.with_name(self.out.name + ".old")

@@ -12,13 +12,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 
 from mser_dist.data import shard_index, tarsafe
 from mser_dist.data.shard_index import REPACK
-from mser_dist.data.shard_writer import DATASET_FILE, DatasetWriter
+from mser_dist.data.shard_writer import DATASET_FILE, LOCK_FILE, DatasetWriter
 from mser_dist.errors import UserError
 
 __all__ = ["DatasetWriter", "Sample", "ShardSet", "list_shards", "verify"]
@@ -125,11 +125,11 @@ class ShardSet:
         has_json = json_at > 0
         if has_json and 0 <= json_at - (audio_at + audio_size) <= MAX_GAP:  # as we write it: one read for both
             start = audio_at - tarsafe.BLOCK
-            block = _pread(file, json_at + json_size - start, start)
+            block = file.pread(json_at + json_size - start, start)
             audio_block, json_block = block[: audio_size + tarsafe.BLOCK], block[json_at - tarsafe.BLOCK - start :]
         else:
-            audio_block = _pread(file, audio_size + tarsafe.BLOCK, audio_at - tarsafe.BLOCK)
-            json_block = _pread(file, json_size + tarsafe.BLOCK, json_at - tarsafe.BLOCK) if has_json else b""
+            audio_block = file.pread(audio_size + tarsafe.BLOCK, audio_at - tarsafe.BLOCK)
+            json_block = file.pread(json_size + tarsafe.BLOCK, json_at - tarsafe.BLOCK) if has_json else b""
         key, ext = self.keys[i], self._ext[i]
         names = self._members.get(i, (f"{key}.{ext}", f"{key}.json"))
         audio, text = audio_block[tarsafe.BLOCK :], json_block[tarsafe.BLOCK :]
@@ -142,21 +142,21 @@ class ShardSet:
         where = self.where(i)
         return Sample(key, audio, ext, shard_index.parse_meta(text, where) if has_json else {}, where)
 
-    def _file(self, number: int) -> BinaryIO:
+    def _file(self, number: int) -> "_OpenFile":
         """The open shard: a small cache a thread, as one shared by threads could close a file under a reader."""
-        files: OrderedDict[int, BinaryIO] | None = getattr(self._local, "files", None)
+        files: OrderedDict[int, _OpenFile] | None = getattr(self._local, "files", None)
         if files is None:
             files = self._local.files = OrderedDict()
         if number in files:
             files.move_to_end(number)
             return files[number]
         try:
-            file = self.shards[number].open("rb", buffering=0)
+            file = _OpenFile(self.shards[number])
         except OSError as error:
             raise UserError(f"{self.shards[number]}: cannot be read ({error.strerror}); {REPACK}") from None
         files[number] = file
         if len(files) > MAX_OPEN:
-            files.popitem(last=False)[1].close()
+            files.popitem(last=False)
         return file
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,6 +167,22 @@ class ShardSet:
         self._local = threading.local()
 
 
+class _OpenFile:
+    """A file opened for reading, closed when nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Read without moving the file's position, which forked processes share."""
+        return os.pread(self._descriptor, size, offset)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
 def list_shards(path: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
     """The shards of a data set, and its dataset.json (None for a single tar or a folder of tars without one)."""
     path = Path(path)
@@ -174,6 +190,8 @@ def list_shards(path: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
         return [path], None
     if not path.is_dir():
         raise UserError(f"{path}: no such data set; give a folder of shards or a .tar (mser pack makes one)")
+    if (path / LOCK_FILE).exists():
+        raise UserError(f"{path}: a data set that is still being written, or was left by a run that died; {REPACK}")
     if (path / DATASET_FILE).exists():
         description = shard_index.read_json(path / DATASET_FILE)
         try:
@@ -221,11 +239,6 @@ def _load_all(paths: str | Path | Sequence[str | Path]) -> list[tuple[Path, dict
 def _column(values: Any) -> np.ndarray:
     """Strings as an object array; equal ones share their memory, as millions of rows repeat a few words."""
     return np.array([intern(v) if isinstance(v, str) else v for v in values], dtype=object)
-
-
-def _pread(file: BinaryIO, size: int, offset: int) -> bytes:
-    """Read without moving the file's position, which forked processes share."""
-    return os.pread(file.fileno(), size, offset)
 
 
 def _names(paths: str | Path | Sequence[str | Path]) -> str:

@@ -33,7 +33,12 @@ def test_to_common_never_merges_what_is_not_common(native: str, common: str | No
 
 
 def test_to_label_keeps_other_emotions_and_knows_unlabelled() -> None:
-    assert (to_label("Bored"), to_label("calm"), to_label("angry"), to_label("xxx")) == ("boredom", "calm", "anger", None)
+    assert (to_label("Bored"), to_label("calm"), to_label("angry"), to_label("xxx")) == (
+        "boredom",
+        "calm",
+        "anger",
+        None,
+    )
     with pytest.raises(KeyError):
         to_label("angre")
 
@@ -130,7 +135,7 @@ def test_manifest_csv(tmp_path: Path) -> None:
     touch(tmp_path, "s1/a.wav", "s2/a.wav")
     file = tmp_path / "greek.csv"
     file.write_text(
-        f"{HEADER},gender,text,split,source_id,note\ns1/a.wav,Anger,el,s1,F,\"Καλημέρα, φίλε\",dev,u1,x\n"
+        f'{HEADER},gender,text,split,source_id,note\ns1/a.wav,Anger,el,s1,F,"Καλημέρα, φίλε",dev,u1,x\n'
         "s2/a.wav,calm,el,s2,,,test,,y\n",
         encoding="utf-8-sig",
     )
@@ -148,13 +153,21 @@ def test_manifest_csv(tmp_path: Path) -> None:
         text="Καλημέρα, φίλε",
         split="val",
     )
-    assert (second.id, second.label, second.source_id, second.gender, second.text) == ("s2_a", "calm", "s2_a", None, None)
+    assert (second.id, second.label, second.source_id, second.gender, second.text) == (
+        "s2_a",
+        "calm",
+        "s2_a",
+        None,
+        None,
+    )
 
 
 def test_manifest_jsonl_and_tsv_agree(tmp_path: Path) -> None:
     touch(tmp_path, "a.wav")
     rows = tmp_path / "m.jsonl"
-    rows.write_text(json.dumps({"path": "a.wav", "emotion": "grumpy", "label": "grumpy", "language": "ru", "speaker": 7}) + "\n\n")
+    rows.write_text(
+        json.dumps({"path": "a.wav", "emotion": "grumpy", "label": "grumpy", "language": "ru", "speaker": 7}) + "\n\n"
+    )
     table = tmp_path / "m.tsv"
     table.write_text("speaker\tpath\temotion\tlabel\tlanguage\n7\ta.wav\tgrumpy\tgrumpy\tru\n")
     assert list(parse_manifest(rows)) == list(parse_manifest(table))

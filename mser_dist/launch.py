@@ -1,0 +1,83 @@
+"""Start several ranks of one command on this machine, as `torchrun` would, but with the command's own exit code and errors.
+
+A rank's error line reaches the terminal once, the others are ended, and nothing is left behind.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import IO
+
+_GRACE = 5.0  # seconds between TERM and KILL
+
+
+def local(ranks: int, arguments: Sequence[str]) -> int:
+    """Run ``mser ARGUMENTS`` as `ranks` processes that know each other. Returns 0, or the first failing rank's exit code.
+
+    Rank 0 writes to this terminal; of the other ranks, what they wrote is shown only if one of them fails first.
+    """
+    with socket.socket() as probe:  # a free port, so that two jobs on a machine do not meet
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+    # Threads of all ranks together should not outnumber the cores.
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    processes: list[subprocess.Popen[bytes]] = []
+    quiet: list[IO[bytes]] = []
+    try:
+        for rank in range(ranks):
+            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = None
+            if rank:
+                log = tempfile.TemporaryFile()  # noqa: SIM115  closed in `finally`
+                quiet.append(log)
+            command = [sys.executable, "-m", "mser_dist", *arguments]
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        code, failed = _wait(processes)
+        if failed:  # rank 0 has spoken for itself
+            sys.stderr.write(_tail(quiet[failed - 1]))
+        return code
+    finally:
+        _end(processes)
+        for log in quiet:
+            log.close()
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """(exit code, rank) of the first rank to fail, or (0, 0) when all have ended well."""
+    running = dict(enumerate(processes))
+    while running:
+        for rank, process in list(running.items()):
+            code = process.poll()
+            if code:
+                return (128 - code if code < 0 else code), rank  # killed by signal n: 128 + n, as shells say
+            if code == 0:
+                del running[rank]
+        time.sleep(0.1)
+    return 0, 0
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + _GRACE
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _tail(log: IO[bytes], size: int = 8000) -> str:
+    """The last of what a quiet rank wrote: its error line, if it has one, else all of the tail."""
+    log.seek(max(0, log.seek(0, os.SEEK_END) - size))
+    text = log.read().decode("utf-8", "replace")
+    errors = [line for line in text.splitlines() if line.startswith("mser: error")]
+    return (errors[-1] + "\n") if errors and "Traceback" not in text else text

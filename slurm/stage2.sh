@@ -1,0 +1,27 @@
+#!/bin/bash
+# Stage 2 (instruction tuning of the whole LLM) as a SLURM job, after a stage 1:
+#   sbatch --dependency=afterok:JOBID slurm/stage2.sh [CONFIG] [key=value …]
+# CONFIG is a preset's name or a YAML file, and names the stage-1 run it starts from. sbatch's command line overrides.
+
+# ---- SITE SETTINGS: the scheduler (modules, environment, network: top of slurm/common.sh) ----------------------------
+##SBATCH --partition=gpu
+##SBATCH --account=my-project
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=48:00:00
+# ---- the same at every site ------------------------------------------------------------------------------------------
+#SBATCH --job-name=mser-stage2
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# A job whose dependency failed can never start: without this it would wait in the queue for ever.
+#SBATCH --kill-on-invalid-dep=yes
+set -euo pipefail
+
+# SLURM runs a copy of this file from a spool folder, so the repository is looked for where the job was submitted.
+MSER_HOME=${MSER_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+[ -f "$MSER_HOME/slurm/common.sh" ] || { echo "stage2.sh: no slurm/common.sh in $MSER_HOME: submit from the repository, or export MSER_HOME" >&2; exit 2; }
+source "$MSER_HOME/slurm/common.sh"
+run_training whisper-large-v3_llama3-8b_stage2 "$@"

@@ -1,0 +1,36 @@
+"""For every test: no model hub, no launcher's variables, reproducible examples; SLURM tests only with SLURM."""
+
+import os
+import shutil
+
+import pytest
+from hypothesis import settings
+
+# Read by the Hugging Face libraries when they are imported: a test that would download something fails at once instead.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The same examples on every run and machine; no deadline, since the first example often pays for an import.
+settings.register_profile("mser", derandomize=True, deadline=None)
+settings.load_profile("mser")
+
+SLURM_MISSING = "no sbatch: on Debian or Ubuntu `apt-get install slurm-wlm slurmdbd mariadb-server munge` brings SLURM"
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``slurm`` where there is no SLURM."""
+    if shutil.which("sbatch"):
+        return
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.skip(reason=SLURM_MISSING))
+
+
+@pytest.fixture(autouse=True)
+def no_launcher_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide a surrounding torchrun or SLURM job, and the user's MLflow server, from the code under test."""
+    for name in list(os.environ):
+        # SLURM_CONF tells where the cluster is, not which rank this is: tests that call sbatch need it.
+        if name in LAUNCHER_VARIABLES or (name.startswith("SLURM_") and name != "SLURM_CONF"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

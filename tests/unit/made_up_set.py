@@ -1,0 +1,38 @@
+"""A small data set of noise, for the tests of shards."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mser_dist.data import audio
+from mser_dist.data.shards import DatasetWriter
+
+LANGUAGES = ("de", "el", "fr")
+
+
+def pcm(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(-3000, 3000, 1600 + 16 * i).astype(np.int16)
+
+
+def meta(i: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "emotion": "joy" if i % 2 else "calm",
+        "label": "happy" if i % 2 else None,
+        "language": LANGUAGES[i % 3],
+        "speaker": f"s{i % 4}",
+        "gender": "female",
+        "corpus": "made-up",
+        "text": "größer",
+        "source_id": f"u{i // 3}",
+        "synthetic": True,
+        "duration": len(pcm(i)) / 16000,
+        "sample_rate": 16000,
+    } | changes
+
+
+def write_set(out: Path, n: int = 20, ext: str = "flac", **options: Any) -> Path:
+    with DatasetWriter(out, "made-up", {"seed": 0}, shard_samples=6, **options) as writer:
+        for i in range(n):
+            writer.write("test" if i % 5 == 0 else "train", f"k{i:02d}", audio.encode(pcm(i), 16000, ext), ext, meta(i))
+    return out

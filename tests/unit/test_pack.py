@@ -1,0 +1,223 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mser_dist.data import audio
+from mser_dist.data.clip import Clip
+from mser_dist.data.pack import pack
+from mser_dist.data.shards import ShardSet, verify
+from mser_dist.data.splits import split_by_speaker
+from mser_dist.errors import UserError
+
+EMOTIONS = ("anger", "happy", "neutral", "sad")
+
+
+def clip(speaker: str, number: int, language: str = "de", corpus: str = "c", split: str | None = None) -> Clip:
+    emotion = EMOTIONS[number % 4]
+    name = f"{corpus}_{speaker}_{language}_{number}"
+    gender = "female" if sum(map(ord, speaker)) % 2 else "male"
+    return Clip(Path(name), emotion, emotion, language, speaker, corpus, name, name, gender, None, split)
+
+
+def corpus_of(speakers: int, each: int = 8, **options: Any) -> list[Clip]:
+    return [clip(f"s{s:02d}", number, **options) for s in range(speakers) for number in range(each)]
+
+
+def speakers_of(clips: list[Clip], split: str) -> set[tuple[str, str]]:
+    return {(c.corpus, c.speaker) for c in clips if c.split == split}
+
+
+# ---- splits
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    speakers=st.integers(3, 30),
+    val=st.sampled_from([0.0, 0.05, 0.1, 0.3]),
+    test=st.sampled_from([0.0, 0.2, 0.5, 0.6]),
+    seed=st.integers(0, 5),
+)
+def test_no_speaker_is_in_two_splits(speakers: int, val: float, test: float, seed: int) -> None:
+    greek = [clip(f"g{s:02d}", number, "el") for s in range(speakers + 1) for number in range(5)]
+    clips = corpus_of(speakers) + greek + corpus_of(4, corpus="other")
+    done = split_by_speaker(clips, val_fraction=val, test_fraction=test, seed=seed)
+    assert [c.id for c in done] == [c.id for c in clips]
+    parts = [speakers_of(done, split) for split in ("train", "val", "test")]
+    assert sum(map(len, parts)) == len({(c.corpus, c.speaker) for c in clips})
+    assert {c.split for c in done} == {"train"} | ({"val"} if val else set()) | ({"test"} if test else set())
+    assert done == split_by_speaker(clips, val_fraction=val, test_fraction=test, seed=seed)
+
+
+def test_fractions_hold_in_each_language_and_seeds_differ() -> None:
+    clips = corpus_of(20) + [clip(f"g{s}", n, "el") for s in range(10) for n in range(8)]
+    done = split_by_speaker(clips, val_fraction=0.1, test_fraction=0.2)
+    count = Counter((c.language, c.split) for c in done)
+    assert count == {
+        ("de", "train"): 14 * 8,
+        ("de", "val"): 2 * 8,
+        ("de", "test"): 4 * 8,
+        ("el", "train"): 7 * 8,
+        ("el", "val"): 8,
+        ("el", "test"): 2 * 8,
+    }
+    assert len({frozenset(speakers_of(split_by_speaker(clips, seed=s), "test")) for s in range(8)}) > 1
+
+
+def test_a_rare_emotion_reaches_the_test() -> None:
+    """Two of twenty speakers alone have "fear": a blind draw puts one into each of train and test only 1 time in 3."""
+    clips = corpus_of(20)
+    rare = [clip(speaker, 0) for speaker in ("s03", "s17")]
+    fear = [Clip(c.path, "fear", "fear", c.language, c.speaker, c.corpus, c.id + "f", c.id + "f") for c in rare]
+    for seed in range(10):
+        done = split_by_speaker(clips + fear, val_fraction=0, test_fraction=0.2, seed=seed)
+        assert {c.split for c in done if c.label == "fear"} == {"train", "test"}
+
+
+def test_a_speaker_of_two_languages_stays_in_one_split() -> None:
+    clips = corpus_of(6) + corpus_of(6, each=4, language="el")
+    done = split_by_speaker(clips)
+    assert all(len({c.split for c in done if c.speaker == f"s{s:02d}"}) == 1 for s in range(6))
+
+
+def test_chosen_test_speakers_and_folds() -> None:
+    clips = corpus_of(10)
+    done = split_by_speaker(clips, test_speakers=["s01", "s07"])
+    assert speakers_of(done, "test") == {("c", "s01"), ("c", "s07")}
+    assert len(speakers_of(done, "val")) == 1
+    tests = [speakers_of(split_by_speaker(clips, folds=4, fold=fold), "test") for fold in range(4)]
+    assert sorted(map(len, tests)) == [2, 2, 3, 3]
+    assert len(set().union(*tests)) == 10  # each speaker is tested exactly once
+    everything = split_by_speaker(corpus_of(1), val_fraction=0, test_fraction=1)
+    assert {c.split for c in everything} == {"test"}
+
+
+def test_a_prescribed_split_wins() -> None:
+    clips = [clip("s1", n, split="train" if n % 2 else "test") for n in range(8)]
+    assert split_by_speaker(clips) == clips
+    with pytest.raises(UserError, match="8 of 9 clips name a split"):
+        split_by_speaker([*clips, clip("s2", 0)])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, r"c \(de\): 2 speakers do not make 3 speaker-disjoint splits"),
+        ({"test_fraction": 1.5}, "test_fraction=1.5"),
+        ({"val_fraction": 0.5, "test_fraction": 0.6}, "their sum at most 1"),
+        ({"test_speakers": ["s09"]}, "no clip of 's09'; there are s00, s01"),
+        ({"folds": 3}, "has 2 speakers of de"),
+        ({"folds": 2, "fold": 2}, "a fold from 0"),
+        ({"folds": 2, "test_speakers": ["s00"]}, "give one of them"),
+    ],
+)
+def test_impossible_splits_are_explained(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        split_by_speaker(corpus_of(2), **options)
+    assert "\n" not in str(caught.value)
+
+
+# ---- pack
+
+
+@pytest.fixture
+def emodb(tmp_path: Path) -> Path:
+    """A small EMO-DB: 5 speakers, 7 emotions, two channels at 22.05 kHz."""
+    folder = tmp_path / "wav"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for speaker in ("03", "08", "09", "10", "11"):
+        for emotion in "WLEAFTN":
+            soundfile.write(folder / f"{speaker}a01{emotion}a.wav", rng.uniform(-0.3, 0.3, (2205, 2)), 22050)
+    return folder
+
+
+def test_pack_emodb(emodb: Path, tmp_path: Path) -> None:
+    summary = pack("emodb", emodb, tmp_path / "set", shard_samples=8, workers=1, progress=False)
+    assert summary["splits"] == {
+        "train": {"clips": 21, "speakers": 3},
+        "val": {"clips": 7, "speakers": 1},
+        "test": {"clips": 7, "speakers": 1},
+    }
+    assert summary["emotions"] == dict.fromkeys([*EMOTIONS[:1], "boredom", "disgust", "fear", *EMOTIONS[1:]], 5)
+    assert (summary["clips"], summary["dropped"], summary["shared_speakers"]) == (35, {}, 0)
+    assert verify(tmp_path / "set") == []
+    shards = ShardSet.open(tmp_path / "set")
+    i = shards.keys.index("emodb_03a01Fa")
+    sample = shards.read(i)
+    wave = audio.decode(sample.audio, sample.where)
+    expected = audio.decode((emodb / "03a01Fa.wav").read_bytes(), "wav")
+    np.testing.assert_allclose(wave, expected, atol=1 / 32768)
+    assert len(wave) == 1600
+    described = {"emotion": "happiness", "label": "happy", "gender": "male", "language": "de", "speaker": "03"}
+    assert sample.meta.items() >= (described | {"synthetic": False, "source_id": "emodb_03a01Fa"}).items()
+
+
+def test_pack_gives_the_same_bytes_with_any_number_of_processes(emodb: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        pack("emodb", emodb, tmp_path / f"set{workers}", shard_samples=8, workers=workers, progress=False)
+    one = {path.name: path.read_bytes() for path in (tmp_path / "set1").iterdir()}
+    assert one == {path.name: path.read_bytes() for path in (tmp_path / "set2").iterdir()}
+    assert len(one) == 2 * 5 + 1
+
+
+def test_the_order_of_a_manifest_does_not_matter(emodb: Path, tmp_path: Path) -> None:
+    rows = [f"{path},angry,de,{path.name[:2]}" for path in sorted(emodb.iterdir())]
+    for name, order in (("one", rows), ("two", rows[::-1])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "list.csv").write_text("\n".join(["path,emotion,language,speaker", *order]))
+        pack("manifest", tmp_path / name / "list.csv", tmp_path / name / "set", workers=1, progress=False)
+    one = {path.name: path.read_bytes() for path in (tmp_path / "one/set").iterdir()}
+    assert one == {path.name: path.read_bytes() for path in (tmp_path / "two/set").iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_unreadable_file_is_named_and_nothing_is_left(emodb: Path, tmp_path: Path, workers: int) -> None:
+    (emodb / "09a01Wa.wav").write_bytes(b"RIFF, or so it says")
+    with pytest.raises(UserError, match=r"09a01Wa\.wav: not readable as audio") as caught:
+        pack("emodb", emodb, tmp_path / "set", workers=workers, progress=False)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["wav"]
+
+
+def test_pack_a_manifest(emodb: Path, tmp_path: Path) -> None:
+    rows = [{"path": f"{emodb}/{s}a01Wa.wav", "emotion": "angry", "language": "ru", "speaker": s, "split": p}
+            for s, p in (("03", "train"), ("08", "dev"), ("09", "test"))]  # fmt: skip
+    rows += [{**rows[0], "path": f"{emodb}/03a01Ta.wav", "emotion": "xxx"}]
+    rows += [{**rows[0], "path": f"{emodb}/03a01Na.wav", "speaker": "09"}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summary = pack("manifest", tmp_path / "mine.jsonl", tmp_path / "set", audio_format="wav", workers=1, progress=False)
+    assert (summary["name"], summary["clips"], summary["dropped"]) == ("mine", 4, {"xxx": 1})
+    assert summary["shared_speakers"] == 1  # a prescribed split wins, and is told of
+    assert Counter(ShardSet.open(tmp_path / "set").split) == {"train": 2, "val": 1, "test": 1}
+    assert ShardSet.open(tmp_path / "set").read(0).ext == "wav"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"corpus": "emo-db"}, "unknown corpus 'emo-db'; known are emodb, manifest"),
+        ({"audio_format": "mp3"}, "unknown audio format"),
+        ({"max_seconds": 0.05}, r"a01.a\.wav: 0\.1 s of audio, the limit is 0\.05 s"),
+        ({"test_speakers": ["99"]}, "no clip of '99'"),
+    ],
+)
+def test_wrong_options_are_explained(emodb: Path, tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        arguments: dict[str, Any] = {"corpus": "emodb", "src": emodb, "out": tmp_path / "set", "workers": 1}
+        pack(**(arguments | options), progress=False)
+    assert not (tmp_path / "set").exists()
+
+
+def test_overwrite(emodb: Path, tmp_path: Path) -> None:
+    pack("emodb", emodb, tmp_path / "set", workers=1, progress=False)
+    with pytest.raises(UserError, match="already exists"):
+        pack("emodb", emodb, tmp_path / "set", workers=1, progress=False)
+    pack("emodb", emodb, tmp_path / "set", workers=1, progress=False, overwrite=True, audio_format="wav")
+    assert ShardSet.open(tmp_path / "set").read(0).ext == "wav"
