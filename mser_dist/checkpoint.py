@@ -108,7 +108,10 @@ class Checkpoints:
                 return str(folder), None
             broken.append(fault)
         if broken:
-            return None, f"no checkpoint in {self.folder} is whole ({'; '.join(broken)}): move the folder away to start anew"
+            return (
+                None,
+                f"no checkpoint in {self.folder} is whole ({'; '.join(broken)}): move the folder away to start anew",
+            )
         return None, None
 
 

@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        return _fail(options.debug, f"the disk is full ({error.filename or 'while writing'}): free space and start again")
+        return _fail(
+            options.debug, f"the disk is full ({error.filename or 'while writing'}): free space and start again"
+        )
     except KeyboardInterrupt:
         print("mser: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
@@ -89,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mser {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    def verb(name: str, run: Callable[[argparse.Namespace], int | None], help: str, more: str = "") -> argparse.ArgumentParser:
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], int | None], help: str, more: str = ""
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name, help=help, description=more or help, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -102,12 +106,18 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("words", metavar="key=value", nargs="*", help="overrides; `mser config --keys` lists the keys")
 
     demo = verb("demo", _demo, "from nothing to a zero-shot table, on a laptop", _DEMO_HELP)
-    demo.add_argument("--out", default="runs/demo", type=Path, help="folder of everything it makes (default: %(default)s)")
-    demo.add_argument("--llm", choices=("tiny", "smollm2"), default="tiny", help="tiny: made on the spot (default); smollm2: 135M")
+    demo.add_argument(
+        "--out", default="runs/demo", type=Path, help="folder of everything it makes (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--llm", choices=("tiny", "smollm2"), default="tiny", help="tiny: made on the spot (default); smollm2: 135M"
+    )
     demo.add_argument("--nproc", type=int, default=2, metavar="N", help="worker processes (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and order (default: %(default)s)")
     demo.add_argument("--shards", type=Path, help="use this synthetic set instead of making one")
-    demo.add_argument("--shuffle-labels", action="store_true", help="control: permuted training labels must end at chance")
+    demo.add_argument(
+        "--shuffle-labels", action="store_true", help="control: permuted training labels must end at chance"
+    )
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in --out")
 
     for name, run, help, more in (
@@ -126,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     synth = verb("synth", _synth, "synthesise an M5SER-style multilingual set with eSpeak NG")
     synth.add_argument("out", type=Path, metavar="OUT", help="folder of shards to make")
     synth.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
-    synth.add_argument("--takes", type=int, help="takes of each sentence and emotion in train (default: that of the demo)")
+    synth.add_argument(
+        "--takes", type=int, help="takes of each sentence and emotion in train (default: that of the demo)"
+    )
     synth.add_argument("--overwrite", action="store_true", help="replace an earlier set in OUT")
 
     pack = verb("pack", _pack, "make shards from a corpus or a list of files", _PACK_HELP)
@@ -139,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--folds", type=int, metavar="K", help="cross-validation: cut the speakers in K test sets …")
     pack.add_argument("--fold", type=int, default=0, metavar="I", help="… and test on number I (default: %(default)s)")
     pack.add_argument("--seed", type=int, default=0, help="seed of the split (default: %(default)s)")
-    pack.add_argument("--format", choices=("flac", "wav"), default="flac", help="audio in the shards (default: %(default)s)")
+    pack.add_argument(
+        "--format", choices=("flac", "wav"), default="flac", help="audio in the shards (default: %(default)s)"
+    )
     pack.add_argument("--overwrite", action="store_true", help="replace an earlier set in OUT")
 
     check = verb("verify", _verify, "check every hash, count and clip of a set of shards")
@@ -255,7 +269,9 @@ def _pack(options: argparse.Namespace) -> None:
         if summary[key]:
             print(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in summary[key].items()))
     if summary["shared_speakers"]:
-        print(f"  warning: {summary['shared_speakers']} speakers are in more than one split, as the manifest prescribes")
+        print(
+            f"  warning: {summary['shared_speakers']} speakers are in more than one split, as the manifest prescribes"
+        )
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ class TrainingClips(Clips):
     split: str = opt("train", "split to train on")
     val_split: str | None = opt("val", "split for validation during training; null: none")
     parallel: int = opt(2, "stage 1: so many clips of one source_id stay side by side in a batch (1: plain shuffle)")
-    shuffle_labels: bool = opt(False, "control experiment: permute the training labels; accuracy must fall to chance")
+    shuffle_labels: bool = opt(False, "control: training labels dealt out at random; accuracy must fall to chance")
 
 
 @dataclass(kw_only=True)
@@ -188,7 +188,9 @@ class Stage2(Common):
     def check(self) -> None:
         super().check()
         if not self.stage1:
-            raise UserError("stage1 is not set: name the run folder of a finished stage 1, e.g. stage1=runs/demo/stage1")
+            raise UserError(
+                "stage1 is not set: name the run folder of a finished stage 1, e.g. stage1=runs/demo/stage1"
+            )
         if self.llm.pretrained and self.llm.arch:
             raise UserError("llm.pretrained and llm.arch are both set: keep one of them")
         if self.llm.freeze and self.llm.lora:

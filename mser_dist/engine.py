@@ -18,7 +18,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def find_json(name: str) -> Path:
     """A DeepSpeed JSON by path, or by its name in ``ds_configs/`` (beside the package, or inside an installed one)."""
     here = Path(__file__).parent
-    candidates = [Path(name), *(f / f"{name.removesuffix('.json')}.json" for f in (here.parent / "ds_configs", here / "ds_configs"))]
+    candidates = [
+        Path(name),
+        *(f / f"{name.removesuffix('.json')}.json" for f in (here.parent / "ds_configs", here / "ds_configs")),
+    ]
     for path in candidates:
         if path.is_file():
             return path
@@ -36,7 +39,10 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
-    for section, instead in {"optimizer": "train.lr, train.betas, …", "scheduler": "train.warmup, train.min_lr"}.items():
+    for section, instead in {
+        "optimizer": "train.lr, train.betas, …",
+        "scheduler": "train.warmup, train.min_lr",
+    }.items():
         if section in plain:
             raise UserError(f"{path}: remove the section {section!r}: the run config decides it ({instead})")
     micro, accumulation = cfg.batch_shape(config.train, world_size)
@@ -99,7 +105,9 @@ class Engine:
         self.zero_stage = int(zero.get("stage", 0))
         groups = parameter_groups(model, config.train.weight_decay)
         if not groups:
-            raise UserError("every part of the model is frozen: nothing would be trained; unfreeze a part in the config")
+            raise UserError(
+                "every part of the model is frozen: nothing would be trained; unfreeze a part in the config"
+            )
         betas = (config.train.betas[0], config.train.betas[1])
         optimizer: torch.optim.Optimizer
         if zero.get("offload_optimizer", {}).get("device", "none") != "none":

@@ -1,9 +1,9 @@
 """A finished run's model on disk: ``<run>/export``, in safetensors and Hugging Face format.
 
-    export/card.json            stage, labels, languages trained on, shapes, hashes; written last, so that it means "whole"
-    export/speech.safetensors   encoder + Q-Former: what stage 2 takes from stage 1
-    export/heads.safetensors    stage 1: projections and scales; stage 2: the projector
-    export/llm/                 stage 2: the LLM and its tokenizer as `from_pretrained` reads them (LoRA: the adapter)
+export/card.json            stage, labels, languages trained on, shapes, hashes; written last, so that it means "whole"
+export/speech.safetensors   encoder + Q-Former: what stage 2 takes from stage 1
+export/heads.safetensors    stage 1: projections and scales; stage 2: the projector
+export/llm/                 stage 2: the LLM and its tokenizer as `from_pretrained` reads them (LoRA: the adapter)
 """
 
 import json
@@ -47,11 +47,15 @@ def read_card(export: Path) -> dict[str, Any]:
         card = json.loads((export / "card.json").read_text(encoding="utf-8"))
         _ = card["stage"], card["labels"], card["files"], card["speech"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{export / 'card.json'} is not the card of an exported run ({error!r}): export again") from error
+        raise UserError(
+            f"{export / 'card.json'} is not the card of an exported run ({error!r}): export again"
+        ) from error
     return card
 
 
-def write(export: Path, model: nn.Module, state: dict[str, Tensor], card: dict[str, Any], tokenizer: Any = None) -> None:
+def write(
+    export: Path, model: nn.Module, state: dict[str, Tensor], card: dict[str, Any], tokenizer: Any = None
+) -> None:
     """Publish an export at once: all files under a staging name, then one rename.
 
     `state` is the whole model's state by name, on the CPU; `model` gives shapes and LLM config, its own weights may be
@@ -80,7 +84,9 @@ def write(export: Path, model: nn.Module, state: dict[str, Tensor], card: dict[s
         staging.rename(export)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(f"cannot write the export to {export}: {error.strerror or error}; free space and start again") from error
+        raise UserError(
+            f"cannot write the export to {export}: {error.strerror or error}; free space and start again"
+        ) from error
 
 
 def _write_llm(folder: Path, llm: Any, state: dict[str, Tensor]) -> None:
@@ -140,7 +146,9 @@ def _with_heads(model: Any, export: Path) -> Any:
     heads = load_file(export / "heads.safetensors")
     wanted = {name for name in model.state_dict() if not name.startswith(("speech.", "llm."))}
     if wanted != set(heads):
-        raise UserError(f"{export}: heads.safetensors does not fit the model ({sorted(wanted ^ set(heads))[:3]}): export again")
+        raise UserError(
+            f"{export}: heads.safetensors does not fit the model ({sorted(wanted ^ set(heads))[:3]}): export again"
+        )
     model.load_state_dict(heads, strict=False)
     return model
 

@@ -16,7 +16,9 @@ SEEN, UNSEEN = "#4477aa", "#ee6677"  # Paul Tol's colour-blind safe palette
 def curves(rows: list[dict[str, float]], path: Path) -> None:
     """Every logged number against the step, one small plot each."""
     hidden = {"step", "seconds"}
-    names = sorted({name for row in rows for name in row} - hidden, key=lambda n: (not n.startswith(("train/", "val/")), n))
+    names = sorted(
+        {name for row in rows for name in row} - hidden, key=lambda n: (not n.startswith(("train/", "val/")), n)
+    )
     columns = 4
     lines = -(-len(names) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.6 * lines), squeeze=False)

@@ -20,10 +20,10 @@ from itertools import islice, product
 
 import numpy as np
 import soxr
-from tqdm import tqdm
 
 from mser_dist.data.espeak import Espeak
 from mser_dist.errors import UserError
+from mser_dist.progress import bar
 
 CORPUS = "m5ser-espeak"
 SPLITS = ("train", "val", "test")
@@ -339,11 +339,11 @@ def generate(
     utterances = plan(config)
     chunks = [utterances[start : start + _CHUNK] for start in range(0, len(utterances), _CHUNK)]
     rendered = map(_render_chunk, chunks) if workers <= 1 else _render_parallel(chunks, workers)
-    with tqdm(total=len(utterances), desc="synthesis", unit="clip", disable=not progress) as bar:
+    with bar(title="synthesis", unit="clip", total=len(utterances), disable=not progress) as shown:
         for chunk, waves in zip(chunks, rendered, strict=True):
             for utterance, wave in zip(chunk, waves, strict=True):
                 yield utterance.key, wave, metadata(utterance, wave)
-                bar.update()
+                shown.update()
 
 
 def _render_chunk(chunk: list[Utterance]) -> list[np.ndarray]:
