@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: stage → barrier → fsync → seal → publish → prune.
 
 A checkpoint is ``<run>/checkpoints/step-000123``: DeepSpeed's files, each rank's random state, ``state.json``, and
-``seal.json`` with the size and SHA-256 of every file. All is written under a ``.partial`` name and published by one rename.
+``seal.json`` with the size and SHA-256 of every file. All is written under a ``.partial`` name, then published by one
+rename.
 DeepSpeed's own ``latest`` pointer is not used: it may appear before another rank's shard.
 """
 
@@ -76,7 +77,8 @@ class Checkpoints:
 
     def published(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and p.suffix != ".partial")
+        found = {int(p.name[5:]): p for p in self.folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()}
+        return [found[step] for step in sorted(found)]  # by number: step-1000000 comes after step-999999
 
     def resume(self, engine: Engine) -> dict[str, Any] | None:
         """Load the newest checkpoint whose seal holds and return its state, or None in a fresh run. Collective."""
@@ -118,10 +120,11 @@ class Checkpoints:
 def seal_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as its seal says."""
     try:
-        files = json.loads((folder / "seal.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        sealed = json.loads((folder / "seal.json").read_text(encoding="utf-8"))
+        files = [(name, size, digest) for name, (size, digest) in sealed.items()]
+    except (OSError, ValueError, TypeError, AttributeError):
         return f"{folder.name} has no readable seal.json"
-    for name, (size, digest) in files.items():
+    for name, size, digest in files:
         path = folder / name
         if not path.is_file():
             return f"{folder.name}/{name} is missing"

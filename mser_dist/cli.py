@@ -1,4 +1,4 @@
-"""The ``mser`` command: thin, one function a verb. Heavy imports stay inside the verbs, so that --help answers at once."""
+"""The ``mser`` command: thin, one function a verb. Heavy imports stay inside the verbs: --help answers at once."""
 
 import argparse
 import errno
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(options.debug, str(error))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _fail(
             options.debug, f"the disk is full ({error.filename or 'while writing'}): free space and start again"
@@ -74,9 +74,10 @@ def _fail(debug: bool, message: str) -> int:
     if debug:
         traceback.print_exc()
     rank = os.environ.get("RANK", "0")
-    print(f"mser: error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr, flush=True)
+    where = "" if rank == "0" else f" (rank {rank})"
+    print(f"mser: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if "torch" in sys.modules and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "torch" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(2)  # a normal exit would wait in the process group's destructor for peers that are still at work
     return 2
 
@@ -265,7 +266,9 @@ def _pack(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
     )
     print(f"{summary['out']}: {summary['clips']} clips, {summary['hours']:.2f} h, in {summary['seconds']:.0f} s")
-    for key in ("splits", "emotions", "languages", "dropped"):
+    for name, part in summary["splits"].items():
+        print(f"  {name:<6} {part['clips']:>7} clips, {part['speakers']} speakers")
+    for key in ("emotions", "languages", "dropped"):
         if summary[key]:
             print(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in summary[key].items()))
     if summary["shared_speakers"]:

@@ -6,12 +6,14 @@ Nothing here imports torch, so that ``mser --help`` and a config typo answer at 
 """
 
 import re
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, get_args
 
 from mser_dist.errors import UserError
 
 SIX_EMOTIONS = ["anger", "disgust", "fear", "happy", "neutral", "sad"]
+DTYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager")
 
 
 def opt(default: Any, help: str) -> Any:
@@ -33,6 +35,15 @@ class Clips:
     labels: list[str] = opt(SIX_EMOTIONS, "the emotions to tell apart, in order; clips of other labels are dropped")
     max_seconds: float = opt(30.0, "a longer clip is an error that names it")
     workers: int = opt(2, "decoding processes per rank; 0: decode in the main process")
+
+    def check(self) -> None:
+        """Raise `UserError` on values that no set of clips can have."""
+        if not self.sets:
+            raise UserError("data.sets is empty: name at least one folder of shards (see `mser pack --help`)")
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise UserError(f"data.labels must be two or more different labels, not {self.labels}")
+        positive("data.max_seconds", self.max_seconds)
+        not_negative("data.workers", self.workers)
 
 
 @dataclass(kw_only=True)
@@ -138,22 +149,23 @@ class Common:
 
     def check(self) -> None:
         """Raise `UserError` on values that contradict each other, before anything heavy is imported."""
-        if not self.data.sets:
-            raise UserError("data.sets is empty: name at least one folder of shards (see `mser pack --help`)")
-        if len(set(self.data.labels)) != len(self.data.labels) or len(self.data.labels) < 2:
-            raise UserError(f"data.labels must be two or more different labels, not {self.data.labels}")
+        self.data.check()
+        not_negative("seed", self.seed)
         train = self.train
-        positive = {"global_batch": train.global_batch, "lr": train.lr, "log_every": train.log_every}
-        for name, value in positive.items():
-            if value <= 0:
-                raise UserError(f"train.{name} must be positive, not {value}")
-        if train.steps is None and train.epochs <= 0:
-            raise UserError(f"train.epochs must be positive, not {train.epochs}")
-        if len(train.betas) != 2:
-            raise UserError(f"train.betas must be two numbers, not {train.betas}")
-        one_of("engine.dtype", self.engine.dtype, ("float32", "bfloat16", "float16"))
-        kernels = ("auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager")
-        one_of("engine.attention", self.engine.attention, kernels)
+        for name in ("global_batch", "lr", "log_every", "keep"):
+            positive(f"train.{name}", getattr(train, name))
+        for name in ("weight_decay", "grad_clip", "val_every", "save_every"):
+            not_negative(f"train.{name}", getattr(train, name))
+        length = "epochs" if train.steps is None else "steps"
+        positive(f"train.{length}", getattr(train, length))
+        for name in ("warmup", "min_lr"):
+            if not 0 <= getattr(train, name) <= 1:
+                raise UserError(f"train.{name} is a share between 0 and 1, not {getattr(train, name)}")
+        if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+            raise UserError(f"train.betas must be two numbers from 0 to below 1, not {train.betas}")
+        positive("engine.timeout_minutes", self.engine.timeout_minutes)
+        one_of("engine.dtype", self.engine.dtype, DTYPES)
+        one_of("engine.attention", self.engine.attention, KERNELS)
 
 
 @dataclass(kw_only=True)
@@ -211,8 +223,10 @@ class Evaluation:
     tracking: Tracking = opt(Tracking, "MLflow")
 
     def check(self) -> None:
-        if not self.data.sets:
-            raise UserError("data.sets is empty: name at least one folder of shards to evaluate on")
+        self.data.check()
+        positive("batch", self.batch)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("attention", self.attention, KERNELS)
         if not (self.stage1 or self.stage2):
             raise UserError("stage1 and stage2 are both unset: name the run folder of a finished run")
 
@@ -223,8 +237,20 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{key} is {value!r}: use one of {', '.join(allowed)}")
 
 
+def positive(key: str, value: float) -> None:
+    """Raise `UserError` unless `value` is above 0."""
+    if value <= 0:
+        raise UserError(f"{key} must be positive, not {value}")
+
+
+def not_negative(key: str, value: float) -> None:
+    """Raise `UserError` if `value` is below 0."""
+    if value < 0:
+        raise UserError(f"{key} must not be negative: it is {value}")
+
+
 def batch_shape(train: Train, world_size: int) -> tuple[int, int]:
-    """Clips per rank and forward pass, and accumulation steps, for a world size. Raises `UserError` if it does not divide."""
+    """(clips per rank and forward pass, accumulation steps) for a world size, or `UserError` if it does not divide."""
     if train.global_batch % world_size:
         near = round(train.global_batch / world_size) * world_size or world_size
         raise UserError(
@@ -232,7 +258,7 @@ def batch_shape(train: Train, world_size: int) -> tuple[int, int]:
             f"set train.global_batch={near} or start another number of processes"
         )
     per_rank = train.global_batch // world_size
-    micro = train.micro_batch or per_rank
+    micro = per_rank if train.micro_batch is None else train.micro_batch
     if micro <= 0 or per_rank % micro:
         raise UserError(
             f"train.micro_batch={micro} does not divide the {per_rank} clips per rank "
@@ -245,11 +271,11 @@ def key_table(cls: type) -> list[tuple[str, str, str, str]]:
     """(key, type, default, help) of every key of a config class, nested keys dotted, for `mser config --keys`."""
     rows = []
     for f in fields(cls):
-        nested = f.default_factory if isinstance(f.default_factory, type) else None
-        if nested is not None and hasattr(nested, "__dataclass_fields__"):
-            rows += [(f"{f.name}.{key}", *rest) for key, *rest in key_table(nested)]
-            continue
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        kind = re.sub(r"mser_dist\.config\.|<class '|'>", "", str(f.type))
-        rows.append((f.name, kind, str(default), f.metadata.get("help", "")))
+        section = next((t for t in (f.type, *get_args(f.type)) if is_dataclass(t)), None)
+        if section is None or f.default is None:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            kind = re.sub(r"mser_dist\.config\.|<class '|'>", "", str(f.type))
+            rows.append((f.name, kind, str(default), f.metadata.get("help", "")))
+        if isinstance(section, type):
+            rows += [(f"{f.name}.{key}", kind, default, help) for key, kind, default, help in key_table(section)]
     return rows

@@ -4,6 +4,7 @@ An unknown or ill-typed key is a `UserError` that names the nearest right one.
 """
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import asdict, fields, is_dataclass
@@ -75,7 +76,7 @@ def load_training(name: str, words: list[str]) -> Stage1 | Stage2:
     stage = tree.get("stage")
     if stage not in (1, 2):
         raise UserError(f"{path}: stage is {stage!r}: set `stage: 1` (align) or `stage: 2` (instruct)")
-    return _checked(Stage1 if stage == 1 else Stage2, tree, path)
+    return _checked(Stage1, tree, path) if stage == 1 else _checked(Stage2, tree, path)
 
 
 def load_evaluation(name: str, words: list[str]) -> Evaluation:
@@ -133,14 +134,14 @@ def _cast(kind: Any, value: Any, where: str, key: str) -> Any:
     if origin is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     if origin in (int, float) and not isinstance(value, bool):
+        if origin is int and isinstance(value, int):
+            return value
         try:
             number = float(value)
-            if origin is float:
-                return number
-            if number == int(number):
-                return int(number)
         except (TypeError, ValueError, OverflowError):
-            pass
+            number = math.nan
+        if math.isfinite(number) and (origin is float or number.is_integer()):
+            return origin(number)
     name = getattr(origin, "__name__", str(origin))
     raise UserError(f"{where}: {key} must be {'a list' if origin is list else f'of type {name}'}, not {value!r}")
 

@@ -39,9 +39,20 @@ def discover(env: Mapping[str, str] | None = None) -> World:
         return _from_torchrun(env)
     # SLURM_STEP_NUM_TASKS exists only inside an srun step; SLURM_NTASKS also in the batch script itself, where one
     # process that believed it would wait for ever for peers that nobody starts.
-    if "SLURM_STEP_NUM_TASKS" in env and int(env["SLURM_STEP_NUM_TASKS"]) > 1:
+    if "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
         return _from_slurm(env)
     return World()
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """An integer of the environment. Raises `UserError` where it is none, or missing without a default."""
+    text = env.get(name, default)
+    if text is None:
+        raise UserError(f"the launcher's environment lacks {name}: check how the job starts its processes")
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} is not a number: check the launcher's environment") from None
 
 
 def _from_torchrun(env: Mapping[str, str]) -> World:
@@ -51,29 +62,28 @@ def _from_torchrun(env: Mapping[str, str]) -> World:
             f"the environment sets {'RANK' if 'RANK' in env else 'WORLD_SIZE'} but not {', '.join(missing)}: "
             "unset it for a single process, or start with torchrun, srun or `mser train --nproc N`"
         )
-    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     if not 0 <= rank < size:
         raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}: check the launcher's environment")
-    local = int(env.get("LOCAL_RANK", "0"))
-    return World(rank, size, local, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "torchrun")
+    local = _number(env, "LOCAL_RANK", 0)
+    return World(rank, size, local, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), "torchrun")
 
 
 def _from_slurm(env: Mapping[str, str]) -> World:
-    rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-    addr = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"], env)
+    rank, size = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
+    addr = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
     # A port from the job and step ids: jobs that share a node do not meet on it.
-    job, step = int(env["SLURM_JOB_ID"]), int(env.get("SLURM_STEP_ID", "0"))
-    port = int(env.get("MASTER_PORT") or 20000 + (job * 7 + step) % 12000)
-    return World(rank, size, int(env.get("SLURM_LOCALID", "0")), addr, port, "srun")
+    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", 0)
+    port = _number(env, "MASTER_PORT", 20000 + (job * 7 + step) % 12000)
+    return World(rank, size, _number(env, "SLURM_LOCALID", 0), addr, port, "srun")
 
 
-def _first_host(nodelist: str, env: Mapping[str, str]) -> str:
-    """The first host of SLURM's compressed list, e.g. ``gpu[03-05,9],login1`` → ``gpu03``, as an address that resolves."""
-    head = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+def _first_host(nodelist: str) -> str:
+    """The first host of SLURM's compressed list, ``gpu[03-05,9],login1`` → ``gpu03``, as an address that resolves."""
+    head = re.match(r"(?:[^\[\],]|\[\d+[^\]]*\])+", nodelist)  # up to the first comma outside brackets
     if head is None:
         raise UserError(f"SLURM's node list {nodelist!r} names no host: set MASTER_ADDR in the job script")
-    name = head[1] + (head[2] or "") + (head[3] or "")
-    return _address(name)
+    return _address(re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0]))
 
 
 def _address(node: str) -> str:
@@ -93,6 +103,13 @@ def _address(node: str) -> str:
     return found[1] if found else node
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on, so that two jobs here do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def init(world: World, timeout_minutes: float, device: str) -> None:
     """Start the default process group (NCCL on CUDA, else gloo) through DeepSpeed. Idempotent.
 
@@ -105,7 +122,7 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
         WORLD_SIZE=str(world.world_size),
         LOCAL_RANK=str(world.local_rank),
         MASTER_ADDR=world.master_addr,
-        MASTER_PORT=str(world.master_port),
+        MASTER_PORT=str(free_port() if world.launcher == "single" else world.master_port),
     )
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of the GPU that it looked for

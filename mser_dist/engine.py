@@ -15,6 +15,9 @@ from mser_dist.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_SECTIONS = ("zero_optimization", "bf16", "fp16")
+
+
 def find_json(name: str) -> Path:
     """A DeepSpeed JSON by path, or by its name in ``ds_configs/`` (beside the package, or inside an installed one)."""
     here = Path(__file__).parent
@@ -39,6 +42,8 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(plain, dict) or not all(isinstance(plain.get(key, {}), dict) for key in _SECTIONS):
+        raise UserError(f"{path}: a DeepSpeed config is a JSON object whose {', '.join(_SECTIONS)} are objects too")
     for section, instead in {
         "optimizer": "train.lr, train.betas, …",
         "scheduler": "train.warmup, train.min_lr",
@@ -63,7 +68,7 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
         if said not in ("auto", enabled):
             raise UserError(
                 f"{path}: {section}.enabled={str(said).lower()} contradicts engine.dtype={config.engine.dtype}: "
-                f"set engine.dtype={dtype if said else 'to another type'} or remove {section} from the JSON"
+                f"{f'set engine.dtype={dtype}' if said else 'change engine.dtype'} or remove {section} from the JSON"
             )
         plain[section] = {**plain.get(section, {}), "enabled": enabled}
     plain.setdefault("steps_per_print", 10**9)  # our log says more
@@ -85,7 +90,8 @@ def schedule(train: cfg.Train, total: int) -> Any:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases, norms, scales and learned queries do not."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and not name.endswith("queries")
@@ -156,7 +162,7 @@ class Engine:
             raise UserError(f"DeepSpeed found no checkpoint in {folder}: remove the folder to start from an older one")
 
     def full_state(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer by name, whole, on rank 0's CPU; an empty dict elsewhere. Collective."""
+        """Parameters and persistent buffers by name, whole, on rank 0's CPU; an empty dict elsewhere. Collective."""
         from deepspeed import zero
 
         main = self._engine.global_rank == 0

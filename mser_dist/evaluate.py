@@ -20,11 +20,11 @@ from mser_dist.data.shards import ShardSet
 from mser_dist.engine import DTYPES
 from mser_dist.files import write_json, write_text
 from mser_dist.metrics import Scores, score
-from mser_dist.models.attention import choose
+from mser_dist.models.attention import Attention, choose
 from mser_dist.models.scoring import AnswerScorer, PromptScorer
 from mser_dist.models.text import TextTower
 from mser_dist.progress import bar
-from mser_dist.tracking import Tracker, run_id_of
+from mser_dist.tracking import Tracker, run_id_of, tracked
 
 
 def predict(
@@ -58,8 +58,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     """Evaluate finished runs and return {"zero_shot": rows, …}; writes ``<out>/``: the table, predictions and plots."""
     world = distributed.discover()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[config.dtype]
-    attention = choose(config.attention, dtype, device)
+    attention = choose(config.attention, DTYPES[config.dtype], device)
     runs = {stage: run for stage, run in ((1, config.stage1), (2, config.stage2)) if run}
     exports = {stage: exported.find(run, stage) for stage, run in runs.items()}
     data = config.data
@@ -67,6 +66,33 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     if world.world_size > 1:
         distributed.init(world, 30.0, device)
     out = Path(config.out)
+    if world.is_main:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_text(out / "config.yaml", to_yaml(config))
+        for name in ("mlflow.json", "log.jsonl"):  # an evaluation never resumes: each is an MLflow run of its own
+            (out / name).unlink(missing_ok=True)
+    tags = {"mser.stage": "eval"} | {f"mser.stage{stage}_run_id": run_id_of(run) or "" for stage, run in runs.items()}
+    with tracked(config.tracking, out, tags, flatten(config), world.is_main) as tracker:
+        rows, tables, predictions = _score_all(config, exports, shards, world, attention, device)
+        report = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
+        if tracker:
+            _publish(config, tracker, rows, tables, predictions)
+            report |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
+            write_json(out / "report.json", report)
+    distributed.barrier()
+    return report
+
+
+def _score_all(
+    config: cfg.Evaluation,
+    exports: dict[int, Path],
+    shards: ShardSet,
+    world: distributed.World,
+    attention: Attention,
+    device: str,
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, NDArray[np.int64]]], list[dict[str, Any]]]:
+    """Every stage's rows of the table, confusions by language, and predictions. Collective."""
+    data, dtype = config.data, DTYPES[config.dtype]
     rows: list[dict[str, Any]] = []
     tables: dict[int, dict[str, NDArray[np.int64]]] = {}
     predictions: list[dict[str, Any]] = []
@@ -85,11 +111,12 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         )
         best = scores.argmax(1)
         tables[stage] = {}
-        for corpus, language in sorted({(shards.corpus[i], shards.language[i]) for i in numbers}):
+        groups = {(shards.language[i] not in card["languages"], shards.corpus[i], shards.language[i]) for i in numbers}
+        for unseen, corpus, language in sorted(groups):
             mine = np.array([shards.corpus[i] == corpus and shards.language[i] == language for i in numbers])
             result = score(clips.label[numbers[mine]], best[mine], len(data.labels))
-            rows.append(_row(stage, corpus, language, language in card["languages"], result))
-            tables[stage][f"{language} ({corpus})"] = result.confusion
+            rows.append(_row(stage, corpus, language, not unseen, result))
+            tables[stage][f"{language}, {'unseen' if unseen else 'seen'} ({corpus})"] = result.confusion
         predictions += [
             {
                 "stage": stage,
@@ -101,12 +128,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
             }
             for i, choice, line in zip(numbers.tolist(), best.tolist(), scores, strict=True)
         ]
-    rows.sort(key=lambda row: (row["stage"], not row["seen_language"], row["corpus"], row["language"]))
-    report = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
-    if world.is_main:
-        report |= _publish(config, out, runs, rows, tables, predictions)
-    distributed.barrier()
-    return report
+    return rows, tables, predictions
 
 
 def _row(stage: int, corpus: str, language: str, seen: bool, s: Scores) -> dict[str, Any]:
@@ -140,36 +162,29 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def _publish(
     config: cfg.Evaluation,
-    out: Path,
-    runs: dict[int, str],
+    tracker: Tracker,
     rows: list[dict[str, Any]],
     tables: dict[int, dict[str, NDArray[np.int64]]],
     predictions: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Write the files of an evaluation and log them to MLflow, linked to the runs they came from."""
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_text(out / "config.yaml", to_yaml(config))
-    write_text(out / "table.txt", format_table(rows) + "\n")
+) -> None:
+    """Write the table, predictions and plots of an evaluation and log them."""
+    out = tracker.out
+    table = format_table(rows)
+    write_text(out / "table.txt", table + "\n")
     write_text(out / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     pictures = [out / "ua_by_language.png"]
     plots.ua_by_language(rows, pictures[0])
     for stage, confusion in tables.items():
         pictures.append(out / f"confusion_stage{stage}.png")
         plots.confusions(confusion, config.data.labels, f"stage {stage}: confusion by language", pictures[-1])
-    tags = {"mser.stage": "eval", "mser.version": __version__, "mser.out": str(out.resolve())}
-    tags |= {f"mser.stage{stage}_run_id": run_id_of(run) or "" for stage, run in runs.items()}
-    tracker = Tracker(config.tracking, out, tags, flatten(config))
     numbers = {f"ua/stage{r['stage']}/{r['corpus']}/{r['language']}": r["ua"] for r in rows}
-    for stage in runs:
+    for stage in tables:
         for seen in (True, False):
             mean = macro_ua(rows, stage, seen)
             if mean == mean:
                 numbers[f"ua/stage{stage}/{'seen' if seen else 'unseen'}"] = mean
     tracker.metrics(0, numbers)
     tracker.table(rows, "zero_shot.json")
-    for path in (out / "config.yaml", out / "table.txt", out / "predictions.jsonl", *pictures):
+    tracker.describe(f"Zero-shot evaluation of {config.stage1} and {config.stage2}\n\n```\n{table}\n```")
+    for path in (out / "table.txt", out / "predictions.jsonl", *pictures):
         tracker.artifact(path)
-    tracker.close("FINISHED")
-    result = {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
-    write_json(out / "report.json", {"zero_shot": rows, **result})
-    return result

@@ -1,9 +1,9 @@
 """A finished run's model on disk: ``<run>/export``, in safetensors and Hugging Face format.
 
-export/card.json            stage, labels, languages trained on, shapes, hashes; written last, so that it means "whole"
-export/speech.safetensors   encoder + Q-Former: what stage 2 takes from stage 1
-export/heads.safetensors    stage 1: projections and scales; stage 2: the projector
-export/llm/                 stage 2: the LLM and its tokenizer as `from_pretrained` reads them (LoRA: the adapter)
+- ``export/card.json``: stage, labels, languages trained on, shapes, hashes; written last, so that it means "whole"
+- ``export/speech.safetensors``: encoder + Q-Former, what stage 2 takes from stage 1
+- ``export/heads.safetensors``: stage 1: projections and scales; stage 2: the projector
+- ``export/llm/``: stage 2: the LLM and its tokenizer as `from_pretrained` reads them (LoRA: the adapter)
 """
 
 import json

@@ -1,38 +1,40 @@
-"""Start several ranks of one command on this machine, as `torchrun` would, but with the command's own exit code and errors.
+"""Start several ranks of one command on this machine, as `torchrun` does, with the command's own exit code and errors.
 
 A rank's error line reaches the terminal once, the others are ended, and nothing is left behind.
 """
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from types import FrameType
 from typing import IO
+
+from mser_dist.distributed import free_port
 
 _GRACE = 5.0  # seconds between TERM and KILL
 
 
 def local(ranks: int, arguments: Sequence[str]) -> int:
-    """Run ``mser ARGUMENTS`` as `ranks` processes that know each other. Returns 0, or the first failing rank's exit code.
+    """Run ``mser ARGUMENTS`` as `ranks` processes that know each other; returns 0, or the first failure's exit code.
 
     Rank 0 writes to this terminal; of the other ranks, what they wrote is shown only if one of them fails first.
     """
-    with socket.socket() as probe:  # a free port, so that two jobs on a machine do not meet
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {**place, "PYTHONUNBUFFERED": "1"}
     # Threads of all ranks together should not outnumber the cores.
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
     processes: list[subprocess.Popen[bytes]] = []
     quiet: list[IO[bytes]] = []
+    # A plain SIGTERM would end this process without its `finally`, and leave the ranks running.
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         for rank in range(ranks):
             env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log = None
+            log: IO[bytes] | None = None
             if rank:
                 log = tempfile.TemporaryFile()  # noqa: SIM115  closed in `finally`
                 quiet.append(log)
@@ -44,8 +46,13 @@ def local(ranks: int, arguments: Sequence[str]) -> int:
         return code
     finally:
         _end(processes)
-        for log in quiet:
-            log.close()
+        for file in quiet:
+            file.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
+from matplotlib import pyplot as plt
 
 SEEN, UNSEEN = "#4477aa", "#ee6677"  # Paul Tol's colour-blind safe palette
 
@@ -60,25 +60,29 @@ def confusions(tables: dict[str, NDArray[np.int64]], labels: list[str], title: s
 def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of UA per language, a panel per stage, unseen languages in their own colour, chance as a line."""
     stages = sorted({row["stage"] for row in rows})
-    figure, axes = plt.subplots(1, len(stages), figsize=(6.5 * len(stages), 3.8), squeeze=False, sharey=True)
+    size = (6.5 * len(stages), 4.0)
+    figure, axes = plt.subplots(1, len(stages), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, stage in zip(axes.flat, stages, strict=True):
         mine = [row for row in rows if row["stage"] == stage]
-        names = [f"{row['language']}\n{row['corpus']}" for row in mine]
+        several = len({row["corpus"] for row in mine}) > 1
+        names = [f"{row['language']} {row['corpus']}" if several else row["language"] for row in mine]
         colours = [SEEN if row["seen_language"] else UNSEEN for row in mine]
         bars = axis.bar(range(len(mine)), [row["ua"] for row in mine], color=colours)
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
         axis.axhline(1 / mine[0]["k"], color="black", linestyle="--", linewidth=1)
         axis.text(len(mine) - 0.5, 1 / mine[0]["k"], " chance", fontsize=8, va="bottom", ha="right")
-        axis.set_xticks(range(len(mine)), names, fontsize=7)
+        axis.set_xticks(range(len(mine)), names, fontsize=8, rotation=30 if several else 0)
         axis.set_ylim(0, 1.05)
         axis.set_title(f"stage {stage}")
         axis.set_ylabel("UA")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (SEEN, UNSEEN)]
-    axes.flat[0].legend(handles, ["language seen in training", "unseen"], fontsize=8, loc="lower left")
+    names = ["language seen in training", "unseen language"]
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=2)
     _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -26,6 +26,7 @@ class Stage(Protocol):
     model: nn.Module
     n_mels: int
     collate: Collate
+    source: dict[str, Any] | None  # the card of the run that this one builds on
 
     def prepare(self, batches: list[Batch], total: Any, device: str) -> None:
         """Finish a step's micro-batches on the training process; `total` sums a number over all ranks."""
@@ -44,8 +45,11 @@ class Align:
         self.config = config
         self.labels = config.data.labels
         self.tower = TextTower(config.text.pretrained, device)
+        self.source: dict[str, Any] | None = None
         if config.init_from:
-            speech = exported.load_speech(exported.find(config.init_from, stage=1), attention)
+            export = exported.find(config.init_from, stage=1)
+            self.source = exported.read_card(export)
+            speech = exported.load_speech(export, attention)
             if config.encoder.freeze:
                 speech.freeze_encoder()
         else:
@@ -87,7 +91,9 @@ class Instruct:
     def __init__(self, config: cfg.Stage2, attention: Attention, ds_json: dict[str, Any]) -> None:
         self.config = config
         self.labels = config.data.labels
-        speech = exported.load_speech(exported.find(config.stage1, stage=1), attention)
+        export = exported.find(config.stage1, stage=1)
+        self.source: dict[str, Any] | None = exported.read_card(export)
+        speech = exported.load_speech(export, attention)
         if config.freeze_encoder:
             speech.freeze_encoder()
         if config.freeze_qformer:

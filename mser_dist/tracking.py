@@ -1,16 +1,18 @@
 """One record of a run: a JSONL log in the run folder, always, and MLflow, which may fail without harm.
 
-Rank 0 only. The MLflow run id is kept in ``<run>/mlflow.json``, so that a resumed training continues the same MLflow run.
+Rank 0 only. The MLflow run id is kept in ``<run>/mlflow.json``: a resumed training continues the same MLflow run.
 """
 
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.files import write_json
 
@@ -19,7 +21,7 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRI
 
 
 def tracking_uri(config: cfg.Tracking, out: Path) -> str:
-    """The config's URI, else MLFLOW_TRACKING_URI, else a sqlite file beside the run folder, so that sibling runs compare."""
+    """The config's URI, else MLFLOW_TRACKING_URI, else a sqlite file beside the run folder."""
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve().parent / 'mlflow.db'}"
 
 
@@ -39,7 +41,11 @@ class Tracker:
         self.uri = tracking_uri(config, out)
         self.run_id: str | None = None
         self._started = time.monotonic()
-        self._log = (out / "log.jsonl").open("a", encoding="utf-8")
+        log = out / "log.jsonl"
+        cut = log.is_file() and not log.read_bytes().endswith(b"\n")
+        self._log = log.open("a", encoding="utf-8")
+        if cut:  # a kill in the middle of a line: the next one begins afresh
+            self._log.write("\n")
         self._alive = config.enabled
         self._guard(lambda: self._start(config, tags, params))
 
@@ -53,7 +59,9 @@ class Tracker:
             place = None
             if self.uri.startswith("sqlite:"):
                 place = (self.out.resolve().parent / "mlartifacts").as_uri()
-            mlflow.create_experiment(config.experiment, artifact_location=place)
+            # The kind decides which of MLflow's pages open: without it, those for LLM agents.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            mlflow.create_experiment(config.experiment, artifact_location=place, tags=kind)
         mlflow.set_experiment(config.experiment)
         mlflow.set_system_metrics_sampling_interval(5)
         known = run_id_of(self.out)
@@ -109,9 +117,28 @@ class Tracker:
 
         self._guard(send)
 
+    def describe(self, markdown: str) -> None:
+        """The text on the run's overview page."""
+
+        def send() -> None:
+            import mlflow
+
+            mlflow.set_tag("mlflow.note.content", markdown)
+
+        self._guard(send)
+
     def rows(self) -> list[dict[str, float]]:
-        """Every logged line so far, those of earlier starts of the run included."""
-        return [json.loads(line) for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        """Every logged line so far, those of earlier starts of the run included, in the order of steps.
+
+        A start that went on from a checkpoint logs some steps again: the last line of a step's numbers counts. A line
+        cut by a kill or a full disk is left out.
+        """
+        last: dict[tuple[Any, ...], dict[str, float]] = {}
+        for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                last[row["step"], *sorted(row.keys() - {"step", "seconds"})] = row
+        return sorted(last.values(), key=lambda row: row["step"])
 
     def close(self, status: str) -> None:
         """End the MLflow run as FINISHED, FAILED or KILLED."""
@@ -123,4 +150,26 @@ class Tracker:
             mlflow.flush_async_logging()
             mlflow.end_run(status)
 
+        self._alive = self.run_id is not None  # tried also after a failure: the run should not stay open for ever
         self._guard(end)
+
+
+@contextmanager
+def tracked(
+    config: cfg.Tracking, out: Path, tags: dict[str, str], params: dict[str, str], main: bool
+) -> Iterator[Tracker | None]:
+    """The tracker of a run on rank 0, None elsewhere; ends the MLflow run with the status that the block ends with."""
+    if not main:
+        yield None
+        return
+    tracker = Tracker(config, out, {"mser.version": __version__, "mser.out": str(out.resolve()), **tags}, params)
+    tracker.artifact(out / "config.yaml")
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        tracker.close("KILLED")
+        raise
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    tracker.close("FINISHED")

@@ -25,7 +25,7 @@ from mser_dist.metrics import score
 from mser_dist.models.attention import choose
 from mser_dist.plots import curves
 from mser_dist.progress import bar
-from mser_dist.tracking import Tracker, run_id_of
+from mser_dist.tracking import run_id_of, tracked
 
 
 def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     world = distributed.discover()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(config.out)
-    finished = _claim(out, config, world)
+    finished = _finished(out, config)
     if finished:
         return finished
     # What can be wrong is looked for before the minutes of loading.
@@ -48,9 +48,14 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     shards = open_clips(config.data, config.data.split)
     held_out = open_clips(config.data, config.data.val_split) if config.data.val_split else None
 
+    if isinstance(config, cfg.Stage2):
+        exported.find(config.stage1, stage=1)
+    if world.is_main:
+        _prepare_folder(out, config)
+
     distributed.init(world, config.engine.timeout_minutes, device)
     torch.manual_seed(config.seed)  # the same weights on every rank …
-    stage = stages.build(config, attention, device, ds_json)
+    stage: stages.Stage = stages.build(config, attention, device, ds_json)
     clips = clips_of(shards, config, stage.n_mels, config.data.shuffle_labels)
     validation = clips_of(held_out, config, stage.n_mels) if held_out else None
     plan = stream.Plan(len(clips), config.train.global_batch, config.seed, clips.source, config.data.parallel)
@@ -64,8 +69,9 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     card = {
         "stage": config.stage,
         "labels": config.data.labels,
-        "languages": sorted(set(shards.language)),
-        "corpora": sorted(set(shards.corpus)),
+        # What was heard in training: here, and in the run that this one builds on.
+        "languages": sorted({*shards.language, *(stage.source or {}).get("languages", [])}),
+        "corpora": sorted({*shards.corpus, *(stage.source or {}).get("corpora", [])}),
         "clips": len(clips),
         "shuffled_labels": config.data.shuffle_labels,
         **stage.card(),
@@ -81,7 +87,10 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
         "parameters.all": str(sum(_size(p) for p in stage.model.parameters())),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
-    with _tracked(config, out, world, facts) as tracker:
+    tags = {"mser.stage": str(config.stage)}
+    if isinstance(config, cfg.Stage2):
+        tags["mser.stage1_run_id"] = run_id_of(config.stage1) or ""
+    with tracked(config.tracking, out, tags, {**flatten(config), **facts}, world.is_main) as tracker:
         loader = stream.training_steps(
             clips, plan, range(first, total), micro, world.rank, world.world_size, stage.collate, config.data.workers
         )
@@ -180,54 +189,32 @@ def clips_of(shards: ShardSet, config: cfg.Common, n_mels: int, shuffle: bool = 
     return stream.Clips(shards, config.data.labels, n_mels, config.data.max_seconds, config.seed, shuffle)
 
 
-def _claim(out: Path, config: cfg.Common, world: distributed.World) -> dict[str, Any] | None:
-    """Take the run folder for this config; returns the summary if the run is finished already."""
-    text = to_yaml(config)
-    saved = out / "config.yaml"
-    if saved.is_file():
-        old, new = flatten_yaml(saved.read_text(encoding="utf-8")), flatten_yaml(text)
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"{out} holds a run with another config ({key}={old.get(key)}, now {new.get(key)}): "
-                "choose another run folder with out=…, or delete this one"
-            )
-        if (out / "summary.json").is_file():
-            return json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    elif world.is_main:
-        try:
-            out.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_text(saved, text)
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {out}: {error.strerror}: choose another with out=…") from error
-    return None
+def _finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
+    """The summary of a run that has ended already, or None. Raises `UserError` if the folder holds another config's run."""
+    saved, summary = out / "config.yaml", out / "summary.json"
+    if not saved.is_file() or not (summary.is_file() or any((out / "checkpoints").glob("step-*"))):
+        return None  # nothing to lose
+    old, new = flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{out} holds a run with another config ({key}={old.get(key)}, now {new.get(key)}): "
+            "choose another run folder with out=…, or delete this one"
+        )
+    return json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None
 
 
-def flatten_yaml(text: str) -> dict[str, str]:
-    return flatten(yaml.safe_load(text))
-
-
-@contextmanager
-def _tracked(config: cfg.Common, out: Path, world: distributed.World, facts: dict[str, str]) -> Iterator[Tracker | None]:
-    """The run's tracker on rank 0, None elsewhere; ends the MLflow run with the right status."""
-    if not world.is_main:
-        yield None
-        return
-    tags = {"mser.stage": str(config.stage), "mser.version": __version__, "mser.out": str(out.resolve())}
-    if isinstance(config, cfg.Stage2):
-        tags["mser.stage1_run_id"] = run_id_of(config.stage1) or ""
-    tracker = Tracker(config.tracking, out, tags, {**flatten(config), **facts})
-    tracker.artifact(out / "config.yaml")
+def _prepare_folder(out: Path, config: cfg.Common) -> None:
+    """Make the run folder; a start that left no checkpoint is forgotten, with its log and its MLflow run id."""
     try:
-        yield tracker
-    except KeyboardInterrupt:
-        tracker.close("KILLED")
-        raise
-    except BaseException:
-        tracker.close("FAILED")
-        raise
-    tracker.close("FINISHED")
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not any((out / "checkpoints").glob("step-*")):
+            for name in ("log.jsonl", "mlflow.json"):
+                (out / name).unlink(missing_ok=True)
+        write_text(out / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {out}: {error.strerror}: choose another with out=…") from error
 
 
 class _Clock:

@@ -1,5 +1,7 @@
 """The language of both stages: emotion-aware captions, instructions, and the answer of each label."""
 
+from typing import Any
+
 # Words for the same feeling. Captions vary them, so that alignment is with the meaning and not with one string.
 _WORDS = {
     "anger": ("angry", "furious", "irritated"),
@@ -48,7 +50,7 @@ def answer(label: str) -> str:
     return label
 
 
-def split_prompt(tokenizer, instruction: str) -> tuple[str, str]:
+def split_prompt(tokenizer: Any, instruction: str) -> tuple[str, str]:
     """The chat text before and after the speech, up to where the answer starts.
 
     `tokenizer` is a transformers tokenizer; one without a chat template (a base LLM) gets a plain layout.
@@ -64,7 +66,7 @@ def split_prompt(tokenizer, instruction: str) -> tuple[str, str]:
     return before, after
 
 
-def prompt_ids(tokenizer, instruction: str, queries: int, speech_id: int) -> list[int]:
+def prompt_ids(tokenizer: Any, instruction: str, queries: int, speech_id: int) -> list[int]:
     """Token ids of the prompt, with `queries` times `speech_id` where the speech tokens go."""
     before, after = split_prompt(tokenizer, instruction)
     head = tokenizer(before, add_special_tokens=False)["input_ids"]
@@ -72,6 +74,6 @@ def prompt_ids(tokenizer, instruction: str, queries: int, speech_id: int) -> lis
     return [*head, *[speech_id] * queries, *tail]
 
 
-def answer_ids(tokenizer, label: str) -> list[int]:
+def answer_ids(tokenizer: Any, label: str) -> list[int]:
     """Token ids of the answer, its end included."""
     return [*tokenizer(answer(label), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

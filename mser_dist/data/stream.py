@@ -1,8 +1,8 @@
-"""Which rank reads which clip at which step: a pure function of (seed, epoch, step), so that resume needs only the step.
+"""Which rank reads which clip at which step: a pure function of (seed, epoch, step), so a resume needs only the step.
 
 An epoch is a permutation of the set, cut into global batches; the last one is filled up from the epoch's start, so that
-every clip is seen in every epoch and every rank has equally many steps. A rank's share of a global batch is a contiguous
-part of it: the same global batches at any world size.
+every clip is seen in every epoch and every rank has equally many steps. A rank's share of a global batch is a
+contiguous part of it: the same global batches at any world size.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mser_dist.data.audio import decode, log_mel
 from mser_dist.data.shards import ShardSet
+from mser_dist.errors import UserError
 
 
 class Plan:
@@ -64,7 +65,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Clip:
-    """A decoded sample on its way to a collate function. `draw` is seeded by sample and epoch: the same after a resume."""
+    """A decoded sample on its way to a collate function. `draw` is seeded by sample and epoch: a resume repeats it."""
 
     mel: NDArray[np.float32]  # (n_mels, frames)
     label: int
@@ -115,13 +116,14 @@ def shuffled(label: NDArray[np.int64], random: np.random.Generator) -> NDArray[n
     """(n,) labels permuted so that they tell nothing of the true ones.
 
     A plain permutation leaves each true class with a slight majority of some wrong label, which a model can learn: its
-    accuracy is then anywhere around chance, class by class. So the clips of each class are dealt out evenly to all labels.
+    accuracy is then anywhere around chance, class by class. So each class gets every label in the same proportion.
     """
     by_class = random.permutation(len(label))
     by_class = by_class[np.argsort(label[by_class], kind="stable")]
-    hands = np.arange(len(label)) % len(np.unique(label))
+    _, starts, sizes = np.unique(label[by_class], return_index=True, return_counts=True)
+    place = (np.arange(len(label)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)  # in its class, 0 to 1
     result = np.empty_like(label)
-    result[by_class[np.argsort(hands, kind="stable")]] = np.sort(label)
+    result[by_class[np.argsort(place, kind="stable")]] = np.sort(label)
     return result
 
 
@@ -174,19 +176,43 @@ def one_pass(
 
 
 def _loaded(dataset: Any, order: range, workers: int) -> Iterator[Any]:
-    """The items of `dataset` in `order`, made ahead by `workers` processes."""
+    """The items of `dataset` in `order`, made ahead by `workers` processes. Raises a worker's `UserError` as it was."""
+    import torch
     from torch.utils.data import DataLoader
 
-    return iter(
-        DataLoader(
-            dataset,
-            sampler=order,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_one_thread if workers else None,
-        )
+    loader: DataLoader[Any] = DataLoader(
+        _Guarded(dataset),  # type: ignore[arg-type]
+        sampler=order,
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread if workers else None,
+        # Its own generator: a loader takes its workers' seed from the global one, and a resumed training, which makes
+        # a new loader, would then draw other dropout than one that went on.
+        generator=torch.Generator(),
     )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+class _Guarded:
+    """Hands a `UserError` over as an item: raised in a worker, torch would wrap it in that worker's traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.dataset[number]
+        except UserError as error:
+            return error
+
+
+def _as_is(item: Any) -> Any:
+    return item
 
 
 def _one_thread(worker: int) -> None:

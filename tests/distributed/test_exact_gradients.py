@@ -1,7 +1,5 @@
 """W processes that each hold a part of the batch take the same step as one process that holds all of it."""
 
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -82,7 +80,12 @@ def small_aligner() -> Aligner:
         cfg.QFormer(queries=2, layers=1, width=16, heads=2, dropout=0.0),
         Attention("sdpa", "test"),
     )
-    return Aligner(speech, D, cfg.Contrastive(width=8, beta=0.5))
+    model = Aligner(speech, D, cfg.Contrastive(width=8, beta=0.5))
+    with torch.no_grad():  # fresh weights give nearly equal embeddings, whose gradients drown in rounding
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 5
+    return model
 
 
 def aligner_batch(part: slice) -> dict[str, Tensor]:
@@ -130,15 +133,9 @@ def plain_steps() -> dict[str, Tensor]:
 
 
 def test_zero3_on_two_ranks_takes_the_steps_of_one_process() -> None:
-    from mser_dist.distributed import init  # noqa: F401  the shm op is switched off where DeepSpeed is imported
-
     expected = plain_steps()
     found = run(zero3_steps, 2, 2)[0]
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        error = (found[name] - value).norm() / value.norm().clamp(min=1e-12)
-        # Adam divides by the root of the second moment: rounding of near-zero gradients is amplified, hence not 1e-5.
-        assert error < 1e-4, f"{name} is off by {error:.1e}"
-
-
-def _unused(_: Callable[..., Any]) -> None: ...
+        # A key's bias has no gradient but rounding (softmax ignores a shift), which Adam blows up to 1e-7: hence atol.
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

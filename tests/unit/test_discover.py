@@ -1,0 +1,113 @@
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mser_dist.distributed import World, discover
+from mser_dist.errors import UserError
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NODELIST": "localhost"}
+SRUN = BATCH_SCRIPT | {
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+}
+
+
+def test_nothing_set_is_one_process() -> None:
+    assert discover({}) == discover() == World(0, 1, 0, launcher="single")
+    assert World().is_main and not World(rank=1, world_size=2).is_main
+
+
+def test_torchrun() -> None:
+    assert discover(TORCHRUN) == World(3, 8, 1, "10.0.0.1", 1234, "torchrun")
+    without_local = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"}
+    assert discover(without_local).local_rank == 0
+
+
+def test_srun() -> None:
+    world = discover(SRUN)
+    assert (world.rank, world.world_size, world.local_rank) == (3, 4, 1)
+    assert (world.master_addr, world.launcher) == ("localhost", "srun")
+    assert 20000 <= world.master_port < 32000
+
+
+def test_srun_ranks_agree_and_jobs_and_steps_differ() -> None:
+    ports = {discover(SRUN | {"SLURM_PROCID": str(rank)}).master_port for rank in range(4)}
+    assert len(ports) == 1
+    others = {discover(SRUN | change).master_port for change in ({"SLURM_JOB_ID": "78"}, {"SLURM_STEP_ID": "3"})}
+    assert len(ports | others) == 3
+
+
+def test_srun_takes_a_master_from_the_job_script() -> None:
+    world = discover(SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "5"})
+    assert (world.master_addr, world.master_port) == ("head", 5)
+
+
+def test_a_batch_script_without_srun_is_one_process() -> None:
+    assert discover(BATCH_SCRIPT) == World()
+    assert discover(BATCH_SCRIPT | {"SLURM_STEP_NUM_TASKS": "1"}) == World()
+
+
+def test_torchrun_inside_srun_wins() -> None:
+    assert discover(SRUN | TORCHRUN) == discover(TORCHRUN)
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"RANK": "0"}, "sets RANK but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "sets WORLD_SIZE but not RANK"),
+        ({name: value for name, value in TORCHRUN.items() if name != "MASTER_ADDR"}, "but not MASTER_ADDR: unset"),
+        (TORCHRUN | {"RANK": "8"}, "RANK=8 is not below WORLD_SIZE=8"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK=-1 is not below"),
+        (TORCHRUN | {"RANK": ""}, "RANK='' is not a number"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a number"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS='many' is not a number"),
+        ({name: value for name, value in SRUN.items() if name != "SLURM_PROCID"}, "lacks SLURM_PROCID"),
+        ({name: value for name, value in SRUN.items() if name != "SLURM_JOB_ID"}, "lacks SLURM_JOB_ID"),
+        (SRUN | {"SLURM_STEP_NODELIST": "", "SLURM_NODELIST": ""}, "names no host: set MASTER_ADDR"),
+    ],
+)
+def test_half_set_environments_are_refused(env: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        discover(env)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu03,gpu01", "gpu03"),
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("gpu[9]", "gpu9"),
+        ("rack1-gpu[001-004,7]-ib,x", "rack1-gpu001-ib"),
+        ("login1,gpu[03-05]", "login1"),
+        ("r[2-3]n[07-09]", "r2n07"),
+        ("10.0.0.[4-6]", "10.0.0.4"),
+    ],
+)
+def test_the_first_host_of_a_compressed_list(nodelist: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])  # every name resolves, and no test asks a DNS server
+    assert discover(SRUN | {"SLURM_STEP_NODELIST": nodelist}).master_addr == first
+
+
+def test_a_name_that_does_not_resolve_is_looked_up_in_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    env = SRUN | {"SLURM_STEP_NODELIST": "node[4-5]"}
+    assert discover(env).master_addr == "node4"  # no scontrol in a container: the name is what there is
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "NodeName=$3 Arch=x86_64"\necho "   NodeAddr=127.0.0.9 NodeHostName=$3"\n')
+    scontrol.chmod(0o755)
+    assert discover(env).master_addr == "127.0.0.9"
+    scontrol.write_text("#!/bin/sh\necho slurm_load_node error >&2\nexit 1\n")
+    assert discover(env).master_addr == "node4"

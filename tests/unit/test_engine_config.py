@@ -1,0 +1,185 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mser_dist import config as cfg
+from mser_dist.engine import DTYPES, find_json, parameter_groups, resolve_json, schedule
+from mser_dist.errors import UserError
+
+DS_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+
+
+def run_config(deepspeed: str, dtype: str = "float32", **train: Any) -> cfg.Stage1:
+    values = {"global_batch": 48, "micro_batch": 8, "grad_clip": 0.5}
+    return cfg.Stage1(train=cfg.Train(**(values | train)), engine=cfg.Engine(deepspeed=deepspeed, dtype=dtype))
+
+
+def written(tmp_path: Path, content: Any) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_files_work_with_a_fitting_config(path: Path) -> None:
+    plain = json.loads(path.read_text())
+    dtypes = ["bfloat16"] if plain.get("bf16", {}).get("enabled") else list(DTYPES)
+    for dtype in dtypes:
+        resolved = resolve_json(run_config(path.stem, dtype), world_size=2)
+        assert resolved["train_batch_size"] == 48
+        assert resolved["train_micro_batch_size_per_gpu"] == 8
+        assert resolved["gradient_accumulation_steps"] == 3
+        assert resolved["gradient_clipping"] == 0.5
+        assert (resolved["bf16"]["enabled"], resolved["fp16"]["enabled"]) == (dtype == "bfloat16", dtype == "float16")
+        assert resolved["zero_optimization"] == plain["zero_optimization"], "the rest of the file stands as it is"
+    assert json.loads(path.read_text()) == plain
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_files_are_valid_deepspeed(path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = json.loads(path.read_text())["zero_optimization"]
+    assert zero.keys() <= {name for f, i in DeepSpeedZeroConfig.model_fields.items() for name in (f, i.alias)}
+    assert DeepSpeedZeroConfig(**zero).stage == zero["stage"]
+
+
+def test_there_are_shipped_files() -> None:
+    assert {"cpu", "zero2", "zero3_bf16", "zero3_offload"} <= {path.stem for path in DS_CONFIGS}
+
+
+def test_files_are_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_json("cpu") == find_json("cpu.json") == DS_CONFIGS[0]
+    mine = written(tmp_path, {})
+    assert find_json(mine) == Path(mine)
+    monkeypatch.chdir(tmp_path)
+    assert find_json("ds.json") == Path("ds.json")
+    with pytest.raises(
+        UserError, match=r"engine\.deepspeed=zero4: no such file.*cpu, zero2, zero3_bf16, zero3_offload"
+    ):
+        find_json("zero4")
+
+
+FITTING = {
+    "train_batch_size": 48,
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 0.5,
+    "bf16": {"enabled": "auto"},
+}
+
+
+def test_the_same_said_twice_or_auto_is_no_contradiction(tmp_path: Path) -> None:
+    resolved = resolve_json(run_config(written(tmp_path, FITTING)), 2)
+    assert resolved["gradient_accumulation_steps"] == 3
+    assert resolved["bf16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("content", "dtype", "says"),
+    [
+        (
+            {"train_batch_size": 64},
+            "float32",
+            "train_batch_size=64 contradicts train.global_batch=48: remove train_batch",
+        ),
+        ({"train_micro_batch_size_per_gpu": 4}, "float32", "contradicts train.micro_batch=8"),
+        ({"gradient_accumulation_steps": 1}, "float32", "gradient_accumulation_steps=1 contradicts .*=3"),
+        ({"gradient_clipping": 1.0}, "float32", r"gradient_clipping=1\.0 contradicts train\.grad_clip=0\.5"),
+        (
+            {"bf16": {"enabled": True}},
+            "float32",
+            "bf16.enabled=true contradicts .*: set engine.dtype=bfloat16 or remove",
+        ),
+        (
+            {"bf16": {"enabled": False}},
+            "bfloat16",
+            "bf16.enabled=false contradicts .*: change engine.dtype or remove bf16",
+        ),
+        ({"fp16": {"enabled": True}}, "bfloat16", "fp16.enabled=true contradicts engine.dtype=bfloat16"),
+        ({"optimizer": {"type": "Adam"}}, "float32", r"remove the section 'optimizer'.*train\.lr"),
+        ({"scheduler": {"type": "WarmupLR"}}, "float32", r"remove the section 'scheduler'.*train\.warmup"),
+        ({"bf16": True}, "bfloat16", "is a JSON object whose"),
+        ([1], "float32", "is a JSON object"),
+        ("{", "float32", "not valid JSON"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, content: Any, dtype: str, says: str) -> None:
+    path = written(tmp_path, content)
+    with pytest.raises(UserError, match=says) as caught:
+        resolve_json(run_config(path, dtype), 2)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_world_size_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch=48 does not divide by the world size 5"):
+        resolve_json(run_config("cpu"), 5)
+
+
+# ---- schedule and parameter groups
+
+
+@given(
+    total=st.integers(1, 500),
+    warmup=st.floats(0, 1, allow_subnormal=False),
+    floor=st.floats(0, 1, allow_subnormal=False),
+)
+def test_the_schedule_rises_then_falls_to_its_floor(total: int, warmup: float, floor: float) -> None:
+    share = schedule(cfg.Train(warmup=warmup, min_lr=floor), total)
+    values = [share(step) for step in range(total + 1)]
+    warm = max(1, round(warmup * total))
+    assert all(0 < value <= 1 for value in values[:-1])
+    assert values[:warm] == sorted(values[:warm])
+    assert values[warm - 1] == 1
+    assert all(a >= b - 1e-12 for a, b in zip(values[warm:], values[warm + 1 :], strict=False))
+    if warm < total:
+        assert values[-1] == pytest.approx(floor)
+    assert share(total + 50) == pytest.approx(floor), "a step too many does not let it rise again"
+
+
+def test_the_schedule_by_hand() -> None:
+    share = schedule(cfg.Train(warmup=0.1, min_lr=0.2), 100)
+    assert [share(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert share(55) == pytest.approx(0.2 + 0.8 * 0.5)  # half-way down the cosine
+    assert share(32) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 22 / 90)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.queries = nn.Parameter(torch.zeros(1, 2, 4))
+        self.scales = nn.Parameter(torch.zeros(2))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+def test_only_matrices_decay() -> None:
+    model = Model()
+    decayed, plain = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(p)] for p in decayed["params"]] == ["linear.weight", "conv.weight"]
+    expected = {"queries", "scales", "linear.bias", "norm.weight", "norm.bias", "conv.bias"}
+    assert {names[id(p)] for p in plain["params"]} == expected
+
+
+def test_partitioned_matrices_decay_too() -> None:
+    model = nn.Linear(4, 4)
+    model.weight.ds_shape = model.weight.shape  # type: ignore[attr-defined]  # what ZeRO-3 leaves: the shape beside a flat part
+    model.weight.data = model.weight.data.flatten()[:2]
+    decayed, plain = parameter_groups(model, 0.1)
+    assert (decayed["params"], plain["params"]) == ([model.weight], [model.bias])
+
+
+def test_empty_groups_are_left_out() -> None:
+    assert parameter_groups(Model().requires_grad_(False), 0.1) == []
+    assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(3), 0.1)] == [0.0]

