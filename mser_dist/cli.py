@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -73,11 +74,13 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(debug: bool, message: str) -> int:
     if debug:
         traceback.print_exc()
-    rank = os.environ.get("RANK", "0")
+    rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
+    if several:  # a launcher that ends its ranks should see code 2 of one that has spoken, not the signal's
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     where = "" if rank == "0" else f" (rank {rank})"
     print(f"mser: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if "torch" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1":
+    if several and "torch" in sys.modules:
         os._exit(2)  # a normal exit would wait in the process group's destructor for peers that are still at work
     return 2
 

@@ -41,7 +41,9 @@ def local(ranks: int, arguments: Sequence[str]) -> int:
             command = [sys.executable, "-m", "mser_dist", *arguments]
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
         code, failed = _wait(processes)
-        if failed:  # rank 0 has spoken for itself
+        _end(processes)
+        # Rank 0 speaks for itself; with code 2 it has said, a moment later, what is wrong on every rank.
+        if failed and processes[0].returncode != 2:
             sys.stderr.write(_tail(quiet[failed - 1]))
         return code
     finally:

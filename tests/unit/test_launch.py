@@ -56,10 +56,11 @@ def test_ranks_know_each_other(ranks: Callable[[str], None], tmp_path: Path, cap
     assert not err
 
 
+@pytest.mark.parametrize("behind", [0, 0.05, 0.1])
 def test_the_same_mistake_on_every_rank_is_said_once(
-    no_child_left: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    behind: float, ranks: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ranks(f"if rank == 0: time.sleep({behind})")  # it is then unspoken, speaking or silent when rank 1 has failed
     assert launch.local(2, ["config", "demo_eval", "btach=7"]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1

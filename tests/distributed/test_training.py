@@ -1,0 +1,180 @@
+"""Both stages from the command line on two real ranks under ZeRO-3: resume, partitioned loading, evaluation, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mser_dist.data.synth import SynthConfig
+from mser_dist.data.synth_set import write_set
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+ENCODER = "encoder.arch={d_model: 32, encoder_layers: 1, encoder_attention_heads: 2, encoder_ffn_dim: 64}"
+QFORMER = ["qformer.width=32", "qformer.heads=2", "qformer.layers=1", "qformer.queries=2", "contrastive.width=16"]
+LLM = "llm.arch={hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}"
+
+
+def mser(*words: str | Path, cwd: Path, code: int = 0) -> str:
+    """Run ``mser WORDS`` for real; returns its standard error if `code` is not 0, else its standard output."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "mser_dist", *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stderr if code else done.stdout
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with a small synthetic set and a finished two-rank stage 1 that was resumed half-way."""
+    folder = tmp_path_factory.mktemp("training")
+    small = SynthConfig(
+        languages=("en", "de"), unseen_languages=("el",), train_sentences=4, val_sentences=1, test_sentences=1,
+        train_takes=1, val_takes=1, test_takes=1, val_voices=2, test_voices=2,
+    )  # fmt: skip
+    write_set(folder / "shards", small)
+    return folder
+
+
+def stage1(out: str, *more: str) -> list[str]:
+    words = ["data.sets=shards", "data.workers=1", ENCODER, *QFORMER, f"out={out}", "train.global_batch=8"]
+    return ["train", "demo_stage1", *words, "train.steps=6", "train.log_every=1", "train.val_every=0", *more]
+
+
+def stage2(out: str, *more: str) -> list[str]:
+    words = ["data.sets=shards", "data.workers=1", f"out={out}", "stage1=runs/whole", "train.global_batch=8"]
+    return ["train", "demo_stage2", *words, "train.steps=3", "train.log_every=1", "train.val_every=0", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5"), "--nproc", "2", cwd=folder)
+    return folder
+
+
+def test_a_resumed_run_continues_bit_for_bit(trained: Path) -> None:
+    """Six steps, against three steps that went on for three more from their checkpoint, dropout on."""
+    whole, resumed = trained / "runs/whole", trained / "runs/resumed"
+    # What a job that died after its checkpoint leaves: the run folder as it was at step 3, and a half-written checkpoint.
+    (resumed / "checkpoints").mkdir(parents=True)
+    config = (whole / "config.yaml").read_text().replace("out: runs/whole", "out: runs/resumed")
+    (resumed / "config.yaml").write_text(config)
+    subprocess.run(["cp", "-r", whole / "checkpoints/step-000003", resumed / "checkpoints/step-000003"], check=True)
+    (resumed / "checkpoints/step-000006.partial").mkdir()
+    mser(*stage1("runs/resumed", "train.save_every=3", "train.keep=5"), "--nproc", "2", cwd=trained)
+    before = {row["step"]: row["train/loss"] for row in lines(whole) if "train/loss" in row}
+    after = {row["step"]: row["train/loss"] for row in lines(resumed) if "train/loss" in row}
+    assert sorted(after) == [4, 5, 6] and after == {step: before[step] for step in after}
+    for part in ("speech", "heads"):
+        one, two = (load_file(run / f"export/{part}.safetensors") for run in (whole, resumed))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(trained: Path) -> None:
+    before = (trained / "runs/whole/log.jsonl").read_bytes()
+    mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5"), cwd=trained)
+    assert (trained / "runs/whole/log.jsonl").read_bytes() == before
+    error = mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5", "train.lr=0.5"), cwd=trained, code=2)
+    assert "train.lr" in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_never_a_silent_restart(trained: Path) -> None:
+    run = trained / "runs/damaged"
+    subprocess.run(["cp", "-r", trained / "runs/whole", run], check=True)
+    (run / "summary.json").unlink()
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("runs/whole", "runs/damaged"))
+    for checkpoint in (run / "checkpoints").iterdir():
+        shard = next(checkpoint.glob("engine/*optim_states.pt"))
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    error = mser(*stage1("runs/damaged", "train.save_every=3", "train.keep=5"), "--nproc", "2", cwd=trained, code=2)
+    assert "differs from its seal" in error and "Traceback" not in error
+
+
+def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> None:
+    mser(*stage2("runs/two", LLM, "train.micro_batch=2"), "--nproc", "2", cwd=trained)
+    summary = json.loads((trained / "runs/two/summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["zero_stage"] == 3 and summary["attention"]["kernel"] == "sdpa"
+    words = ["eval", "demo_eval", "data.sets=shards", "stage1=runs/whole", "stage2=runs/two", "batch=5"]
+    table = mser(*words, "out=runs/eval1", cwd=trained)
+    assert "el" in table and "unseen languages" in table
+    mser(*words, "out=runs/eval2", "--nproc", "2", cwd=trained)
+
+    def predictions(name: str) -> list[dict[str, object]]:
+        rows = (trained / name / "predictions.jsonl").read_text().splitlines()
+        return [json.loads(row) for row in rows]
+
+    one, two = predictions("runs/eval1"), predictions("runs/eval2")
+    assert len(one) == 2 * 18, "every clip of 3 languages × 6 emotions once, by each stage"
+    assert [(p["key"], p["predicted"]) for p in one] == [(p["key"], p["predicted"]) for p in two]
+    rows = json.loads((trained / "runs/eval1/report.json").read_text())["zero_shot"]
+    assert {(row["language"], row["seen_language"]) for row in rows} == {("en", True), ("de", True), ("el", False)}
+
+
+def test_a_pretrained_llm_is_partitioned_as_it_loads(trained: Path) -> None:
+    """From a local folder in Hugging Face format, whole and with LoRA, on two ranks; then loaded for evaluation."""
+    if not (trained / "runs/two/export/llm").exists():
+        mser(*stage2("runs/two", LLM, "train.micro_batch=2"), "--nproc", "2", cwd=trained)
+    folder = "llm.pretrained=runs/two/export/llm"
+    mser(*stage2("runs/three", folder, "llm.arch={}"), "--nproc", "2", cwd=trained)
+    before = load_file(trained / "runs/two/export/llm/model.safetensors")
+    after = load_file(trained / "runs/three/export/llm/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert after[name].shape == weight.shape and not torch.equal(after[name], weight), f"{name} was not trained"
+        assert (after[name] - weight).abs().max() < 0.05, f"{name} did not start from the pretrained weights"
+    mser(*stage2("runs/lora", folder, "llm.arch={}", "llm.lora={rank: 2}"), "--nproc", "2", cwd=trained)
+    assert (trained / "runs/lora/export/llm/adapter_model.safetensors").is_file()
+    mser("eval", "demo_eval", "data.sets=shards", "stage1=null", "stage2=runs/lora", "out=runs/eval3", cwd=trained)
+
+
+def test_mistakes_on_two_ranks_end_with_one_line_and_code_2(trained: Path) -> None:
+    cases = {
+        "does not divide": stage1("runs/bad", "train.global_batch=9"),
+        "did you mean train.": stage1("runs/bad", "train.global_batsch=8"),
+        "no such run folder": stage2("runs/bad", LLM, "stage1=runs/nowhere"),
+        "run of stage 2": stage2("runs/bad", LLM, "stage1=runs/two"),
+        "flash_attention_2": stage1("runs/bad", "engine.attention=flash_attention_2"),
+        "contradicts": stage1("runs/bad", "engine.deepspeed=zero3_bf16"),
+    }
+    for expected, words in cases.items():
+        error = mser(*words, "--nproc", "2", cwd=trained, code=2)
+        assert expected in error and "Traceback" not in error, error
+        assert len([line for line in error.splitlines() if line.startswith("mser: error")]) == 1, error
+        assert not (trained / "runs/bad/config.yaml").exists(), "nothing is left that looks like a run"
+
+
+def test_a_clip_that_cannot_be_decoded_is_named(trained: Path) -> None:
+    """One flipped byte inside a sample's audio, met by one rank in the middle of training."""
+    subprocess.run(["cp", "-r", trained / "shards", trained / "flipped"], check=True)
+    shard = next((trained / "flipped").glob("train-*.tar"))
+    index = json.loads(shard.with_suffix(".tar.idx.json").read_text())
+    sample = index["samples"][5]
+    data = bytearray(shard.read_bytes())
+    data[sample["audio"][0] + sample["audio"][1] // 2] ^= 0xFF
+    shard.write_bytes(data)
+    error = mser(*stage1("runs/flipped", "data.sets=flipped"), "--nproc", "2", cwd=trained, code=2)
+    assert sample["key"] in error and "Traceback" not in error, error
+    assert not (trained / "runs/flipped/export").exists()
+
+
+def test_torchrun_starts_the_same_command(trained: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mser_dist"]
+    done = subprocess.run(
+        [*command, *stage1("runs/torchrun", "train.steps=2")], cwd=trained, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((trained / "runs/torchrun/summary.json").read_text())["world_size"] == 2
