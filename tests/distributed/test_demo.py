@@ -1,0 +1,87 @@
+"""The demo as a newcomer runs it: learned honestly, tracked in MLflow, within its time and memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+UNSEEN = {"el", "ru", "fa"}
+
+
+def run_demo(folder: Path, *words: str) -> tuple[dict, str]:
+    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "mser_dist", "demo", *words]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    out = folder / (words[words.index("--out") + 1] if "--out" in words else "runs/demo")
+    return json.loads((out / "report.json").read_text()), done.stdout
+
+
+def unseen_ua(report: dict, stage: int) -> float:
+    values = [row["ua"] for row in report["zero_shot"] if row["stage"] == stage and not row["seen_language"]]
+    assert len(values) == len(UNSEEN)
+    return sum(values) / len(values)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, *run_demo(folder)
+
+
+def test_unseen_languages_are_recognised(demo: tuple[Path, dict, str]) -> None:
+    _, report, printed = demo
+    assert unseen_ua(report, 2) >= 0.60 and unseen_ua(report, 1) >= 0.60
+    assert report["world_size"] == 2 and report["zero_stage"] == 3
+    assert set(report["seconds_by_step"]) == {"synthesis", "stage1", "stage2", "evaluation"}
+    for row in report["zero_shot"]:
+        assert row["k"] == 6 and row["n"] >= 72 and row["seen_language"] == (row["language"] not in UNSEEN)
+    assert "mlflow ui --backend-store-uri" in printed and "mean UA over unseen languages" in printed
+
+
+def test_shuffled_labels_end_at_chance(demo: tuple[Path, dict, str]) -> None:
+    """The same run on the same clips, with training labels that tell nothing: what is learned above comes from them."""
+    folder, *_ = demo
+    control, _ = run_demo(folder, "--shuffle-labels", "--shards", "runs/demo/shards", "--out", "runs/control")
+    # Chance is 1/6; by luck alone the mean over 324 clips moves by 0.02 (one standard deviation).
+    assert unseen_ua(control, 2) < 0.25 and unseen_ua(control, 1) < 0.25
+
+
+def test_three_linked_runs_are_in_mlflow(demo: tuple[Path, dict, str]) -> None:
+    folder, report, _ = demo
+    ids = report["mlflow"]
+    client = mlflow.MlflowClient(ids["tracking_uri"])
+    runs = {name: client.get_run(ids[f"{name}_run_id"]) for name in ("stage1", "stage2", "eval")}
+    assert len({run.info.experiment_id for run in runs.values()}) == 1
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    assert runs["stage2"].data.tags["mser.stage1_run_id"] == ids["stage1_run_id"]
+    assert runs["eval"].data.tags["mser.stage1_run_id"] == ids["stage1_run_id"]
+    assert runs["eval"].data.tags["mser.stage2_run_id"] == ids["stage2_run_id"]
+    for name in ("stage1", "stage2"):
+        data = runs[name].data
+        assert data.params["attention.kernel"] == "sdpa" and data.params["world_size"] == "2"
+        assert len(client.get_metric_history(runs[name].info.run_id, "train/loss")) > 10
+        assert any(metric.startswith("system/") for metric in data.metrics)
+        files = {item.path for item in client.list_artifacts(runs[name].info.run_id)}
+        assert {"config.yaml", "curves.png"} <= files
+    files = {item.path for item in client.list_artifacts(ids["eval_run_id"])}
+    expected = {"config.yaml", "table.txt", "zero_shot.json", "confusion_stage1.png", "confusion_stage2.png", "ua_by_language.png"}
+    assert expected <= files
+    config = yaml.safe_load((folder / "runs/demo/stage1/config.yaml").read_text())
+    assert config["train"]["weight_decay"] == 0.01, "the resolved config spells out every default"
+
+
+def test_a_finished_demo_is_kept(demo: tuple[Path, dict, str]) -> None:
+    folder, *_ = demo
+    command = [sys.executable, "-m", "mser_dist", "demo"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--overwrite" in done.stderr and "Traceback" not in done.stderr
