@@ -9,6 +9,7 @@ DeepSpeed's own ``latest`` pointer is not used: it may appear before another ran
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,15 @@ class Checkpoints:
         """Publish the training state after `step` optimizer steps; `state` is JSON. Collective."""
         name = f"step-{step:06d}"
         staging = self.folder / f"{name}.partial"
-        failure = None
-        if self.world.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        distributed.barrier()
-        try:
+
+        def write() -> None:
             engine.save(staging / "engine")
             save_file(_random_state(), staging / f"random-{self.world.rank:05d}.safetensors")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-            failure = f"rank {self.world.rank}: {str(error).splitlines()[0]}"
-        failures = [f for f in distributed.gather(failure) if f]
-        if not failures and self.world.is_main:
-            try:
-                self._publish(staging, name, {"step": step, "world_size": self.world.world_size, **state})
-            except OSError as error:
-                failures = [f"rank 0: {error.strerror or error}"]
-        failures = distributed.agree(failures)
+
+        state = {"step": step, "world_size": self.world.world_size, **state}
+        failures = self._together(lambda: _fresh(staging), self.world.is_main)
+        failures = failures or self._together(write)
+        failures = failures or self._together(lambda: self._publish(staging, name, state), self.world.is_main)
         if failures:
             if self.world.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -58,6 +51,16 @@ class Checkpoints:
                 f"cannot write the checkpoint {self.folder / name} ({failures[0]}; {free:.1f} GiB free): "
                 "free space and start the same command again; earlier checkpoints are untouched"
             )
+
+    def _together(self, work: Callable[[], None], mine: bool = True) -> list[str]:
+        """Do a part of a save where it is `mine`; every rank learns what failed on any. Collective."""
+        failure = None
+        try:
+            if mine:
+                work()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
+            failure = f"rank {self.world.rank}: {str(error).splitlines()[0]}"
+        return [f for f in distributed.gather(failure) if f]
 
     def _publish(self, staging: Path, name: str, state: dict[str, Any]) -> None:
         write_json(staging / "state.json", state)
@@ -131,6 +134,11 @@ def seal_fault(folder: Path) -> str | None:
         if path.stat().st_size != size or file_sha256(path) != digest:
             return f"{folder.name}/{name} differs from its seal"
     return None
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Contrastive losses over all ranks, with exact gradients.
 
-What each rank computes. Of a global batch of N rows, rank r of W owns B_r. Embeddings and ids are gathered from all ranks;
-rank r takes the loss of *its own* rows against *all* N columns, in both directions. The gather's backward sums over the
-ranks the gradients that each computed for a block, so that with
+What each rank computes. Of a global batch of N rows, rank r of W owns B_r. Embeddings and ids are gathered from all
+ranks; rank r takes the loss of *its own* rows against *all* N columns, in both directions. The gather's backward sums
+over the ranks the gradients that each computed for a block, so that with
 
     loss_r = W / N · Σ_{i owned by r} ℓ_i
 
@@ -17,6 +17,7 @@ Its least value is not 0 but ln|P(i)|, as the probability is shared by |P(i)| po
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,14 +38,14 @@ class _Gather(torch.autograd.Function):
     """All-gather along dim 0; backward sums each rank's gradient for a block and hands the block's owner its own."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = x.shape[0]
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         start = dist.get_rank() * ctx.rows
@@ -90,7 +91,7 @@ def speech_text_loss(speech: Tensor, text: Tensor, label: Tensor, scale: Tensor)
 
     speech, text: (B, D) of unit length, row i a pair; label: (B,) int64 ids; scale: 1/temperature. fp32 throughout.
     """
-    rank, size = _rank_and_size()
+    _, size = _rank_and_size()
     with torch.autocast(speech.device.type, enabled=False):
         speech, text, scale = speech.float(), text.float(), scale.float()
         all_speech, all_text, all_label = gather_rows(speech), gather_rows(text), gather_rows(label)
@@ -107,8 +108,8 @@ def speech_text_loss(speech: Tensor, text: Tensor, label: Tensor, scale: Tensor)
 def parallel_speech_loss(speech: Tensor, source: Tensor, label: Tensor, scale: Tensor) -> ContrastiveOutput:
     """The language-agnostic term: clips of one utterance in different languages attract each other.
 
-    Positives of a clip are the other clips of its source; clips of the same label but another source are neither positive
-    nor negative, for pushing them apart would undo the emotion term. Rows without a positive have no loss.
+    Positives of a clip are the other clips of its source; clips of the same label but another source are neither
+    positive nor negative, for pushing them apart would undo the emotion term. Rows without a positive have no loss.
 
     speech: (B, D) of unit length; source, label: (B,) int64 ids; scale: 1/temperature.
     """

@@ -22,6 +22,7 @@ _SMOLLM2 = (
     "train.steps=30",
     "train.lr=1e-4",
     "train.log_every=1",
+    "data.val_split=null",
 )
 
 
@@ -57,10 +58,12 @@ def demo(
     steps = {"stage1": ["train", "demo_stage1", *words1], "stage2": ["train", "demo_stage2", *words2]}
     total = len(steps) + 1 + (shards is None)
     if shards is None:
-        seconds["synthesis"] = _timed(f"1/{total} synthesise emotional speech", lambda: _synthesise(out / "shards", seed))
+        seconds["synthesis"] = _timed(
+            f"1/{total} synthesise emotional speech", lambda: _synthesise(out / "shards", seed)
+        )
     for name, words in steps.items():
         title = f"{len(seconds) + 1}/{total} train {name} on {nproc} workers under DeepSpeed ZeRO-3"
-        seconds[name] = _timed(title, lambda words=words: _run(nproc, words))  # type: ignore[misc]
+        seconds[name] = _timed(title, lambda words=words: _run(nproc, words))
     title = f"{total}/{total} evaluate on the test split"
     seconds["evaluation"] = _timed(title, lambda: _run(1, ["eval", "demo_eval", *words3]))
 
@@ -94,7 +97,9 @@ def _run(nproc: int, words: list[str]) -> None:
     if code == 2:
         sys.exit(2)  # the rank has said what is wrong
     if code:
-        raise UserError(f"`mser {words[0]} {words[1]}` ended with code {code} (see above); `mser demo` again goes on from there")
+        raise UserError(
+            f"`mser {words[0]} {words[1]}` ended with code {code} (see above); `mser demo` again goes on from there"
+        )
 
 
 def _timed(title: str, work: Any) -> float:
@@ -108,7 +113,11 @@ def _report(out: Path, stage1: Path, stage2: Path, seconds: dict[str, float], to
     def read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
 
-    first, second, evaluation = read(stage1 / "summary.json"), read(stage2 / "summary.json"), read(out / "eval/report.json")
+    first, second, evaluation = (
+        read(stage1 / "summary.json"),
+        read(stage2 / "summary.json"),
+        read(out / "eval/report.json"),
+    )
     keys = ("stage", "corpus", "language", "seen_language", "n", "k", "ua", "wa", "macro_f1")
     return {
         "seconds": round(total, 1),

@@ -126,6 +126,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
         )
+        # It would copy a conversion script into each checkpoint, and its failure on a full disk is not ours to catch.
+        self._engine._copy_recovery_script = lambda folder: None
 
     @property
     def module(self) -> nn.Module:
@@ -152,8 +154,26 @@ class Engine:
         return float(self._engine.get_lr()[0])
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizer and schedule, frozen parts included, as DeepSpeed files in `folder`. Collective."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        """Weights, optimizer and schedule, frozen parts included, as DeepSpeed files in `folder`. Collective.
+
+        A write that fails is raised when all ranks are through: DeepSpeed's save has collectives between its writes,
+        and a rank that left it early would meet its peers in the wrong one.
+        """
+        writer, errors = self._engine.checkpoint_engine, []
+
+        def write(state_dict: Any, path: str) -> None:
+            try:
+                type(writer).save(writer, state_dict, path)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                errors.append(error)
+
+        writer.save = write
+        try:
+            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        finally:
+            del writer.save
+        if errors:
+            raise errors[0]
 
     def load(self, folder: Path) -> None:
         """What `save` wrote. Collective; only for a folder whose seal was verified, for DeepSpeed unpickles it."""

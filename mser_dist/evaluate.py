@@ -38,13 +38,15 @@ def predict(
     title: str,
     leave: bool = True,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Score every clip once, shared out over the ranks. Returns (n,) clip numbers in order and (n, K) scores, on every rank.
+    """Score every clip once, shared out over the ranks: (n,) clip numbers in order and (n, K) scores, on every rank.
 
     Collective when there is a process group: all ranks run equally many forward passes.
     """
     rounds, batches = stream.one_pass(clips, batch, world.rank, world.world_size, collate, workers)
     found: dict[int, NDArray[np.float32]] = {}
-    for indices, inputs in bar(batches, title=title, unit="batch", total=rounds, disable=not world.is_main, leave=leave):
+    for indices, inputs in bar(
+        batches, title=title, unit="batch", total=rounds, disable=not world.is_main, leave=leave
+    ):
         tensors = {key: inputs[key].to(device) for key in ("mel", "lengths")}
         found.update(zip(indices.tolist(), scorer(tensors).float().cpu().numpy(), strict=True))
     everything: dict[int, NDArray[np.float32]] = {}
@@ -59,7 +61,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     world = distributed.discover()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = choose(config.attention, DTYPES[config.dtype], device)
-    runs = {stage: run for stage, run in ((1, config.stage1), (2, config.stage2)) if run}
+    runs: dict[int, str] = {stage: run for stage, run in ((1, config.stage1), (2, config.stage2)) if run}
     exports = {stage: exported.find(run, stage) for stage, run in runs.items()}
     data = config.data
     shards = ShardSet.open(data.sets, split=data.split, languages=data.languages or None, labels=data.labels)
@@ -71,10 +73,12 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         write_text(out / "config.yaml", to_yaml(config))
         for name in ("mlflow.json", "log.jsonl"):  # an evaluation never resumes: each is an MLflow run of its own
             (out / name).unlink(missing_ok=True)
-    tags = {"mser.stage": "eval"} | {f"mser.stage{stage}_run_id": run_id_of(run) or "" for stage, run in runs.items()}
+    tags: dict[str, str] = {"mser.stage": "eval"}
+    for stage, run in runs.items():
+        tags[f"mser.stage{stage}_run_id"] = run_id_of(run) or ""
     with tracked(config.tracking, out, tags, flatten(config), world.is_main) as tracker:
         rows, tables, predictions = _score_all(config, exports, shards, world, attention, device)
-        report = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
+        report: dict[str, Any] = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
         if tracker:
             _publish(config, tracker, rows, tables, predictions)
             report |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
@@ -144,18 +148,22 @@ def macro_ua(rows: list[dict[str, Any]], stage: int, seen: bool) -> float:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The table a person reads in the terminal."""
-    head = f"{'stage':>5}  {'corpus':<14} {'language':<9} {'seen':<5} {'n':>5} {'chance':>7} {'UA':>7} {'WA':>7} {'macroF1':>8}"
+
+    def line(stage: object, corpus: str, language: str, seen: str, *numbers: str) -> str:
+        n, chance, ua, wa, f1 = numbers
+        return f"{stage:>5}  {corpus[:14]:<14} {language:<9} {seen:<5} {n:>5} {chance:>7} {ua:>7} {wa:>7} {f1:>8}"
+
+    head = line("stage", "corpus", "language", "seen", "n", "chance", "UA", "WA", "macroF1")
     lines = [head, "─" * len(head)]
     for stage in sorted({row["stage"] for row in rows}):
         for row in (r for r in rows if r["stage"] == stage):
-            lines.append(
-                f"{stage:>5}  {row['corpus'][:14]:<14} {row['language']:<9} {'yes' if row['seen_language'] else 'no':<5} "
-                f"{row['n']:>5} {row['chance']:>7.3f} {row['ua']:>7.3f} {row['wa']:>7.3f} {row['macro_f1']:>8.3f}"
-            )
-        for seen, name in ((True, "seen languages"), (False, "unseen languages")):
-            mean = macro_ua(rows, stage, seen)
+            numbers = [f"{row[name]:.3f}" for name in ("chance", "ua", "wa", "macro_f1")]
+            seen = "yes" if row["seen_language"] else "no"
+            lines.append(line(stage, row["corpus"], row["language"], seen, str(row["n"]), *numbers))
+        for was_seen, name in ((True, "seen languages"), (False, "unseen languages")):
+            mean = macro_ua(rows, stage, was_seen)
             if mean == mean:
-                lines.append(f"{stage:>5}  {'mean UA over ' + name:<38} {'':>8}{mean:>7.3f}")
+                lines.append(f"{stage:>5}  {'mean UA over ' + name:<44} {mean:>9.3f}")
         lines.append("─" * len(head))
     return "\n".join(lines)
 

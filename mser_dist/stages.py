@@ -1,14 +1,21 @@
-"""What differs between the two stages: the model, how clips become a batch, how labels are scored, what is exported."""
+"""What differs between the two stages.
 
-from typing import Any, Protocol
+Each has `model`, a module that returns (loss, telemetry) of a batch; `n_mels`, the height of its log-mels; `collate`,
+which makes a batch of clips in a worker; `prepare`, which finishes a step's micro-batches on the training process;
+`scorer`, which scores the labels of a batch for validation; `card`, what the exported model is; and `source`, the card
+of the run that this one builds on, if any.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mser_dist import config as cfg
 from mser_dist import exported
 from mser_dist.data import prompts
-from mser_dist.data.stream import Clip, Collate, pad_mels
+from mser_dist.data.stream import Clip, pad_mels
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm
@@ -18,24 +25,7 @@ from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
 from mser_dist.models.text import TextTower
 
 Batch = dict[str, Any]
-
-
-class Stage(Protocol):
-    """What the training loop needs to know of a stage."""
-
-    model: nn.Module
-    n_mels: int
-    collate: Collate
-    source: dict[str, Any] | None  # the card of the run that this one builds on
-
-    def prepare(self, batches: list[Batch], total: Any, device: str) -> None:
-        """Finish a step's micro-batches on the training process; `total` sums a number over all ranks."""
-
-    def scorer(self) -> Any:
-        """A callable batch → (B, K) scores of the labels, for validation."""
-
-    def card(self) -> dict[str, Any]:
-        """What the exported model is, as JSON."""
+Total = Callable[[list[float]], list[float]]  # sums numbers over all ranks
 
 
 class Align:
@@ -59,7 +49,8 @@ class Align:
         self.collate = AlignCollate(self.labels)
         self.tower.embed([c for label in self.labels for c in prompts.captions(label)])
 
-    def prepare(self, batches: list[Batch], total: Any, device: str) -> None:
+    def prepare(self, batches: list[Batch], total: Total) -> None:
+        """Replace the captions by their embeddings."""
         for batch in batches:
             batch["text"] = self.tower.embed(batch.pop("captions"))
 
@@ -104,7 +95,7 @@ class Instruct:
         self.n_mels = speech.encoder.n_mels
         self.collate = InstructCollate(self.tokenizer, self.labels, speech.query_count)
 
-    def prepare(self, batches: list[Batch], total: Any, device: str) -> None:
+    def prepare(self, batches: list[Batch], total: Total) -> None:
         """Share out the loss: the mean over the answer tokens of all ranks and micro-batches of the step."""
         tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
         [tokens_everywhere, losses] = total([float(tokens), float(len(batches))])

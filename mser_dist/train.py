@@ -55,7 +55,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
 
     distributed.init(world, config.engine.timeout_minutes, device)
     torch.manual_seed(config.seed)  # the same weights on every rank …
-    stage: stages.Stage = stages.build(config, attention, device, ds_json)
+    stage = stages.build(config, attention, device, ds_json)
     clips = clips_of(shards, config, stage.n_mels, config.data.shuffle_labels)
     validation = clips_of(held_out, config, stage.n_mels) if held_out else None
     plan = stream.Plan(len(clips), config.train.global_batch, config.seed, clips.source, config.data.parallel)
@@ -100,7 +100,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
         for step in range(first + 1, total + 1):
             with clock.waiting():
                 batches = [stages.to_device(batch, device) for batch in next(loader)]
-            stage.prepare(batches, lambda values: distributed.all_sum(values, device), device)
+            stage.prepare(batches, lambda values: distributed.all_sum(values, device))
             stats = _optimize(engine, batches)
 
             # Once in a while: log.
@@ -110,7 +110,8 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
                 if not all(map(_finite, (numbers["loss"], numbers["grad_norm"]))):
                     raise UserError(
                         f"{out}: the loss or its gradient is not finite at step {step} "
-                        f"(loss {numbers['loss']}, gradient norm {numbers['grad_norm']}): lower train.lr or set train.grad_clip"
+                        f"(loss {numbers['loss']}, gradient norm {numbers['grad_norm']}): "
+                        "lower train.lr or set train.grad_clip"
                     )
                 if tracker:
                     tracker.metrics(step, {f"train/{k}": v for k, v in numbers.items()})
@@ -190,7 +191,7 @@ def clips_of(shards: ShardSet, config: cfg.Common, n_mels: int, shuffle: bool = 
 
 
 def _finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
-    """The summary of a run that has ended already, or None. Raises `UserError` if the folder holds another config's run."""
+    """The summary of a run that has ended already, or None; `UserError` if the folder holds another config's run."""
     saved, summary = out / "config.yaml", out / "summary.json"
     if not saved.is_file() or not (summary.is_file() or any((out / "checkpoints").glob("step-*"))):
         return None  # nothing to lose

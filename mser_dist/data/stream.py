@@ -95,7 +95,9 @@ class Clips:
         self.label = np.array([number[label] for label in shards.label], dtype=np.int64)  # (n,)
         if shuffle_labels:
             self.label = shuffled(self.label, np.random.default_rng([seed, 7]))
-        self.source = np.unique(np.array(shards.source_id, dtype=str), return_inverse=True)[1].astype(np.int64)  # (n,)
+        # Equal ids in two corpora are not one utterance.
+        source = [f"{corpus}/{source}" for corpus, source in zip(shards.corpus, shards.source_id, strict=True)]
+        self.source = np.unique(np.array(source), return_inverse=True)[1].astype(np.int64)  # (n,)
 
     def __len__(self) -> int:
         return len(self.label)

@@ -11,8 +11,9 @@ import torch
 
 from mser_dist.errors import UserError
 
-# Modules and the least compute capability each kernel needs (flash-attn's README: Ampere for 2, Hopper for 3).
-_FLASH = {"flash_attention_3": ("flash_attn_interface", (9, 0)), "flash_attention_2": ("flash_attn", (8, 0))}
+# Module, and lowest and highest major compute capability of each kernel (flash-attn's README: 2 from Ampere on, 3 is a
+# build for Hopper alone).
+_FLASH = {"flash_attention_3": ("flash_attn_interface", 9, 9), "flash_attention_2": ("flash_attn", 8, 99)}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def choose(requested: str, dtype: torch.dtype, device: str) -> Attention:
     if requested in _FLASH:
         missing = _missing(requested, dtype, device)
         if missing:
-            raise UserError(f"engine.attention={requested} cannot run: {missing}; or set engine.attention=auto")
+            raise UserError(f"the attention kernel {requested} cannot run: {missing}; or set attention to auto")
         return Attention(requested, "asked for")
     if requested != "auto":
         raise ValueError(f"unknown attention kernel {requested!r}")
@@ -45,14 +46,18 @@ def choose(requested: str, dtype: torch.dtype, device: str) -> Attention:
 
 def _missing(kernel: str, dtype: torch.dtype, device: str) -> str:
     """What keeps a flash kernel from running here; empty if nothing does."""
-    module, capability = _FLASH[kernel]
+    module, lowest, highest = _FLASH[kernel]
     if device != "cuda":
         return "it needs a CUDA GPU and there is none"
     if importlib.util.find_spec(module) is None:
-        extra = "`pip install 'mser-dist[flash-attn]'`" if module == "flash_attn" else "flash-attention 3's hopper build"
+        extra = (
+            "`pip install 'mser-dist[flash-attn]'`" if module == "flash_attn" else "flash-attention 3's hopper build"
+        )
         return f"the Python module {module} is not installed ({extra})"
-    if torch.cuda.get_device_capability() < capability:
-        return f"the GPU's compute capability {torch.cuda.get_device_capability()} is below {capability}"
+    major, minor = torch.cuda.get_device_capability()
+    if not lowest <= major <= highest:
+        needed = f"{lowest}.x" if lowest == highest else f"{lowest}.0 or more"
+        return f"it needs a GPU of compute capability {needed}, this one has {major}.{minor}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     return ""

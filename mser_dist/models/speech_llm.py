@@ -31,8 +31,8 @@ class SpeechLLM(nn.Module):
         """Loss on the answers only, and its telemetry.
 
         batch: mel (B, n_mels, F), lengths (B,), input_ids, labels and attention_mask (B, T), padded on the right, and
-        `normalizer`: answer tokens of the whole optimizer step over all ranks and micro-batches, divided by the number of
-        losses that will be averaged. Dividing by it makes the step's loss the mean over *tokens*, however they are spread.
+        `normalizer`: answer tokens of the whole optimizer step over all ranks and micro-batches, divided by the number
+        of losses that will be averaged. It makes the step's loss the mean over *tokens*, however they are spread.
         """
         inputs = self.embed_prompt(batch["input_ids"], batch["mel"], batch["lengths"])
         hidden = self.backbone(inputs_embeds=inputs, attention_mask=batch["attention_mask"]).last_hidden_state
@@ -60,9 +60,9 @@ class SpeechLLM(nn.Module):
 
     @torch.no_grad()
     def score(self, mel: Tensor, lengths: Tensor, prompt: Tensor, answers: list[Tensor]) -> Tensor:
-        """Log-likelihood of every answer after the prompt. Returns (B, K): the sum over an answer's tokens, EOS included.
+        """Log-likelihood of every answer after the prompt: (B, K), the sum over an answer's tokens, EOS included.
 
-        mel (B, n_mels, F); lengths (B,); prompt (T,) ids with SPEECH in it; answers: K tensors of ids, each ending in EOS.
+        mel (B, n_mels, F); lengths (B,); prompt (T,) ids with SPEECH in it; answers: K tensors of ids up to EOS.
         The prompt is read once a clip; its keys and values are shared by the K answers.
         """
         batch, count = len(mel), len(answers)

@@ -13,16 +13,20 @@ from mser_dist.quiet import hush
 
 
 def run(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """Call ``function(rank, *arguments)`` in `ranks` processes; returns their results (tensors and plain values) by rank."""
+    """Call ``function(rank, *arguments)`` in `ranks` processes; their results (tensors, plain values) by rank."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_entry, (function, ranks, distributed.free_port(), folder, arguments), nprocs=ranks)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def _entry(rank: int, function: Callable[..., Any], ranks: int, port: int, folder: str, arguments: tuple[Any, ...]) -> None:
+def _entry(
+    rank: int, function: Callable[..., Any], ranks: int, port: int, folder: str, arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     hush()
-    distributed.init(distributed.World(rank, ranks, rank, "127.0.0.1", port, "torchrun"), timeout_minutes=2, device="cpu")
+    distributed.init(
+        distributed.World(rank, ranks, rank, "127.0.0.1", port, "torchrun"), timeout_minutes=2, device="cpu"
+    )
     result = function(rank, *arguments)
     torch.save(result, Path(folder) / f"{rank}.pt")
     distributed.barrier()

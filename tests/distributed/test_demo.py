@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -12,10 +13,11 @@ import yaml
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
+Demo = tuple[Path, dict[str, Any], str]
 UNSEEN = {"el", "ru", "fa"}
 
 
-def run_demo(folder: Path, *words: str) -> tuple[dict, str]:
+def run_demo(folder: Path, *words: str) -> tuple[dict[str, Any], str]:
     env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "mser_dist", "demo", *words]
@@ -25,19 +27,19 @@ def run_demo(folder: Path, *words: str) -> tuple[dict, str]:
     return json.loads((out / "report.json").read_text()), done.stdout
 
 
-def unseen_ua(report: dict, stage: int) -> float:
+def unseen_ua(report: dict[str, Any], stage: int) -> float:
     values = [row["ua"] for row in report["zero_shot"] if row["stage"] == stage and not row["seen_language"]]
     assert len(values) == len(UNSEEN)
     return sum(values) / len(values)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
     return folder, *run_demo(folder)
 
 
-def test_unseen_languages_are_recognised(demo: tuple[Path, dict, str]) -> None:
+def test_unseen_languages_are_recognised(demo: Demo) -> None:
     _, report, printed = demo
     assert unseen_ua(report, 2) >= 0.60 and unseen_ua(report, 1) >= 0.60
     assert report["world_size"] == 2 and report["zero_stage"] == 3
@@ -47,7 +49,7 @@ def test_unseen_languages_are_recognised(demo: tuple[Path, dict, str]) -> None:
     assert "mlflow ui --backend-store-uri" in printed and "mean UA over unseen languages" in printed
 
 
-def test_shuffled_labels_end_at_chance(demo: tuple[Path, dict, str]) -> None:
+def test_shuffled_labels_end_at_chance(demo: Demo) -> None:
     """The same run on the same clips, with training labels that tell nothing: what is learned above comes from them."""
     folder, *_ = demo
     control, _ = run_demo(folder, "--shuffle-labels", "--shards", "runs/demo/shards", "--out", "runs/control")
@@ -55,7 +57,7 @@ def test_shuffled_labels_end_at_chance(demo: tuple[Path, dict, str]) -> None:
     assert unseen_ua(control, 2) < 0.25 and unseen_ua(control, 1) < 0.25
 
 
-def test_three_linked_runs_are_in_mlflow(demo: tuple[Path, dict, str]) -> None:
+def test_three_linked_runs_are_in_mlflow(demo: Demo) -> None:
     folder, report, _ = demo
     ids = report["mlflow"]
     client = mlflow.MlflowClient(ids["tracking_uri"])
@@ -73,13 +75,20 @@ def test_three_linked_runs_are_in_mlflow(demo: tuple[Path, dict, str]) -> None:
         files = {item.path for item in client.list_artifacts(runs[name].info.run_id)}
         assert {"config.yaml", "curves.png"} <= files
     files = {item.path for item in client.list_artifacts(ids["eval_run_id"])}
-    expected = {"config.yaml", "table.txt", "zero_shot.json", "confusion_stage1.png", "confusion_stage2.png", "ua_by_language.png"}
+    expected = {
+        "config.yaml",
+        "table.txt",
+        "zero_shot.json",
+        "confusion_stage1.png",
+        "confusion_stage2.png",
+        "ua_by_language.png",
+    }
     assert expected <= files
     config = yaml.safe_load((folder / "runs/demo/stage1/config.yaml").read_text())
     assert config["train"]["weight_decay"] == 0.01, "the resolved config spells out every default"
 
 
-def test_a_finished_demo_is_kept(demo: tuple[Path, dict, str]) -> None:
+def test_a_finished_demo_is_kept(demo: Demo) -> None:
     folder, *_ = demo
     command = [sys.executable, "-m", "mser_dist", "demo"]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

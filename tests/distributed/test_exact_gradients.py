@@ -1,6 +1,5 @@
 """W processes that each hold a part of the batch take the same step as one process that holds all of it."""
 
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ def small_aligner() -> Aligner:
     with torch.no_grad():  # fresh weights give nearly equal embeddings, whose gradients drown in rounding
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter *= 5
+                parameter.mul_(5)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Both stages from the command line on two real ranks under ZeRO-3: resume, partitioned loading, evaluation, bad input."""
+"""Both stages from the command line on two real ranks under ZeRO-3: resume, loading, evaluation, bad input."""
 
 import json
 import os
@@ -25,7 +25,12 @@ def mser(*words: str | Path, cwd: Path, code: int = 0) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-m", "mser_dist", *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "mser_dist", *map(str, words)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
     return done.stderr if code else done.stdout
@@ -66,7 +71,7 @@ def trained(folder: Path) -> Path:
 def test_a_resumed_run_continues_bit_for_bit(trained: Path) -> None:
     """Six steps, against three steps that went on for three more from their checkpoint, dropout on."""
     whole, resumed = trained / "runs/whole", trained / "runs/resumed"
-    # What a job that died after its checkpoint leaves: the run folder as it was at step 3, and a half-written checkpoint.
+    # What a job that died after its checkpoint leaves: the run folder of step 3, and a half-written checkpoint.
     (resumed / "checkpoints").mkdir(parents=True)
     config = (whole / "config.yaml").read_text().replace("out: runs/whole", "out: runs/resumed")
     (resumed / "config.yaml").write_text(config)
@@ -172,9 +177,23 @@ def test_a_clip_that_cannot_be_decoded_is_named(trained: Path) -> None:
 
 def test_torchrun_starts_the_same_command(trained: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mser_dist"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mser_dist",
+    ]
     done = subprocess.run(
-        [*command, *stage1("runs/torchrun", "train.steps=2")], cwd=trained, env=env, capture_output=True, text=True, timeout=300
+        [*command, *stage1("runs/torchrun", "train.steps=2")],
+        cwd=trained,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((trained / "runs/torchrun/summary.json").read_text())["world_size"] == 2

