@@ -281,7 +281,7 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from mser_dist.data.shards import verify
+    from mser_dist.data.shard_verify import verify
 
     problems = verify(options.set)
     for problem in problems:

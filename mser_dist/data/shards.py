@@ -21,7 +21,7 @@ from mser_dist.data.shard_index import REPACK
 from mser_dist.data.shard_writer import DATASET_FILE, LOCK_FILE, DatasetWriter
 from mser_dist.errors import UserError
 
-__all__ = ["DatasetWriter", "Sample", "ShardSet", "list_shards", "verify"]
+__all__ = ["DatasetWriter", "Sample", "ShardSet", "list_shards"]
 
 MAX_OPEN = 128  # shards held open by a thread: far below the usual limit of 1024 files a process
 MAX_GAP = 1 << 16  # bytes between a sample's two files up to which both are fetched in one read
@@ -206,17 +206,6 @@ def list_shards(path: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
     if not shards:
         raise UserError(f"{path}: holds no .tar shard; give a folder of shards (mser pack makes one)")
     return shards, None
-
-
-def verify(path: str | Path) -> list[str]:
-    """Check a data set to the last byte and sample; returns the problems, one line each ([] = sound).
-
-    Every shard: there, of the size and SHA-256 of its index and of dataset.json, a sound tar whose members are exactly
-    the indexed ones, every sample read and decoded. No extra shard, no key twice.
-    """
-    from mser_dist.data.shard_verify import verify_set
-
-    return verify_set(path)
 
 
 def _load_all(paths: str | Path | Sequence[str | Path]) -> list[tuple[Path, dict[str, Any]]]:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mser_dist.data import audio
 from mser_dist.data.clip import Clip
 from mser_dist.data.pack import pack
-from mser_dist.data.shards import ShardSet, verify
+from mser_dist.data.shard_verify import verify
+from mser_dist.data.shards import ShardSet
 from mser_dist.data.splits import split_by_speaker
 from mser_dist.errors import UserError
 

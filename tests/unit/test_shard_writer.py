@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mser_dist.data import audio
-from mser_dist.data.shards import DatasetWriter, ShardSet, verify
+from mser_dist.data.shard_verify import verify
+from mser_dist.data.shards import DatasetWriter, ShardSet
 from mser_dist.errors import UserError
 from tests.unit.made_up_set import meta, pcm, write_set
 

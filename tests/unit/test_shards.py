@@ -12,7 +12,8 @@ import pytest
 import webdataset
 
 from mser_dist.data import audio
-from mser_dist.data.shards import DatasetWriter, ShardSet, verify
+from mser_dist.data.shard_verify import verify
+from mser_dist.data.shards import DatasetWriter, ShardSet
 from mser_dist.errors import UserError
 from tests.unit.made_up_set import meta, pcm, write_set
 
