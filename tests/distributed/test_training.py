@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mser_dist import config as cfg
 from mser_dist.data.synth import SynthConfig
 from mser_dist.data.synth_set import write_set
+from mser_dist.engine import resolve_json
+from tests.distributed.spawn import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -36,8 +40,8 @@ def mser(*words: str | Path, cwd: Path, code: int = 0) -> str:
     return done.stderr if code else done.stdout
 
 
-def lines(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,34 @@ def test_a_pretrained_llm_is_partitioned_as_it_loads(trained: Path) -> None:
     mser(*stage2("runs/lora", folder, "llm.arch={}", "llm.lora={rank: 2}"), "--nproc", "2", cwd=trained)
     assert (trained / "runs/lora/export/llm/adapter_model.safetensors").is_file()
     mser("eval", "demo_eval", "data.sets=shards", "stage1=null", "stage2=runs/lora", "out=runs/eval3", cwd=trained)
+
+
+def whole_copies(rank: int, llm: str, ds_json: dict[str, Any]) -> int:
+    """How many of the LLM's parameters this rank holds whole after loading it for a ZeRO-3 run."""
+    from mser_dist.models.attention import Attention
+    from mser_dist.models.llm import build_llm
+
+    model, _ = build_llm(cfg.LLM(pretrained=llm), cfg.SIX_EMOTIONS, Attention("sdpa", "test"), ds_json)
+    return sum(parameter.numel() > 0 for parameter in model.parameters())
+
+
+def test_no_rank_ever_holds_the_whole_pretrained_llm(trained: Path) -> None:
+    export = trained / "runs/two/export/llm"
+    if not export.exists():
+        mser(*stage2("runs/two", LLM, "train.micro_batch=2"), "--nproc", "2", cwd=trained)
+    ds_json = resolve_json(cfg.Stage2(train=cfg.Train(global_batch=8)), world_size=2)
+    assert run(whole_copies, 2, str(export), ds_json) == [0, 0]
+
+
+def test_bfloat16_trains_both_stages(trained: Path) -> None:
+    """The dtypes of the GPU presets, on a CPU: DeepSpeed casts the model, and the inputs have to follow."""
+    words = ["engine.dtype=bfloat16", "--nproc", "2"]
+    mser(*stage1("runs/bf16_one", *words), cwd=trained)
+    mser(*stage2("runs/bf16_two", LLM, "stage1=runs/bf16_one", *words), cwd=trained)
+    weights = load_file(trained / "runs/bf16_two/export/llm/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    runs = ["stage1=runs/bf16_one", "stage2=runs/bf16_two"]
+    mser("eval", "demo_eval", "data.sets=shards", "out=runs/bf16_eval", "dtype=bfloat16", *runs, cwd=trained)
 
 
 def test_mistakes_on_two_ranks_end_with_one_line_and_code_2(trained: Path) -> None:
