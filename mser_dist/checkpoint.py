@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mser_dist import distributed
@@ -58,7 +59,7 @@ class Checkpoints:
         try:
             if mine:
                 work()
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name in every library
             failure = f"rank {self.world.rank}: {str(error).splitlines()[0]}"
         return [f for f in distributed.gather(failure) if f]
 

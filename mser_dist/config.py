@@ -104,7 +104,7 @@ class LLM:
 @dataclass(kw_only=True)
 class Train:
     global_batch: int = opt(64, "clips per optimizer step, over all ranks; the numbers mean the same on any cluster")
-    micro_batch: int | None = opt(None, "clips per rank and forward pass; null: global_batch / world size")
+    micro_batch: int | None = opt(None, "stage 2: clips per rank and forward pass; null: global_batch / world size")
     epochs: float = opt(10.0, "passes over the training split (ignored when `steps` is set)")
     steps: int | None = opt(None, "optimizer steps")
     lr: float = opt(1e-3, "peak learning rate (AdamW)")
@@ -124,13 +124,13 @@ class Engine:
     deepspeed: str = opt("cpu", "DeepSpeed JSON: a path, or a name in ds_configs/")
     dtype: str = opt("float32", "float32 | bfloat16 | float16")
     attention: str = opt("auto", "auto | flash_attention_2 | flash_attention_3 | sdpa | eager")
-    timeout_minutes: float = opt(10.0, "a collective that takes longer ends the job: a peer is dead or stuck")
+    timeout_minutes: float = opt(30.0, "a collective that takes longer ends the job: a peer is dead or stuck")
 
 
 @dataclass(kw_only=True)
 class Tracking:
     experiment: str = opt("mser", "MLflow experiment")
-    uri: str | None = opt(None, "MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite in the run folder")
+    uri: str | None = opt(None, "MLflow tracking URI; null: MLFLOW_TRACKING_URI, else mlflow.db beside the run folder")
     run_name: str | None = opt(None, "name of the MLflow run; null: the run folder's name")
     enabled: bool = opt(True, "log to MLflow; the JSONL log in the run folder is always written")
 
@@ -181,6 +181,10 @@ class Stage1(Common):
 
     def check(self) -> None:
         super().check()
+        for name in ("queries", "layers", "width", "heads"):
+            positive(f"qformer.{name}", getattr(self.qformer, name))
+        for name in ("width", "max_scale"):
+            positive(f"contrastive.{name}", getattr(self.contrastive, name))
         if self.contrastive.alpha < 0 or self.contrastive.beta < 0 or not self.contrastive.temperature > 0:
             raise UserError("contrastive.alpha and .beta must be ≥ 0 and contrastive.temperature > 0")
         if self.encoder.pretrained and self.encoder.arch:
@@ -205,6 +209,10 @@ class Stage2(Common):
             )
         if self.llm.pretrained and self.llm.arch:
             raise UserError("llm.pretrained and llm.arch are both set: keep one of them")
+        if self.llm.lora and not self.llm.pretrained:
+            raise UserError("llm.lora needs llm.pretrained: an LLM made on the spot has nothing to adapt")
+        if self.llm.lora:
+            positive("llm.lora.rank", self.llm.lora.rank)
         if self.llm.freeze and self.llm.lora:
             raise UserError("llm.freeze and llm.lora are both set: LoRA trains adapters, so drop llm.freeze")
 

@@ -1,7 +1,6 @@
 """``mser demo``: the whole path, from nothing to a zero-shot table, with the same commands that a cluster runs."""
 
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist import launch
+from mser_dist.config import batch_shape
 from mser_dist.config_file import load_evaluation, load_training
 from mser_dist.errors import UserError
-from mser_dist.files import write_json
+from mser_dist.files import read_json, write_json
 
 # What `--llm smollm2` changes: a real 135M model on two cores has time for few steps, of few clips.
 _SMOLLM2 = (
@@ -40,18 +40,19 @@ def demo(
 
     shards: a synthetic set to use in place of a new one. shuffle_labels: the control run, which must end at chance.
     """
+    if nproc < 1:
+        raise UserError(f"--nproc must be 1 or more, not {nproc}")
     began = time.monotonic()
     _clear(out, overwrite)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(out / 'mlflow.db').resolve()}"
-    common = [f"tracking.uri={uri}", f"data.sets=[{json.dumps(str(shards or out / 'shards'))}]"]
+    common = [f"data.sets=[{json.dumps(str(shards or out / 'shards'))}]"]
     training = [*common, f"seed={seed}", f"data.shuffle_labels={json.dumps(shuffle_labels)}"]
     stage1, stage2 = out / "stage1", out / "stage2"
     words1 = [*training, f"out={stage1}"]
     words2 = [*training, f"out={stage2}", f"stage1={stage1}", *(_SMOLLM2 if llm == "smollm2" else ())]
     words3 = [*common, f"out={out / 'eval'}", f"stage1={stage1}", f"stage2={stage2}"]
     # A mistake anywhere shows now, not after minutes.
-    load_training("demo_stage1", words1)
-    load_training("demo_stage2", words2)
+    for preset, words in (("demo_stage1", words1), ("demo_stage2", words2)):
+        batch_shape(load_training(preset, words).train, nproc)
     load_evaluation("demo_eval", words3)
 
     seconds: dict[str, float] = {}
@@ -69,7 +70,7 @@ def demo(
 
     report = _report(out, stage1, stage2, seconds, time.monotonic() - began)
     write_json(out / "report.json", report)
-    _say_where(out, uri, report)
+    _say_where(out, report)
     return report
 
 
@@ -81,7 +82,10 @@ def _clear(out: Path, overwrite: bool) -> None:
         shutil.rmtree(out)
     if (out / "report.json").exists():
         raise UserError(f"{out} holds a finished demo: add --overwrite to replace it, or --out FOLDER for another one")
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {error.strerror}: name another one with --out") from error
 
 
 def _synthesise(folder: Path, seed: int) -> None:
@@ -90,6 +94,10 @@ def _synthesise(folder: Path, seed: int) -> None:
 
     if not (folder / "dataset.json").exists():
         write_set(folder, SynthConfig(seed=seed))
+    elif (there := read_json(folder / "dataset.json")["made_by"]["seed"]) != seed:
+        raise UserError(
+            f"{folder} was made with seed {there}, not {seed}: add --overwrite, or --out FOLDER for another"
+        )
 
 
 def _run(nproc: int, words: list[str]) -> None:
@@ -110,13 +118,10 @@ def _timed(title: str, work: Any) -> float:
 
 
 def _report(out: Path, stage1: Path, stage2: Path, seconds: dict[str, float], total: float) -> dict[str, Any]:
-    def read(path: Path) -> dict[str, Any]:
-        return json.loads(path.read_text(encoding="utf-8"))
-
     first, second, evaluation = (
-        read(stage1 / "summary.json"),
-        read(stage2 / "summary.json"),
-        read(out / "eval/report.json"),
+        read_json(stage1 / "summary.json"),
+        read_json(stage2 / "summary.json"),
+        read_json(out / "eval/report.json"),
     )
     keys = ("stage", "corpus", "language", "seen_language", "n", "k", "ua", "wa", "macro_f1")
     return {
@@ -134,7 +139,8 @@ def _report(out: Path, stage1: Path, stage2: Path, seconds: dict[str, float], to
     }
 
 
-def _say_where(out: Path, uri: str, report: dict[str, Any]) -> None:
+def _say_where(out: Path, report: dict[str, Any]) -> None:
+    uri = report["mlflow"]["tracking_uri"]
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds_by_step"].items())
     mlflow = Path(sys.executable).with_name("mlflow")
     print(f"\nDone in {report['seconds']:.0f} s ({parts}).")

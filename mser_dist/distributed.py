@@ -130,7 +130,10 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
     from deepspeed.ops import __compatible_ops__
 
     if device == "cuda":
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        # A launcher that shows each task its own GPU only has local ranks beyond what the task sees.
+        local = world.local_rank % torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(local)  # DeepSpeed reads it
+        torch.cuda.set_device(local)
     else:
         # DeepSpeed would compile its shared-memory op for minutes; it serves only inference_all_reduce.
         __compatible_ops__["deepspeed_shm_comm"] = False
@@ -174,14 +177,14 @@ def all_sum(values: list[float], device: Any = "cpu") -> list[float]:
     return total.tolist()
 
 
-def agree(value: Any, device: Any = "cpu") -> Any:
+def agree(value: Any) -> Any:
     """Rank 0's value on every rank: rank 0 decides, so that ranks that see different disks cannot diverge."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=device)
+    dist.broadcast_object_list(box, src=0)  # over the backend's own device: NCCL has none but the GPU
     return box[0]
 
 

@@ -100,6 +100,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every whole floating-point parameter and buffer the engine's dtype.
+
+    DeepSpeed does so itself, unless a part was partitioned as it loaded: then it takes all parts to be in order.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and not hasattr(tensor, "ds_id"):
+            tensor.data = tensor.data.to(dtype)
+
+
 class Engine:
     """A model under DeepSpeed. `total` is the number of optimizer steps of the whole training."""
 
@@ -109,6 +119,7 @@ class Engine:
         self.json = resolve_json(config, world.world_size)
         zero = self.json.get("zero_optimization", {})
         self.zero_stage = int(zero.get("stage", 0))
+        _cast(model, DTYPES[config.engine.dtype])
         groups = parameter_groups(model, config.train.weight_decay)
         if not groups:
             raise UserError(

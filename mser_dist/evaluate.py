@@ -4,6 +4,7 @@ Languages are never pooled: a mean over languages is the mean of their own UAs.
 """
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mser_dist import __version__, distributed, exported, plots
+from mser_dist import __version__, distributed, exported, plots, run_folder
 from mser_dist import config as cfg
 from mser_dist.config_file import flatten, to_yaml
 from mser_dist.data import stream
 from mser_dist.data.shards import ShardSet
 from mser_dist.engine import DTYPES
+from mser_dist.errors import UserError
 from mser_dist.files import write_json, write_text
 from mser_dist.metrics import Scores, score
 from mser_dist.models.attention import Attention, choose
@@ -63,16 +65,14 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     attention = choose(config.attention, DTYPES[config.dtype], device)
     runs: dict[int, str] = {stage: run for stage, run in ((1, config.stage1), (2, config.stage2)) if run}
     exports = {stage: exported.find(run, stage) for stage, run in runs.items()}
-    data = config.data
-    shards = ShardSet.open(data.sets, split=data.split, languages=data.languages or None, labels=data.labels)
+    shards = stream.open_clips(config.data, config.data.split)
+    out = Path(config.out)
+    if (out / "checkpoints").exists() or (out / "summary.json").exists():
+        raise UserError(f"out={out} is the folder of a training run: name another one for the evaluation")
     if world.world_size > 1:
         distributed.init(world, 30.0, device)
-    out = Path(config.out)
-    if world.is_main:
-        out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_text(out / "config.yaml", to_yaml(config))
-        for name in ("mlflow.json", "log.jsonl"):  # an evaluation never resumes: each is an MLflow run of its own
-            (out / name).unlink(missing_ok=True)
+    if world.is_main:  # an evaluation never resumes: each is an MLflow run of its own
+        run_folder.prepare(out, to_yaml(config), anew=True)
     tags: dict[str, str] = {"mser.stage": "eval"}
     for stage, run in runs.items():
         tags[f"mser.stage{stage}_run_id"] = run_id_of(run) or ""
@@ -185,7 +185,11 @@ def _publish(
     for stage, confusion in tables.items():
         pictures.append(out / f"confusion_stage{stage}.png")
         plots.confusions(confusion, config.data.labels, f"stage {stage}: confusion by language", pictures[-1])
-    numbers = {f"ua/stage{r['stage']}/{r['corpus']}/{r['language']}": r["ua"] for r in rows}
+    # MLflow takes no other characters in a metric's name, and a corpus may be named in any script.
+    numbers = {
+        re.sub(r"[^\w./ :-]", "_", f"ua/stage{r['stage']}/{r['corpus']}/{r['language']}", flags=re.ASCII): r["ua"]
+        for r in rows
+    }
     for stage in tables:
         for seen in (True, False):
             mean = macro_ua(rows, stage, seen)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -82,11 +83,9 @@ def write(
         fsync_tree(staging)
         shutil.rmtree(export, ignore_errors=True)
         staging.rename(export)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(
-            f"cannot write the export to {export}: {error.strerror or error}; free space and start again"
-        ) from error
+        raise UserError(f"cannot write the export to {export}: {error}; free space and start again") from error
 
 
 def _write_llm(folder: Path, llm: Any, state: dict[str, Tensor]) -> None:
@@ -137,7 +136,7 @@ def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = tor
         base, _ = build_llm(cfg.LLM(pretrained=card["llm"]), card["labels"], attention)
         llm = PeftModel.from_pretrained(base, str(folder))
     else:
-        llm = load_llm(folder, attention)
+        llm = load_llm(folder, attention, dtype)
     model = _with_heads(SpeechLLM(speech, llm), export)
     return model.to(dtype).eval(), tokenizer
 

@@ -6,11 +6,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mser_dist.errors import UserError
+
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file that this program wrote. Raises `UserError` if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, and run the step that writes it again") from error
 
 
 def write_text(path: Path, text: str) -> None:

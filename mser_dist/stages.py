@@ -16,6 +16,7 @@ from mser_dist import config as cfg
 from mser_dist import exported
 from mser_dist.data import prompts
 from mser_dist.data.stream import Clip, pad_mels
+from mser_dist.errors import UserError
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm
@@ -39,6 +40,7 @@ class Align:
         if config.init_from:
             export = exported.find(config.init_from, stage=1)
             self.source = exported.read_card(export)
+            _same_shape(config, self.source["speech"])
             speech = exported.load_speech(export, attention)
             if config.encoder.freeze:
                 speech.freeze_encoder()
@@ -59,6 +61,21 @@ class Align:
 
     def card(self) -> dict[str, Any]:
         return {"text": self.tower.name, "text_width": self.tower.width, **exported.aligner_card(self.model)}
+
+
+def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
+    """Raise `UserError` where a config asks for another model than the one that `init_from` brings."""
+    qformer = card["qformer"]
+    brought = {
+        "qformer.queries": (config.qformer.queries, card["queries"]),
+        "qformer.layers": (config.qformer.layers, qformer["num_hidden_layers"]),
+        "qformer.width": (config.qformer.width, qformer["hidden_size"]),
+        "qformer.heads": (config.qformer.heads, qformer["num_attention_heads"]),
+        **{f"encoder.arch.{key}": (value, card["whisper"].get(key)) for key, value in config.encoder.arch.items()},
+    }
+    for key, (wanted, there) in brought.items():
+        if wanted != there and not key.endswith("dropout"):
+            raise UserError(f"{key}={wanted}, but init_from={config.init_from} brings {there}: set {key}={there}")
 
 
 class AlignCollate:

@@ -5,6 +5,7 @@ Rank 0 only. The MLflow run id is kept in ``<run>/mlflow.json``: a resumed train
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ class Tracker:
 
     def __init__(self, config: cfg.Tracking, out: Path, tags: dict[str, str], params: dict[str, str]) -> None:
         self.out = out
-        self.uri = tracking_uri(config, out)
+        uri = tracking_uri(config, out)
+        self.uri = re.sub(r"//[^/@]*@", "//", uri)  # what is written down and printed holds no password
         self.run_id: str | None = None
         self._started = time.monotonic()
         log = out / "log.jsonl"
@@ -47,14 +49,14 @@ class Tracker:
         if cut:  # a kill in the middle of a line: the next one begins afresh
             self._log.write("\n")
         self._alive = config.enabled
-        self._guard(lambda: self._start(config, tags, params))
+        self._guard(lambda: self._start(config, uri, tags, params))
 
-    def _start(self, config: cfg.Tracking, tags: dict[str, str], params: dict[str, str]) -> None:
+    def _start(self, config: cfg.Tracking, uri: str, tags: dict[str, str], params: dict[str, str]) -> None:
         for name, value in _PATIENCE.items():
             os.environ.setdefault(name, value)
         import mlflow
 
-        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_tracking_uri(uri)
         if mlflow.get_experiment_by_name(config.experiment) is None:
             place = None
             if self.uri.startswith("sqlite:"):

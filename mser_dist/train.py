@@ -1,6 +1,6 @@
 """The one training loop of both stages."""
 
-import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from mser_dist import __version__, distributed, exported, stages
+from mser_dist import __version__, distributed, exported, run_folder, stages
 from mser_dist import config as cfg
 from mser_dist.checkpoint import Checkpoints
 from mser_dist.config_file import flatten, to_yaml
@@ -20,7 +19,7 @@ from mser_dist.data.shards import ShardSet
 from mser_dist.engine import DTYPES, Engine, resolve_json
 from mser_dist.errors import UserError
 from mser_dist.evaluate import predict
-from mser_dist.files import write_json, write_text
+from mser_dist.files import write_json
 from mser_dist.metrics import score
 from mser_dist.models.attention import choose
 from mser_dist.plots import curves
@@ -38,20 +37,27 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     world = distributed.discover()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(config.out)
-    finished = _finished(out, config)
-    if finished:
-        return finished
+    summary = run_folder.finished(out, config)
+    if summary:
+        return summary
     # What can be wrong is looked for before the minutes of loading.
     ds_json = resolve_json(config, world.world_size)
-    micro, _ = cfg.batch_shape(config.train, world.world_size)
+    micro, accumulation = cfg.batch_shape(config.train, world.world_size)
+    if config.stage == 1 and accumulation > 1:
+        raise UserError(
+            f"train.micro_batch={micro}: stage 1 contrasts the whole global batch in one forward pass, so that its "
+            f"loss is the same on any cluster: unset it, and if memory is short lower train.global_batch"
+        )
+    if device == "cpu" and config.engine.dtype == "float16":
+        raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
     attention = choose(config.engine.attention, DTYPES[config.engine.dtype], device)
-    shards = open_clips(config.data, config.data.split)
-    held_out = open_clips(config.data, config.data.val_split) if config.data.val_split else None
+    shards = stream.open_clips(config.data, config.data.split)
+    held_out = stream.open_clips(config.data, config.data.val_split) if config.data.val_split else None
 
     if isinstance(config, cfg.Stage2):
         exported.find(config.stage1, stage=1)
     if world.is_main:
-        _prepare_folder(out, config)
+        run_folder.prepare(out, to_yaml(config))
 
     distributed.init(world, config.engine.timeout_minutes, device)
     torch.manual_seed(config.seed)  # the same weights on every rank …
@@ -61,6 +67,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     plan = stream.Plan(len(clips), config.train.global_batch, config.seed, clips.source, config.data.parallel)
     total = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
     engine = Engine(stage.model, config, world, total, device)
+    stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing
     torch.manual_seed(config.seed * 100_003 + world.rank)  # … and different dropout
     checkpoints = Checkpoints(out, world, config.train.keep)
     state = checkpoints.resume(engine) or {"step": 0}
@@ -107,7 +114,9 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             if step % config.train.log_every == 0 or step == total:
                 numbers = _mean_over_ranks(stats, device)
                 numbers |= {"lr": engine.lr, "grad_norm": engine.grad_norm, **clock.read()}
-                if not all(map(_finite, (numbers["loss"], numbers["grad_norm"]))):
+                # Under fp16 a gradient overflows now and then, and DeepSpeed skips the step and lowers its loss scale.
+                watched = [numbers["loss"]] + [numbers["grad_norm"]] * (config.engine.dtype != "float16")
+                if not all(map(math.isfinite, watched)):
                     raise UserError(
                         f"{out}: the loss or its gradient is not finite at step {step} "
                         f"(loss {numbers['loss']}, gradient norm {numbers['grad_norm']}): "
@@ -127,6 +136,8 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             if step == total or (config.train.save_every and step % config.train.save_every == 0):
                 checkpoints.save(step, engine, {"version": __version__, "mlflow_run_id": run_id_of(out)})
         shown.close()
+        if validation is not None and not val:  # the last start ended between its last checkpoint and the export
+            val = _validate(stage, validation, micro, world, config, device)
 
         weights = engine.full_state()
         summary = {
@@ -181,41 +192,8 @@ def _validate(
     return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
 
 
-def open_clips(data: cfg.Clips, split: str) -> ShardSet:
-    """The clips of a split that a config wants. Raises `UserError` if none is left."""
-    return ShardSet.open(data.sets, split=split, languages=data.languages or None, labels=data.labels)
-
-
 def clips_of(shards: ShardSet, config: cfg.Common, n_mels: int, shuffle: bool = False) -> stream.Clips:
     return stream.Clips(shards, config.data.labels, n_mels, config.data.max_seconds, config.seed, shuffle)
-
-
-def _finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
-    """The summary of a run that has ended already, or None; `UserError` if the folder holds another config's run."""
-    saved, summary = out / "config.yaml", out / "summary.json"
-    if not saved.is_file() or not (summary.is_file() or any((out / "checkpoints").glob("step-*"))):
-        return None  # nothing to lose
-    old, new = flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{out} holds a run with another config ({key}={old.get(key)}, now {new.get(key)}): "
-            "choose another run folder with out=…, or delete this one"
-        )
-    return json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None
-
-
-def _prepare_folder(out: Path, config: cfg.Common) -> None:
-    """Make the run folder; a start that left no checkpoint is forgotten, with its log and its MLflow run id."""
-    try:
-        out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not any((out / "checkpoints").glob("step-*")):
-            for name in ("log.jsonl", "mlflow.json"):
-                (out / name).unlink(missing_ok=True)
-        write_text(out / "config.yaml", to_yaml(config))
-    except OSError as error:
-        raise UserError(f"cannot write to the run folder {out}: {error.strerror}: choose another with out=…") from error
 
 
 class _Clock:
@@ -244,7 +222,3 @@ class _Clock:
 
 def _size(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mser_dist import config as cfg
 from mser_dist.data.audio import decode, log_mel
 from mser_dist.data.shards import ShardSet
 from mser_dist.errors import UserError
@@ -61,6 +62,19 @@ class Plan:
         batch = self.epoch(epoch)[inside * self.global_batch :][: self.global_batch]
         share = self.global_batch // world_size
         return batch[rank * share : (rank + 1) * share]
+
+
+def open_clips(data: cfg.Clips, split: str) -> ShardSet:
+    """The clips of a split that a config wants. Raises `UserError` if none is left, or one is too long."""
+    shards = ShardSet.open(data.sets, split=split, languages=data.languages or None, labels=data.labels)
+    long = (shards.duration > data.max_seconds).nonzero()[0]
+    if len(long):
+        raise UserError(
+            f"{shards.where(int(long[0]))} lasts {shards.duration[long[0]]:.1f} s, more than "
+            f"data.max_seconds={data.max_seconds:g}, as do {len(long) - 1} others: cut such clips, or leave them out, "
+            "when packing (Whisper takes 30 s at most)"
+        )
+    return shards
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ def _small_llama(arch: dict[str, Any], tokenizer: PreTrainedTokenizerBase, atten
             attn_implementation=attention.kernel,
         )
         return LlamaForCausalLM(config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"llm.arch is not a valid LlamaConfig: {error}") from error
+    except Exception as error:  # transformers checks its configs with several kinds of error
+        raise UserError(f"llm.arch is not a valid LlamaConfig: {str(error).splitlines()[0]}") from error
 
 
 def small_tokenizer(labels: list[str]) -> PreTrainedTokenizerFast:
@@ -132,6 +132,6 @@ def small_tokenizer(labels: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_llm(folder: Path, attention: Attention) -> PreTrainedModel:
+def load_llm(folder: Path, attention: Attention, dtype: torch.dtype) -> PreTrainedModel:
     """An LLM from a folder in Hugging Face format."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.kernel, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.kernel, dtype=dtype)

@@ -79,6 +79,7 @@ class SpeechModel(nn.Module):
     def freeze_encoder(self) -> None:
         """Keep the encoder as it is: no gradients, and no dropout in its forward."""
         self.encoder.requires_grad_(False)
+        self.encoder.eval()
         self.encoder_frozen = True
 
     def train(self, mode: bool = True) -> "SpeechModel":
@@ -104,8 +105,8 @@ def build_encoder(config: cfg.Encoder, attention: Attention) -> SpeechEncoder:
     if config.pretrained is None:
         try:
             whisper = WhisperEncoder(_whisper_config(config.arch, attention))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"encoder.arch is not a valid WhisperConfig: {error}") from error
+        except Exception as error:  # transformers checks its configs with several kinds of error
+            raise UserError(f"encoder.arch is not a valid WhisperConfig: {str(error).splitlines()[0]}") from error
     else:
         source = sources.resolve(config.pretrained)
         try:

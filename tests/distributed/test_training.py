@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage1(out: str, *more: str) -> list[str]:
     words = ["data.sets=shards", "data.workers=1", ENCODER, *QFORMER, f"out={out}", "train.global_batch=8"]
-    return ["train", "demo_stage1", *words, "train.steps=6", "train.log_every=1", "train.val_every=0", *more]
+    return ["train", "demo_stage1", *words, "train.steps=6", "train.log_every=1", "train.val_every=2", *more]
 
 
 def stage2(out: str, *more: str) -> list[str]:
@@ -94,6 +94,7 @@ def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(train
     before = (trained / "runs/whole/log.jsonl").read_bytes()
     mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5"), cwd=trained)
     assert (trained / "runs/whole/log.jsonl").read_bytes() == before
+    mser(*stage1("runs/whole", "train.save_every=1", "data.workers=0"), cwd=trained)  # nothing that changes the result
     error = mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5", "train.lr=0.5"), cwd=trained, code=2)
     assert "train.lr" in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
 
@@ -138,6 +139,9 @@ def test_a_pretrained_llm_is_partitioned_as_it_loads(trained: Path) -> None:
         mser(*stage2("runs/two", LLM, "train.micro_batch=2"), "--nproc", "2", cwd=trained)
     folder = "llm.pretrained=runs/two/export/llm"
     mser(*stage2("runs/three", folder, "llm.arch={}"), "--nproc", "2", cwd=trained)
+    # As the cluster presets do: parts that are partitioned at loading beside parts that are not, in bf16.
+    half = ["engine.dtype=bfloat16", "llm.gradient_checkpointing=true", "train.val_every=2"]
+    mser(*stage2("runs/half", folder, "llm.arch={}", *half), "--nproc", "2", cwd=trained)
     before = load_file(trained / "runs/two/export/llm/model.safetensors")
     after = load_file(trained / "runs/three/export/llm/model.safetensors")
     assert before.keys() == after.keys()
@@ -184,10 +188,13 @@ def test_mistakes_on_two_ranks_end_with_one_line_and_code_2(trained: Path) -> No
         "no such run folder": stage2("runs/bad", LLM, "stage1=runs/nowhere"),
         "run of stage 2": stage2("runs/bad", LLM, "stage1=runs/two"),
         "flash_attention_2": stage1("runs/bad", "engine.attention=flash_attention_2"),
+        "whole global batch in one forward pass": stage1("runs/bad", "train.micro_batch=2"),
+        "folder of a training run": ["eval", "demo_eval", "stage1=runs/whole", "stage2=null", "data.sets=shards"],
         "contradicts": stage1("runs/bad", "engine.deepspeed=zero3_bf16"),
     }
     for expected, words in cases.items():
-        error = mser(*words, "--nproc", "2", cwd=trained, code=2)
+        out = ["out=runs/whole"] if words[0] == "eval" else []
+        error = mser(*words, *out, "--nproc", "2", cwd=trained, code=2)
         assert expected in error and "Traceback" not in error, error
         assert len([line for line in error.splitlines() if line.startswith("mser: error")]) == 1, error
         assert not (trained / "runs/bad/config.yaml").exists(), "nothing is left that looks like a run"

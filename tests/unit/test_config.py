@@ -52,10 +52,11 @@ def test_an_override_reaches_into_sections_and_sets_them_whole(tmp_path: Path) -
     assert config.encoder.arch["d_model"] == 64
     assert config.encoder.arch["encoder_layers"] == 3  # from the preset
     assert (config.data.sets, config.data.languages) == (["a", "b"], ["de", "fr"])
-    lora = load_training("demo_stage2", ["llm.lora.rank=4"])
+    lora = load_training("whisper-small_smollm2_stage2", ["llm.lora.rank=4"])
     assert isinstance(lora, cfg.Stage2)
     assert lora.llm.lora == cfg.Lora(rank=4)
-    assert load_training("demo_stage2", ["llm.lora={rank: 4}", "llm.lora=null"]) == load_training("demo_stage2", [])
+    plain = load_training("whisper-small_smollm2_stage2", [])
+    assert load_training("whisper-small_smollm2_stage2", ["llm.lora={rank: 4}", "llm.lora=null"]) == plain
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,8 @@ def test_mistakes_are_named(tmp_path: Path, words: list[str], says: str) -> None
         (["stage1="], "stage1 must be of type str"),
         (["stage1=''"], "stage1 is not set: name the run folder"),
         (["llm.pretrained=x"], "llm.pretrained and llm.arch are both set"),
-        (["llm.freeze=true", "llm.lora.rank=8"], "drop llm.freeze"),
+        (["llm.lora.rank=8"], "llm.lora needs llm.pretrained"),
+        (["llm.freeze=true", "llm.lora.rank=8", "llm.pretrained=x", "llm.arch={}"], "drop llm.freeze"),
         (["llm.lora.rnk=8"], r"did you mean llm\.lora\.rank\?"),
     ],
 )

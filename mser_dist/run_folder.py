@@ -1,0 +1,49 @@
+"""A run's folder: taken for one config, and given back to it alone."""
+
+from pathlib import Path
+from typing import Any
+
+from mser_dist import config as cfg
+from mser_dist.config_file import flatten, read_yaml
+from mser_dist.errors import UserError
+from mser_dist.files import read_json, write_text
+
+# Keys that may change between two starts of a run: they do not touch what is learned.
+_FREE = ("data.workers", "tracking.", "engine.timeout_minutes")
+_FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_every", "train.keep")
+
+
+def _has_checkpoint(out: Path) -> bool:
+    return any((out / "checkpoints").glob("step-*"))
+
+
+def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
+    """The summary of a run that has ended already, or None; `UserError` if the folder holds another config's run."""
+    saved, summary = out / "config.yaml", out / "summary.json"
+    if not saved.is_file() or not (summary.is_file() or _has_checkpoint(out)):
+        return None  # nothing to lose
+    old, new = flatten(read_yaml(saved)), flatten(config)
+    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE + _FREE_TRAIN)]
+    changed = [key for key in keys if old.get(key) != new.get(key)]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{out} holds a run with another config ({key}={old.get(key)}, now {new.get(key)}): "
+            "choose another run folder, or delete this one"
+        )
+    return read_json(summary) if summary.is_file() else None
+
+
+def prepare(out: Path, config_text: str, anew: bool = False) -> None:
+    """Make the folder; `UserError` if it cannot be written.
+
+    A start that left no checkpoint is forgotten, with its log and its MLflow run id; with `anew`, so is any start.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if anew or not _has_checkpoint(out):
+            for name in ("log.jsonl", "mlflow.json"):
+                (out / name).unlink(missing_ok=True)
+        write_text(out / "config.yaml", config_text)
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
