@@ -33,11 +33,6 @@ _TO_OWN = {word: label for label, words in _OWN_WORDS.items() for word in words.
 UNLABELLED = frozenset({"", "other", "oth", "unknown", "xxx", "none", "no agreement", "no_agreement", "undefined"})
 
 
-def to_common(native: str) -> str | None:
-    """The common label (one of `COMMON`) of a corpus's word, or None where the word is not one of the seven."""
-    return _TO_COMMON.get(_normal(native))
-
-
 def to_label(native: str) -> str | None:
     """The class a clip is trained on: the common label, or the own name of an emotion outside the common set
     ("boredom").
