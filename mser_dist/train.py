@@ -51,11 +51,11 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     if device == "cpu" and config.engine.dtype == "float16":
         raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
     attention = choose(config.engine.attention, DTYPES[config.engine.dtype], device)
-    shards = stream.open_clips(config.data, config.data.split)
-    held_out = stream.open_clips(config.data, config.data.val_split) if config.data.val_split else None
-
     if isinstance(config, cfg.Stage2):
         exported.find(config.stage1, stage=1)
+    shards = stream.open_training_clips(config.data)
+    held_out = stream.open_clips(config.data, config.data.val_split) if config.data.val_split else None
+
     if world.is_main:
         run_folder.prepare(out, to_yaml(config))
 
@@ -73,6 +73,10 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     state = checkpoints.resume(engine) or {"step": 0}
     first = int(state["step"])
 
+    if world.is_main:
+        batch = f"{config.train.global_batch} clips a step ({world.world_size} ranks × {micro} × {accumulation})"
+        print(f"{len(clips)} clips, {total} steps, {batch}, ZeRO-{engine.zero_stage}, {config.engine.dtype}")
+        print(f"attention: {attention.kernel} ({attention.reason})", flush=True)
     card = {
         "stage": config.stage,
         "labels": config.data.labels,

@@ -5,6 +5,7 @@ every clip is seen in every epoch and every rank has equally many steps. A rank'
 contiguous part of it: the same global batches at any world size.
 """
 
+import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,18 @@ class Plan:
         batch = self.epoch(epoch)[inside * self.global_batch :][: self.global_batch]
         share = self.global_batch // world_size
         return batch[rank * share : (rank + 1) * share]
+
+
+def open_training_clips(data: cfg.TrainingClips) -> ShardSet:
+    """The clips to train on: `open_clips`, and every label must occur, for one that does not is most likely a typo."""
+    shards = open_clips(data, data.split)
+    absent = [label for label in data.labels if label not in set(shards.label)]
+    if absent:
+        there = sorted({str(label) for label in ShardSet.open(data.sets, split=data.split).label if label})
+        near = difflib.get_close_matches(absent[0], there, 1)
+        hint = f"did you mean {near[0]}?" if near else f"labels there: {', '.join(there)}"
+        raise UserError(f"data.labels names {absent[0]!r}, and no clip of the split {data.split!r} has it: {hint}")
+    return shards
 
 
 def open_clips(data: cfg.Clips, split: str) -> ShardSet:

@@ -185,6 +185,7 @@ def test_mistakes_on_two_ranks_end_with_one_line_and_code_2(trained: Path) -> No
     cases = {
         "does not divide": stage1("runs/bad", "train.global_batch=9"),
         "did you mean train.": stage1("runs/bad", "train.global_batsch=8"),
+        "did you mean happy": stage1("runs/bad", "data.labels=[anger, hapy]"),
         "no such run folder": stage2("runs/bad", LLM, "stage1=runs/nowhere"),
         "run of stage 2": stage2("runs/bad", LLM, "stage1=runs/two"),
         "flash_attention_2": stage1("runs/bad", "engine.attention=flash_attention_2"),
