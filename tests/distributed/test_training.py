@@ -170,6 +170,29 @@ def test_no_rank_ever_holds_the_whole_pretrained_llm(trained: Path) -> None:
     assert run(whole_copies, 2, str(export), ds_json) == [0, 0]
 
 
+def test_stage_2_resumes_bit_for_bit_too(trained: Path) -> None:
+    """Four steps of the whole LLM, against two that went on for two more, Q-Former dropout on."""
+    words = ["train.steps=4", "train.save_every=2", "train.keep=5"]
+    mser(*stage2("runs/straight", LLM, *words), "--nproc", "2", cwd=trained)
+    whole, resumed = trained / "runs/straight", trained / "runs/again"
+    (resumed / "checkpoints").mkdir(parents=True)
+    config = (whole / "config.yaml").read_text().replace("out: runs/straight", "out: runs/again")
+    (resumed / "config.yaml").write_text(config)
+    subprocess.run(["cp", "-r", whole / "checkpoints/step-000002", resumed / "checkpoints"], check=True)
+    mser(*stage2("runs/again", LLM, *words), "--nproc", "2", cwd=trained)
+    assert [row["step"] for row in lines(resumed) if "train/loss" in row] == [3, 4]
+    for part in ("speech", "heads", "llm/model"):
+        one, two = (load_file(folder / f"export/{part}.safetensors") for folder in (whole, resumed))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_zero2_trains_and_exports(trained: Path) -> None:
+    mser(*stage1("runs/zero2", "engine.deepspeed=zero2"), "--nproc", "2", cwd=trained)
+    assert json.loads((trained / "runs/zero2/summary.json").read_text())["zero_stage"] == 2
+    three, two = (lines(trained / name)[0]["train/loss"] for name in ("runs/whole", "runs/zero2"))
+    assert two == pytest.approx(three, rel=1e-5), "the first loss does not depend on how the state is sharded"
+
+
 def test_bfloat16_trains_both_stages(trained: Path) -> None:
     """The dtypes of the GPU presets, on a CPU: DeepSpeed casts the model, and the inputs have to follow."""
     words = ["engine.dtype=bfloat16", "--nproc", "2"]
