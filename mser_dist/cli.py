@@ -39,6 +39,14 @@ Make shards from a corpus, with speaker-disjoint train, val and test splits.
   mser pack emodb data/emodb shards/emodb
   mser pack manifest clips.csv shards/mine      CSV or JSONL: path, emotion, language, speaker
                                                 (optional: gender, text, split, source_id, corpus)
+
+Interrupted, the same command goes on from the finished shards, which wait in OUT.partial.
+"""
+_INSPECT_HELP = """\
+Show what is in sets of shards, by their indexes alone: clips, hours, speakers and durations of each split, languages,
+labels, corpora, and what one should know before a training, such as a speaker in two splits.
+
+  mser inspect shards/mine --out plots
 """
 _DEMO_HELP = """\
 From nothing to a zero-shot table: synthesise emotional speech in nine languages, train both stages on two workers under
@@ -67,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             options.debug, f"the disk is full ({error.filename or 'while writing'}): free space and start again"
         )
     except KeyboardInterrupt:
-        print("mser: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("mser: interrupted; the same command continues from the last checkpoint or shard", file=sys.stderr)
         return 130
 
 
@@ -160,8 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     pack.add_argument("--overwrite", action="store_true", help="replace an earlier set in OUT")
 
-    check = verb("verify", _verify, "check every hash, count and clip of a set of shards")
-    check.add_argument("set", type=Path, metavar="SET", help="folder of shards")
+    look = verb("inspect", _inspect, "show what is in sets of shards: a table, plots", _INSPECT_HELP)
+    look.add_argument("sets", metavar="SET", nargs="+", help="folder of shards, a .tar, or a URL")
+    look.add_argument("--split", help="only this one")
+    look.add_argument("--out", type=Path, metavar="FOLDER", help="draw the plots into this folder")
+    look.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, and all shared speakers, to a file")
+
+    check = verb("verify", _verify, "check every hash, count and clip of sets of shards")
+    check.add_argument("sets", metavar="SET", nargs="+", help="folder of shards")
     return parser
 
 
@@ -280,11 +294,34 @@ def _pack(options: argparse.Namespace) -> None:
         )
 
 
+def _inspect(options: argparse.Namespace) -> None:
+    from mser_dist.data.inspect_set import describe, draw, format_report
+    from mser_dist.data.shards import ShardSet
+
+    shards = ShardSet.open(options.sets, split=options.split)
+    report = describe(shards)
+    print(format_report(report))
+    try:
+        if options.json:
+            from mser_dist.files import write_json
+
+            write_json(options.json, report)
+            print(f"numbers: {options.json}")
+        if options.out:
+            draw(shards, options.out)
+            print(f"plots: {options.out}")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror}); choose another place") from None
+
+
 def _verify(options: argparse.Namespace) -> int:
     from mser_dist.data.shard_verify import verify
 
-    problems = verify(options.set)
-    for problem in problems:
-        print(problem)
-    print(f"{options.set}: {'no problem found' if not problems else f'{len(problems)} problems'}")
-    return 1 if problems else 0
+    found = 0
+    for path in options.sets:
+        problems = verify(path, progress=True)
+        for problem in problems:
+            print(problem)
+        print(f"{path}: {'no problem found' if not problems else f'problems: {len(problems)}'}")
+        found += len(problems)
+    return 1 if found else 0

@@ -13,6 +13,7 @@ from mser_dist.errors import UserError
 
 SIX_EMOTIONS = ["anger", "disgust", "fear", "happy", "neutral", "sad"]
 DTYPES = ("float32", "bfloat16", "float16")
+BATCHINGS = ("shuffle", "bucket", "tokens")
 KERNELS = ("auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager")
 
 
@@ -29,36 +30,106 @@ def opt(default: Any, help: str) -> Any:
 class Clips:
     """Which clips of which sets."""
 
-    sets: list[str] = opt([], "folders of shards, as `mser pack` or `mser synth` wrote them")
+    sets: list[str] = opt(
+        [], "folders of shards, as `mser pack` or `mser synth` wrote them, or URLs (s3://, hf://, http://)"
+    )
     split: str = opt("test", "split to evaluate on")
     languages: list[str] = opt([], "keep only these languages; empty: all")
     labels: list[str] = opt(SIX_EMOTIONS, "the emotions to tell apart, in order; clips of other labels are dropped")
-    max_seconds: float = opt(30.0, "a longer clip is an error that names it")
+    keep: dict[str, Any] = opt({}, "keep only clips with these values, e.g. {corpus: [emodb], duration: [0.5, 20]}")
+    drop: dict[str, Any] = opt({}, "leave out clips with one of these values, e.g. {speaker: ['03', '08']}")
+    max_seconds: float = opt(30.0, "a longer clip is an error that names it (drop it by keep={duration: [0, 30]})")
     workers: int = opt(2, "decoding processes per rank; 0: decode in the main process")
+    max_bad: int = opt(0, "damaged clips that are replaced by others, and named, before the run stops")
+    cache_dir: str | None = opt(None, "local copies of remote shards; null: MSER_CACHE, else ~/.cache/mser_dist/shards")
+    cache_gb: float = opt(100.0, "bound on cache_dir; the shards used longest ago make room")
 
     def check(self) -> None:
         """Raise `UserError` on values that no set of clips can have."""
+        if self.languages and "language" in self.keep:
+            raise UserError("data.languages and data.keep.language both say which languages to keep: keep one of them")
         if not self.sets:
             raise UserError("data.sets is empty: name at least one folder of shards (see `mser pack --help`)")
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise UserError(f"data.labels must be two or more different labels, not {self.labels}")
         positive("data.max_seconds", self.max_seconds)
+        positive("data.cache_gb", self.cache_gb)
         not_negative("data.workers", self.workers)
+        not_negative("data.max_bad", self.max_bad)
+
+
+@dataclass(kw_only=True)
+class Augment:
+    """Random changes of the training clips, seeded by (run, epoch, batch, clip): a resume repeats them."""
+
+    probability: float = opt(0.5, "of each of speed, gain and noise, clip by clip")
+    speed: float = opt(0.0, "faster or slower by a factor within 1 ± this, e.g. 0.1 (moves the pitch too); 0: off")
+    gain_db: float = opt(0.0, "louder or softer by up to this many dB; 0: off")
+    noise_snr_db: list[float] = opt([], "white noise at a ratio drawn from [lowest, highest] dB; []: off")
+    time_masks: int = opt(0, "SpecAugment (arXiv 1904.08779): stretches of frames set to the clip's mean; log-mel only")
+    time_width: float = opt(0.1, "longest stretch, as a share of the clip")
+    freq_masks: int = opt(0, "SpecAugment: bands of mel bins set to the clip's mean; log-mel only")
+    freq_width: int = opt(10, "widest band, in mel bins")
+
+    @property
+    def on(self) -> bool:
+        return bool(self.speed or self.gain_db or self.noise_snr_db or self.time_masks or self.freq_masks)
+
+    def check(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise UserError(f"data.augment.probability is between 0 and 1, not {self.probability}")
+        if not 0 <= self.speed <= 0.5:
+            raise UserError(f"data.augment.speed is between 0 and 0.5, not {self.speed}")
+        if not 0 < self.time_width <= 1:
+            raise UserError(f"data.augment.time_width is a share above 0 and at most 1, not {self.time_width}")
+        snr = self.noise_snr_db
+        if snr and (len(snr) != 2 or snr[0] > snr[1]):
+            raise UserError(f"data.augment.noise_snr_db is [lowest, highest] in dB, not {snr}")
+        for name in ("gain_db", "time_masks", "freq_masks", "freq_width"):
+            not_negative(f"data.augment.{name}", getattr(self, name))
 
 
 @dataclass(kw_only=True)
 class TrainingClips(Clips):
     split: str = opt("train", "split to train on")
     val_split: str | None = opt("val", "split for validation during training; null: none")
+    weights: list[float] = opt([], "shares of `sets` in every batch, in their order, e.g. [2, 1]; []: by their sizes")
+    batching: str = opt("shuffle", "shuffle | bucket (clips of like length together) | tokens (packs of `tokens`)")
+    bucket: int = opt(16, "batching=bucket: so many global batches are sorted by length together")
+    tokens: int = opt(8192, "batching=tokens: a micro-batch's encoder steps (20 ms) at most; global_batch counts packs")
+    shuffle_shards: int = opt(0, "shuffle within so many shards at a time (remote sets larger than the cache); 0: all")
+    balance: list[str] = opt([], "fields that every global batch holds in equal parts, e.g. [label, language]")
     parallel: int = opt(2, "stage 1: so many clips of one source_id stay side by side in a batch (1: plain shuffle)")
     shuffle_labels: bool = opt(False, "control: training labels dealt out at random; accuracy must fall to chance")
+    augment: Augment = opt(Augment, "random changes of the clips")
+
+    def check(self) -> None:
+        super().check()
+        one_of("data.batching", self.batching, BATCHINGS)
+        for name in ("bucket", "tokens", "parallel"):
+            positive(f"data.{name}", getattr(self, name))
+        not_negative("data.shuffle_shards", self.shuffle_shards)
+        if self.weights and (len(self.weights) != len(self.sets) or min(self.weights) <= 0):
+            raise UserError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.sets)} data.sets: one above 0 for each"
+            )
+        if self.weights and self.balance:
+            raise UserError("data.weights and data.balance both decide the shares of a batch: keep one of them")
+        if self.balance and self.batching != "shuffle":
+            raise UserError(f"data.balance needs data.batching=shuffle, not {self.batching}")
+        if self.weights and self.batching == "bucket":
+            raise UserError("data.weights cannot hold with data.batching=bucket, which sorts clips over many batches")
+        if self.shuffle_shards and (self.balance or self.weights):
+            raise UserError("data.shuffle_shards reads shard after shard, so it goes with neither balance nor weights")
+        self.augment.check()
 
 
 @dataclass(kw_only=True)
 class Encoder:
-    pretrained: str | None = opt(None, "Whisper checkpoint: a local folder or a hub id; null: from scratch, by `arch`")
-    arch: dict[str, Any] = opt({}, "fields of transformers' WhisperConfig for an encoder from scratch")
+    pretrained: str | None = opt(None, "Whisper, wav2vec2, HuBERT or WavLM: a folder or a hub id; null: by `arch`")
+    arch: dict[str, Any] = opt({}, "from scratch: model_type (whisper | wav2vec2 | hubert | wavlm), config fields")
     freeze: bool = opt(False, "do not train the encoder")
+    pad_seconds: float | None = opt(None, "pad clips with silence to this length, here and in all that follows")
 
 
 @dataclass(kw_only=True)
@@ -163,6 +234,11 @@ class Common:
                 raise UserError(f"train.{name} is a share between 0 and 1, not {getattr(train, name)}")
         if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
             raise UserError(f"train.betas must be two numbers from 0 to below 1, not {train.betas}")
+        if self.data.batching == "tokens" and (self.stage == 1 or train.micro_batch != 1):
+            raise UserError(
+                "data.batching=tokens makes each pack, of any number of clips, a micro-batch: it is for stage 2, with "
+                "train.micro_batch=1 and train.global_batch in packs"
+            )
         positive("engine.timeout_minutes", self.engine.timeout_minutes)
         one_of("engine.dtype", self.engine.dtype, DTYPES)
         one_of("engine.attention", self.engine.attention, KERNELS)
@@ -181,12 +257,25 @@ class Stage1(Common):
 
     def check(self) -> None:
         super().check()
+        data = self.data
+        if (
+            data.parallel > 1
+            and not data.balance
+            and (data.weights or data.shuffle_shards or data.batching != "shuffle")
+        ):
+            raise UserError(
+                f"data.parallel={data.parallel} keeps clips of one utterance together in a plain shuffle or with "
+                "data.balance only: set data.parallel=1 (and contrastive.beta=0), or drop data.weights, "
+                "data.shuffle_shards and data.batching"
+            )
         for name in ("queries", "layers", "width", "heads"):
             positive(f"qformer.{name}", getattr(self.qformer, name))
         for name in ("width", "max_scale"):
             positive(f"contrastive.{name}", getattr(self.contrastive, name))
         if self.contrastive.alpha < 0 or self.contrastive.beta < 0 or not self.contrastive.temperature > 0:
             raise UserError("contrastive.alpha and .beta must be ≥ 0 and contrastive.temperature > 0")
+        if self.encoder.pad_seconds is not None:
+            positive("encoder.pad_seconds", self.encoder.pad_seconds)
         if self.encoder.pretrained and self.encoder.arch:
             raise UserError("encoder.pretrained and encoder.arch are both set: keep one of them")
 

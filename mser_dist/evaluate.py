@@ -49,11 +49,18 @@ def predict(
     for indices, inputs in bar(
         batches, title=title, unit="batch", total=rounds, disable=not world.is_main, leave=leave
     ):
-        tensors = {key: inputs[key].to(device) for key in ("mel", "lengths")}
+        tensors = {key: inputs[key].to(device) for key in ("speech", "lengths")}
         found.update(zip(indices.tolist(), scorer(tensors).float().cpu().numpy(), strict=True))
+    found.pop(-1, None)  # what is no clip
     everything: dict[int, NDArray[np.float32]] = {}
     for part in distributed.gather(found):
         everything |= part
+    lost = sorted(set(range(len(clips))) - everything.keys())
+    if len(lost) > clips.max_bad or not everything:
+        raise UserError(
+            f"{len(lost)} clips could not be read on all ranks together, more than data.max_bad={clips.max_bad}: "
+            f"the first is {clips.shards.where(lost[0])}; mser verify lists all of them"
+        )
     numbers = np.array(sorted(everything))
     return numbers, np.stack([everything[i] for i in numbers])
 
@@ -109,28 +116,30 @@ def _score_all(
         else:
             model, tokenizer = exported.load_speech_llm(export, attention, dtype)
             scorer = AnswerScorer(model.to(device), tokenizer, data.labels)
-        clips = stream.Clips(shards, data.labels, card["speech"]["n_mels"], data.max_seconds, seed=0)
+        clips = stream.Clips(shards, data.labels, exported.features_of(card), data.max_seconds, max_bad=data.max_bad)
         numbers, scores = predict(
-            scorer, clips, config.batch, stream.pad_mels, data.workers, world, device, f"evaluate stage {stage}"
+            scorer, clips, config.batch, stream.pad_speech, data.workers, world, device, f"evaluate stage {stage}"
         )
         best = scores.argmax(1)
         tables[stage] = {}
-        groups = {(shards.language[i] not in card["languages"], shards.corpus[i], shards.language[i]) for i in numbers}
+        languages, corpora, labels = (shards.column(name)[numbers] for name in ("language", "corpus", "label"))
+        pairs = set(zip(corpora, languages, strict=True))
+        groups = {(language not in card["languages"], corpus, language) for corpus, language in pairs}
         for unseen, corpus, language in sorted(groups):
-            mine = np.array([shards.corpus[i] == corpus and shards.language[i] == language for i in numbers])
+            mine = (corpora == corpus) & (languages == language)
             result = score(clips.label[numbers[mine]], best[mine], len(data.labels))
             rows.append(_row(stage, corpus, language, not unseen, result))
             tables[stage][f"{language}, {'unseen' if unseen else 'seen'} ({corpus})"] = result.confusion
         predictions += [
             {
                 "stage": stage,
-                "key": shards.keys[i],
-                "language": shards.language[i],
-                "label": shards.label[i],
+                "key": shards.key(i),
+                "language": language,
+                "label": label,
                 "predicted": data.labels[choice],
                 "scores": dict(zip(data.labels, map(float, line.round(4)), strict=True)),
             }
-            for i, choice, line in zip(numbers.tolist(), best.tolist(), scores, strict=True)
+            for i, language, label, choice, line in zip(numbers, languages, labels, best.tolist(), scores, strict=True)
         ]
     return rows, tables, predictions
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from mser_dist import __version__
 from mser_dist import config as cfg
+from mser_dist.data.features import Features
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
 from mser_dist.models.aligner import Aligner
@@ -52,6 +53,11 @@ def read_card(export: Path) -> dict[str, Any]:
             f"{export / 'card.json'} is not the card of an exported run ({error!r}): export again"
         ) from error
     return card
+
+
+def features_of(card: dict[str, Any]) -> Features:
+    """What the encoder of an export is fed, by its card."""
+    return Features(**card["speech"]["features"])
 
 
 def write(

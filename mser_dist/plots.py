@@ -1,4 +1,6 @@
-"""Pictures of a run: loss curves, confusion per language, UA by language. PNG files, drawn without a display."""
+"""Pictures of a run (loss curves, confusion per language, UA by language) and of a data set (durations, labels,
+speakers, sample rates). PNG files, drawn without a display.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from numpy.typing import NDArray
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-SEEN, UNSEEN = "#4477aa", "#ee6677"  # Paul Tol's colour-blind safe palette
+PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # Paul Tol's, colour-blind safe
+SEEN, UNSEEN = PALETTE[:2]
 
 
 def curves(rows: list[dict[str, float]], path: Path) -> None:
@@ -79,6 +83,100 @@ def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
     names = ["language seen in training", "unseen language"]
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=2)
     _save(figure, path)
+
+
+def durations(seconds: dict[str, NDArray[np.float32]], path: Path) -> None:
+    """Stacked histogram of the clips' lengths, a colour a split. The longest thousandth goes into the last bar."""
+    longest = float(np.quantile(np.concatenate(list(seconds.values())), 0.999))
+    edges = np.linspace(0, longest, 61)
+    figure, axis = plt.subplots(figsize=(7, 4))
+    below = np.zeros(len(edges) - 1)
+    for (split, values), colour in zip(seconds.items(), _colours(len(seconds)), strict=True):
+        counts, _ = np.histogram(np.minimum(values, longest), edges)
+        axis.stairs(below + counts, edges, baseline=below, fill=True, color=colour, label=split)
+        below = below + counts
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("clips")
+    _thousands(axis.yaxis)
+    axis.set_xlim(0, longest)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def counts(table: NDArray[np.int64], rows: list[str], columns: list[str], path: Path) -> None:
+    """Heat map of a (rows, columns) table of clips, the counts written in."""
+    size = (2.5 + 0.75 * len(columns), 1.6 + 0.33 * len(rows))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    shade = np.log1p(table) / max(np.log1p(table).max(), 1)  # small counts would all look like none
+    axis.imshow(shade, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for i, j in np.ndindex(*table.shape):
+        if table[i, j]:
+            colour = "white" if shade[i, j] > 0.6 else "black"
+            axis.text(j, i, f"{table[i, j]:,}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_title("clips", fontsize=10)
+    _save(figure, path)
+
+
+def label_shares(table: NDArray[np.int64], splits: list[str], labels: list[str], path: Path) -> None:
+    """Bars of each label's share of its split, from a (splits, labels) table of clips, the counts written on top."""
+    figure, axis = plt.subplots(figsize=(2 + 0.4 * (len(splits) + 1) * len(labels), 4), layout="constrained")
+    width = 0.85 / len(splits)
+    for i, colour in enumerate(_colours(len(splits))):
+        share = 100 * table[i] / max(table[i].sum(), 1)
+        at = np.arange(len(labels)) + (i - (len(splits) - 1) / 2) * width
+        bars = axis.bar(at, share, width, color=colour, label=splits[i])
+        axis.bar_label(bars, [f"{count:,}" for count in table[i]], fontsize=7, rotation=90, padding=2)
+    axis.set_xticks(range(len(labels)), labels, fontsize=8)
+    axis.set_ylabel("% of the split (above: clips)")
+    axis.margins(y=0.2)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def speakers(clips: dict[str, NDArray[np.int64]], path: Path) -> None:
+    """Clips a speaker, those with most first, the splits side by side. `clips`: split → (speakers,), 0 if not in it."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    start = 0
+    for (split, values), colour in zip(clips.items(), _colours(len(clips)), strict=True):
+        own = np.sort(values[values > 0])[::-1]
+        edges = np.arange(start, start + len(own) + 1)
+        axis.stairs(own, edges, fill=True, color=colour, label=f"{split}: {len(own):,} speakers")
+        start += len(own)
+    everyone = np.concatenate([values[values > 0] for values in clips.values()])
+    if len(everyone) and everyone.max() > 20 * np.median(everyone):  # else the many with few clips could not be seen
+        axis.set_yscale("log")
+    axis.set_xlim(0, max(start, 1))
+    axis.set_xlabel("speakers")
+    axis.set_ylabel("clips")
+    _thousands(axis.xaxis, axis.yaxis)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def sample_rates(clips: dict[str, int], path: Path) -> None:
+    """Bars of the clips of each sample rate."""
+    figure, axis = plt.subplots(figsize=(3 + 0.6 * len(clips), 4))
+    bars = axis.bar(list(clips), list(clips.values()), width=0.6, color=SEEN)
+    axis.bar_label(bars, [f"{count:,}" for count in clips.values()], fontsize=8)
+    axis.set_xlim(-0.8, len(clips) - 0.2)
+    axis.set_xlabel("Hz")
+    axis.set_ylabel("clips")
+    _thousands(axis.yaxis)
+    _save(figure, path)
+
+
+def _thousands(*axes: Any) -> None:
+    for axis in axes:
+        if axis.get_scale() == "linear":
+            axis.set_major_locator(MaxNLocator(7, integer=True))  # there are no half clips
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _colours(count: int) -> list[str]:
+    """Those of the palette, over again where it does not suffice."""
+    return [PALETTE[i % len(PALETTE)] for i in range(count)]
 
 
 def _save(figure: Any, path: Path) -> None:

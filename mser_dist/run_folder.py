@@ -9,7 +9,7 @@ from mser_dist.errors import UserError
 from mser_dist.files import read_json, write_text
 
 # Keys that may change between two starts of a run: they do not touch what is learned.
-_FREE = ("data.workers", "tracking.", "engine.timeout_minutes")
+_FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.timeout_minutes")
 _FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_every", "train.keep")
 
 

@@ -1,6 +1,6 @@
 """What differs between the two stages.
 
-Each has `model`, a module that returns (loss, telemetry) of a batch; `n_mels`, the height of its log-mels; `collate`,
+Each has `model`, a module that returns (loss, telemetry) of a batch; `features`, what its encoder is fed; `collate`,
 which makes a batch of clips in a worker; `prepare`, which finishes a step's micro-batches on the training process;
 `scorer`, which scores the labels of a batch for validation; `card`, what the exported model is; and `source`, the card
 of the run that this one builds on, if any.
@@ -15,7 +15,8 @@ from torch import Tensor
 from mser_dist import config as cfg
 from mser_dist import exported
 from mser_dist.data import prompts
-from mser_dist.data.stream import Clip, pad_mels
+from mser_dist.data.loader import Clip
+from mser_dist.data.stream import pad_speech
 from mser_dist.errors import UserError
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
@@ -46,8 +47,14 @@ class Align:
                 speech.freeze_encoder()
         else:
             speech = build_speech(config.encoder, config.qformer, attention)
+        speech.encoder.pad_seconds = config.encoder.pad_seconds
+        longest = getattr(speech.encoder, "max_frames", None)  # Whisper's; the others have none
+        if longest and (config.encoder.pad_seconds or 0) * 100 > longest:
+            raise UserError(
+                f"encoder.pad_seconds={config.encoder.pad_seconds}: the encoder takes {longest / 100:g} s at most"
+            )
         self.model = Aligner(speech, self.tower.width, config.contrastive)
-        self.n_mels = speech.encoder.n_mels
+        self.features = speech.encoder.features
         self.collate = AlignCollate(self.labels)
         self.tower.embed([c for label in self.labels for c in prompts.captions(label)])
 
@@ -65,13 +72,15 @@ class Align:
 
 def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
     """Raise `UserError` where a config asks for another model than the one that `init_from` brings."""
-    qformer = card["qformer"]
+    qformer, arch = card["qformer"], config.encoder.arch
+    if arch:
+        arch = {"model_type": "whisper", **arch}
     brought = {
         "qformer.queries": (config.qformer.queries, card["queries"]),
         "qformer.layers": (config.qformer.layers, qformer["num_hidden_layers"]),
         "qformer.width": (config.qformer.width, qformer["hidden_size"]),
         "qformer.heads": (config.qformer.heads, qformer["num_attention_heads"]),
-        **{f"encoder.arch.{key}": (value, card["whisper"].get(key)) for key, value in config.encoder.arch.items()},
+        **{f"encoder.arch.{key}": (value, card["encoder"].get(key)) for key, value in arch.items()},
     }
     for key, (wanted, there) in brought.items():
         if wanted != there and not key.endswith("dropout"):
@@ -79,14 +88,14 @@ def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
 
 
 class AlignCollate:
-    """Clips → padded log-mels, ids, and a caption drawn for each clip."""
+    """Clips → padded speech, ids, and a caption drawn for each clip."""
 
     def __init__(self, labels: list[str]) -> None:
         self.captions = [prompts.captions(label) for label in labels]
 
     def __call__(self, clips: list[Clip]) -> Batch:
         return {
-            **pad_mels(clips),
+            **pad_speech(clips),
             "label": torch.tensor([clip.label for clip in clips]),
             "source": torch.tensor([clip.source for clip in clips]),
             "captions": [str(clip.draw.choice(self.captions[clip.label])) for clip in clips],
@@ -109,7 +118,7 @@ class Instruct:
             speech.queries.requires_grad_(False)
         llm, self.tokenizer = build_llm(config.llm, self.labels, attention, ds_json)
         self.model = SpeechLLM(speech, llm)
-        self.n_mels = speech.encoder.n_mels
+        self.features = speech.encoder.features
         self.collate = InstructCollate(self.tokenizer, self.labels, speech.query_count)
 
     def prepare(self, batches: list[Batch], total: Total) -> None:
@@ -127,7 +136,7 @@ class Instruct:
 
 
 class InstructCollate:
-    """Clips → padded log-mels and chat prompts with the answer behind them; only the answer has labels."""
+    """Clips → padded speech and chat prompts with the answer behind them; only the answer has labels."""
 
     def __init__(self, tokenizer: Any, labels: list[str], queries: int) -> None:
         self.prompts = [
@@ -150,7 +159,7 @@ class InstructCollate:
             ids[i, :end] = torch.tensor([*prompt, *answer])
             labels[i, len(prompt) : end] = torch.tensor(answer)
             mask[i, :end] = 1
-        return {**pad_mels(clips), "input_ids": ids, "labels": labels, "attention_mask": mask}
+        return {**pad_speech(clips), "input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def build(

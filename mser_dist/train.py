@@ -1,6 +1,7 @@
 """The one training loop of both stages."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +53,13 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
         raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
     attention = choose(config.engine.attention, DTYPES[config.engine.dtype], device)
     if isinstance(config, cfg.Stage2):
-        exported.find(config.stage1, stage=1)
+        pad_seconds = exported.features_of(exported.read_card(exported.find(config.stage1, stage=1))).pad_seconds
+        parallel = 1
+    else:  # its loss is of pairs of clips, so the plan keeps parallel ones together
+        pad_seconds, parallel = config.encoder.pad_seconds, config.data.parallel
     shards = stream.open_training_clips(config.data)
-    held_out = stream.open_clips(config.data, config.data.val_split) if config.data.val_split else None
+    plan = stream.plan_of(shards, config.data, config.train.global_batch, parallel, config.seed, pad_seconds)
+    held_out = _held_out(config.data)
 
     if world.is_main:
         run_folder.prepare(out, to_yaml(config))
@@ -62,27 +67,42 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     distributed.init(world, config.engine.timeout_minutes, device)
     torch.manual_seed(config.seed)  # the same weights on every rank …
     stage = stages.build(config, attention, device, ds_json)
-    clips = clips_of(shards, config, stage.n_mels, config.data.shuffle_labels)
-    validation = clips_of(held_out, config, stage.n_mels) if held_out else None
-    plan = stream.Plan(len(clips), config.train.global_batch, config.seed, clips.source, config.data.parallel)
-    total = config.train.steps or max(1, round(config.train.epochs * plan.steps_per_epoch))
+    clips = stream.Clips(
+        shards,
+        config.data.labels,
+        stage.features,
+        config.data.max_seconds,
+        config.seed,
+        shuffle_labels=config.data.shuffle_labels,
+        augment=config.data.augment,
+        max_bad=config.data.max_bad,
+    )
+    validation = None
+    if held_out is not None:
+        validation = stream.Clips(
+            held_out, config.data.labels, stage.features, config.data.max_seconds, max_bad=config.data.max_bad
+        )
+    total = config.train.steps or max(1, round(config.train.epochs * plan.steps()))
     engine = Engine(stage.model, config, world, total, device)
     stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing
     torch.manual_seed(config.seed * 100_003 + world.rank)  # … and different dropout
     checkpoints = Checkpoints(out, world, config.train.keep)
     state = checkpoints.resume(engine) or {"step": 0}
     first = int(state["step"])
+    position = stream.position_in(state["data"], clips, plan) if first else stream.Position()
+    bad: set[int] = set(state["data"]["bad"]) if first else set()  # clips that no rank could read
 
     if world.is_main:
-        batch = f"{config.train.global_batch} clips a step ({world.world_size} ranks × {micro} × {accumulation})"
+        unit = "packs" if config.data.batching == "tokens" else "clips"
+        batch = f"{config.train.global_batch} {unit} a step ({world.world_size} ranks × {micro} × {accumulation})"
         print(f"{len(clips)} clips, {total} steps, {batch}, ZeRO-{engine.zero_stage}, {config.engine.dtype}")
         print(f"attention: {attention.kernel} ({attention.reason})", flush=True)
     card = {
         "stage": config.stage,
         "labels": config.data.labels,
         # What was heard in training: here, and in the run that this one builds on.
-        "languages": sorted({*shards.language, *(stage.source or {}).get("languages", [])}),
-        "corpora": sorted({*shards.corpus, *(stage.source or {}).get("corpora", [])}),
+        "languages": sorted({*shards.coded["language"].names, *(stage.source or {}).get("languages", [])}),
+        "corpora": sorted({*shards.coded["corpus"].names, *(stage.source or {}).get("corpora", [])}),
         "clips": len(clips),
         "shuffled_labels": config.data.shuffle_labels,
         **stage.card(),
@@ -103,14 +123,25 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
         tags["mser.stage1_run_id"] = run_id_of(config.stage1) or ""
     with tracked(config.tracking, out, tags, {**flatten(config), **facts}, world.is_main) as tracker:
         loader = stream.training_steps(
-            clips, plan, range(first, total), micro, world.rank, world.world_size, stage.collate, config.data.workers
+            clips,
+            plan,
+            position,
+            total - first,
+            micro,
+            world.rank,
+            world.world_size,
+            stage.collate,
+            config.data.workers,
+            known_bad=bad,
         )
         shown = bar(title=f"stage {config.stage}", unit="step", total=total, initial=first, disable=not world.is_main)
-        clock = _Clock(config.train.global_batch)
+        clock = _Clock()
         val: dict[str, float] = {}
         for step in range(first + 1, total + 1):
             with clock.waiting():
-                batches = [stages.to_device(batch, device) for batch in next(loader)]
+                data = next(loader)
+            clock.clips += data.clips
+            batches = [stages.to_device(batch, device) for batch in data.batches]
             stage.prepare(batches, lambda values: distributed.all_sum(values, device))
             stats = _optimize(engine, batches)
 
@@ -118,6 +149,8 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             if step % config.train.log_every == 0 or step == total:
                 numbers = _mean_over_ranks(stats, device)
                 numbers |= {"lr": engine.lr, "grad_norm": engine.grad_norm, **clock.read()}
+                bad = _bad_everywhere(data.bad, bad, clips, world.is_main)
+                numbers["bad_clips"] = float(len(bad))
                 # Under fp16 a gradient overflows now and then, and DeepSpeed skips the step and lowers its loss scale.
                 watched = [numbers["loss"]] + [numbers["grad_norm"]] * (config.engine.dtype != "float16")
                 if not all(map(math.isfinite, watched)):
@@ -134,14 +167,16 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             # Once in a while: validate, save.
             due = config.train.val_every and step % config.train.val_every == 0
             if validation is not None and (due or step == total):
-                val = _validate(stage, validation, micro, world, config, device)
+                val = _validate(stage, validation, max(micro, 8), world, config, device)
                 if tracker:
                     tracker.metrics(step, {f"val/{k}": v for k, v in val.items()})
             if step == total or (config.train.save_every and step % config.train.save_every == 0):
-                checkpoints.save(step, engine, {"version": __version__, "mlflow_run_id": run_id_of(out)})
+                bad = _bad_everywhere(data.bad, bad, clips, world.is_main)
+                progress = {"data": stream.state_of(clips, plan, data.after, bad), "mlflow_run_id": run_id_of(out)}
+                checkpoints.save(step, engine, {"version": __version__, **progress})
         shown.close()
         if validation is not None and not val:  # the last start ended between its last checkpoint and the export
-            val = _validate(stage, validation, micro, world, config, device)
+            val = _validate(stage, validation, max(micro, 8), world, config, device)
 
         weights = engine.full_state()
         summary = {
@@ -163,6 +198,32 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             write_json(out / "summary.json", summary)
     distributed.barrier()
     return summary
+
+
+def _held_out(data: cfg.TrainingClips) -> ShardSet | None:
+    if not data.val_split:
+        return None
+    try:
+        return stream.open_clips(data, data.val_split)
+    except UserError as error:
+        raise UserError(f"{error} (for validation: or set data.val_split=null)") from None
+
+
+def _bad_everywhere(own: frozenset[int], known: set[int], clips: stream.Clips, is_main: bool) -> set[int]:
+    """The clips that some rank could not read; rank 0 names those of other ranks, whose output may be hidden.
+
+    Collective. Raises `UserError` where they are more than data.max_bad; a rank stops by itself at so many of its own.
+    """
+    everywhere = known.union(*distributed.gather(own))
+    if is_main:
+        for index in sorted(everywhere - known - own):
+            print(f"mser: warning: {clips.shards.where(index)}: could not be read by another rank", file=sys.stderr)
+    if len(everywhere) > clips.max_bad:
+        raise UserError(
+            f"{len(everywhere)} clips could not be read on all ranks together, more than data.max_bad={clips.max_bad}: "
+            f"the last is {clips.shards.where(max(everywhere - known, default=max(everywhere)))}; mser verify lists all"
+        )
+    return everywhere
 
 
 def _optimize(engine: Engine, batches: list[stages.Batch]) -> dict[str, torch.Tensor]:
@@ -196,30 +257,24 @@ def _validate(
     return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
 
 
-def clips_of(shards: ShardSet, config: cfg.Common, n_mels: int, shuffle: bool = False) -> stream.Clips:
-    return stream.Clips(shards, config.data.labels, n_mels, config.data.max_seconds, config.seed, shuffle)
-
-
 class _Clock:
     """Clips per second, and the share of time spent waiting for data, since the last reading."""
 
-    def __init__(self, clips_per_step: int) -> None:
-        self.clips_per_step = clips_per_step
+    def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
-        self.start, self.waited, self.steps = time.monotonic(), 0.0, 0
+        self.start, self.waited, self.clips = time.monotonic(), 0.0, 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         began = time.monotonic()
         yield
         self.waited += time.monotonic() - began
-        self.steps += 1
 
     def read(self) -> dict[str, float]:
         passed = max(time.monotonic() - self.start, 1e-9)
-        rates = {"clips_per_second": self.steps * self.clips_per_step / passed, "data_wait": self.waited / passed}
+        rates = {"clips_per_second": self.clips / passed, "data_wait": self.waited / passed}
         self._reset()
         return rates
 

@@ -16,7 +16,7 @@ import torch
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from mser_dist.models.speech import SpeechEncoder
+from mser_dist.models.whisper import SpeechEncoder
 
 
 def seconds(work: Callable[[], torch.Tensor]) -> float:

@@ -2,6 +2,10 @@
 
 import importlib.util
 import io
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -37,28 +41,11 @@ def decode(data: bytes, where: str, rate: int = SAMPLE_RATE, max_seconds: float 
         UserError: unreadable, truncated, empty, too long, or not finite.
     """
     limit = MAX_SECONDS if max_seconds is None else max_seconds
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            frames, native_rate, channels = file.frames, file.samplerate, file.channels
-            if frames > limit * native_rate:
-                raise UserError(
-                    f"{where}: {frames / native_rate:.1f} s of audio, the limit is {limit:g} s; "
-                    "cut it or raise max_seconds"
-                )
-            if channels > MAX_CHANNELS:
-                raise UserError(f"{where}: {channels} channels, at most {MAX_CHANNELS} can be read; convert it to mono")
-            wave = file.read(dtype="float32", always_2d=True)
-            exact_length = file.format in ("WAV", "FLAC")  # the others' length is an estimate until they are decoded
-    except (soundfile.SoundFileError, RuntimeError, MemoryError) as error:
-        detail = str(error).rstrip(".").replace("\n", " ")
-        raise UserError(f"{where}: not readable as audio ({detail}); replace or remove this file") from None
-    if len(wave) == 0:
-        raise UserError(f"{where}: the audio is empty (no samples); replace or remove this file")
-    if (exact_length and len(wave) != frames) or _riff_is_cut(data):
-        raise UserError(f"{where}: the audio is truncated ({len(data)} bytes); copy this file again")
-    mono = wave[:, 0] if channels == 1 else wave.mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise UserError(f"{where}: the audio has NaN or infinite samples; replace or remove this file")
+    wave, native_rate = _read_wav(data, where, limit) or _read_any(data, where, limit)  # [samples, channels]
+    if wave.shape[1] == 2:
+        mono = (wave[:, 0] + wave[:, 1]) * np.float32(0.5)  # 20 times as fast as mean over so short an axis
+    else:
+        mono = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
     if native_rate != rate:
         mono = soxr.resample(mono, native_rate, rate, quality="HQ")
         if len(mono) == 0:
@@ -68,11 +55,112 @@ def decode(data: bytes, where: str, rate: int = SAMPLE_RATE, max_seconds: float 
 
 def seconds(data: bytes, where: str) -> float:
     """The length of an audio file by its header, without decoding it; UserError naming `where` when it is not audio."""
+    with _open(data, where) as file:
+        _check_claim(file.frames, file.samplerate, file.channels, where, math.inf)
+        return file.frames / file.samplerate
+
+
+def _read_wav(data: bytes, where: str, limit: float) -> tuple[np.ndarray, int] | None:
+    """float32 [samples, channels] and Hz of a plain wav. None: another format, or anything odd, left to libsndfile.
+
+    Plain: 16-bit PCM in one or two channels, every size as it should be, and no chunks but those in `_PLAIN_CHUNKS`.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE" or int.from_bytes(data[4:8], "little") + 8 != len(data):
+        return None
+    rate = channels = 0
+    pcm = None
+    at = 12
+    while at < len(data):
+        name, begin = data[at : at + 4], at + 8
+        size = int.from_bytes(data[at + 4 : begin], "little")
+        at = begin + size + size % 2  # a chunk of odd size has a pad byte behind it
+        if at > len(data) or name not in _PLAIN_CHUNKS:
+            return None
+        if name == b"fmt ":
+            if channels or not (known := _plain_format(data[begin : begin + size])):
+                return None
+            channels, rate = known
+        elif name == b"data":
+            if not channels or pcm is not None or size == 0 or size % (2 * channels):
+                return None
+            pcm = np.frombuffer(data, "<i2", size // 2, begin).reshape(-1, channels)
+    if pcm is None:
+        return None
+    _check_claim(len(pcm), rate, channels, where, limit)
+    wave = pcm.astype(np.float32)
+    wave *= np.float32(1 / 32768)
+    return wave, rate
+
+
+_PLAIN_CHUNKS = frozenset({b"fmt ", b"data", b"LIST", b"JUNK", b"bext", b"id3 "})
+_PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
+
+
+def _plain_format(chunk: bytes) -> tuple[int, int] | None:
+    """(channels, Hz) of a wav's `fmt ` chunk that says 16-bit PCM in one or two channels, or None.
+
+    Layout: Microsoft's "Multiple Channel Audio Data and WAVE Files" (WAVEFORMATEX and WAVEFORMATEXTENSIBLE).
+    """
+    if len(chunk) < 16:
+        return None
+    tag, channels, rate, byte_rate, block, bits = struct.unpack_from("<HHIIHH", chunk)
+    extra = chunk[16:]  # its size; of the extensible form also the valid bits, the speakers' mask and the format's GUID
+    pcm = tag == 1 and extra in (b"", b"\0\0")
+    pcm = pcm or (tag == 0xFFFE and extra[:4] == b"\x16\0\x10\0" and extra[8:] == _PCM_GUID)
+    whole = bits == 16 and block == 2 * channels and byte_rate == rate * block
+    return (channels, rate) if pcm and whole and rate and channels in (1, 2) else None
+
+
+def _read_any(data: bytes, where: str, limit: float) -> tuple[np.ndarray, int]:
+    """float32 [samples, channels] and Hz of whatever libsndfile reads."""
+    with _open(data, where) as file:
+        _check_claim(file.frames, file.samplerate, file.channels, where, limit)
+        wave = file.read(dtype="float32", always_2d=True)
+        exact = file.format in ("WAV", "FLAC")  # the others' length is an estimate until they are decoded
+        cut = exact and len(wave) != file.frames
+    if len(wave) == 0:
+        raise UserError(f"{where}: the audio is empty (no samples); replace or remove this file")
+    if cut or _riff_is_cut(data):
+        raise UserError(f"{where}: the audio is truncated ({len(data)} bytes); copy this file again")
+    if not np.isfinite(wave).all():
+        raise UserError(f"{where}: the audio has NaN or infinite samples; replace or remove this file")
+    return wave, file.samplerate
+
+
+def _check_claim(frames: int, rate: int, channels: int, where: str, limit: float) -> None:
+    """Refuse by what the header claims, before memory is taken for it."""
+    if frames >= 1 << 62:  # libsndfile's "unknown"
+        raise UserError(f"{where}: its header does not say how long it is; encode it to a file, not to a pipe")
+    if frames > limit * rate:
+        raise UserError(
+            f"{where}: {frames / rate:.1f} s of audio, the limit is {limit:g} s; cut it or raise max_seconds"
+        )
+    if channels > MAX_CHANNELS:
+        raise UserError(f"{where}: {channels} channels, at most {MAX_CHANNELS} can be read; convert it to mono")
+
+
+@contextmanager
+def _open(data: bytes, where: str) -> Iterator[Any]:
+    """A file in memory opened with libsndfile; its errors become a `UserError` that names `where`."""
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            return file.frames / file.samplerate
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise UserError(f"{where}: not readable as audio ({error}); replace or remove it") from None
+        with soundfile.SoundFile(_Bytes(data)) as file:
+            yield file
+    except (soundfile.SoundFileError, RuntimeError, MemoryError) as error:
+        detail = getattr(error, "error_string", str(error)).rstrip(".").replace("\n", " ")
+        raise UserError(f"{where}: not readable as audio ({detail}); replace or remove this file") from None
+
+
+class _Bytes(io.BytesIO):
+    """Stays in place when libsndfile seeks before the start, as it does in some damaged files.
+
+    An exception here, inside a C callback, could not be caught: Python would print it.
+    """
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
 
 
 def _riff_is_cut(data: bytes) -> bool:

@@ -1,22 +1,32 @@
 """`mser pack`: a corpus to a data set of shards, decoded and checked clip by clip, in parallel and byte for byte
-repeatable.
+repeatable. Stopped at any point, it goes on from its last finished shards.
 """
 
+import hashlib
+import json
 import multiprocessing
 import os
+import signal
+import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mser_dist.data import audio
+import soundfile
+import soxr
+
+from mser_dist import __version__
+from mser_dist.data import audio, shard_index
 from mser_dist.data.clip import SPLITS, Clip
 from mser_dist.data.corpora import CORPORA
-from mser_dist.data.shards import DatasetWriter
+from mser_dist.data.shard_writer import DATASET_FILE, DatasetWriter, shard_name
 from mser_dist.data.splits import split_by_speaker
 from mser_dist.errors import UserError
 from mser_dist.progress import bar
@@ -47,6 +57,9 @@ def pack(
     For the splits see `splits.split_by_speaker`. Clips in which annotators named no emotion are left out and counted.
     workers: processes that decode (default: the cores this process may use); a script that calls this with more than
     one needs the usual `if __name__ == "__main__"`.
+
+    However it is stopped, the finished shards stay in `<out>.partial`, and the same call keeps each of them whose clips
+    (path, size, time of change, labels), audio format and max_seconds are as they were.
 
     Returns:
         {name, out, clips, hours, dropped: {native emotion: clips}, splits: {split: {clips, speakers}}, emotions:
@@ -84,19 +97,25 @@ def pack(
         "max_seconds": max_seconds,
         "test_speakers": sorted(test_speakers),
     } | split
-    seconds = 0.0
-    with DatasetWriter(out, name, made_by, shard_samples=shard_samples, overwrite=overwrite) as writer:
-        encoded = _encode_all(clips, audio_format, max_seconds, workers)
-        shown = bar(encoded, title=f"pack {name}", unit="clip", total=len(clips), disable=not progress)
-        for clip, (data, duration) in zip(clips, shown, strict=True):
-            assert clip.split is not None
-            writer.write(clip.split, clip.id, data, audio_format, _meta(clip, duration))
-            seconds += duration
+    shards = _shards(clips, shard_samples)
+    recipes = {file: _recipe(own, audio_format, max_seconds) for file, own in shards.items()}
+    options: dict[str, Any] = {"shard_samples": shard_samples, "overwrite": overwrite, "progress": progress}
+    with DatasetWriter(out, name, made_by, recipes=recipes, **options) as writer:
+        todo = [clip for file, own in shards.items() if file not in writer.kept for clip in own]
+        there = len(clips) - len(todo)
+        if progress:
+            _tell(writer, there, len(clips))
+        with closing(_encode_all(todo, audio_format, max_seconds, workers)) as encoded:
+            title = f"pack {name}"
+            shown = bar(encoded, title=title, unit="clip", total=len(clips), initial=there, disable=not progress)
+            for clip, (data, duration) in zip(todo, shown, strict=True):
+                writer.write(str(clip.split), clip.id, data, audio_format, _meta(clip, duration))
+    described = shard_index.read_json(Path(out) / DATASET_FILE)["splits"].values()
     return {
         "name": name,
         "out": str(out),
         "clips": len(clips),
-        "hours": round(seconds / 3600, 4),
+        "hours": round(sum(split["hours"] for split in described), 4),
         "dropped": dict(sorted(dropped.items())),
         "splits": {part: _part(clips, part) for part in SPLITS},
         "emotions": dict(sorted(Counter(str(clip.label) for clip in clips).items())),
@@ -104,6 +123,41 @@ def pack(
         "shared_speakers": _shared_speakers(clips),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _shards(clips: Iterable[Clip], shard_samples: int) -> dict[str, list[Clip]]:
+    """The clips of each shard, by its file."""
+    by_split: dict[str, list[Clip]] = {}
+    for clip in clips:
+        by_split.setdefault(str(clip.split), []).append(clip)
+    return {
+        shard_name(split, start // shard_samples): own[start : start + shard_samples]
+        for split, own in by_split.items()
+        for start in range(0, len(own), shard_samples)
+    }
+
+
+def _recipe(clips: Iterable[Clip], audio_format: str, max_seconds: float) -> str:
+    """A hash of all that decides a shard's bytes. A recording stands in it by its path, size and time of change."""
+    code = [__version__, shard_index.VERSION, soundfile.__libsndfile_version__, soxr.__libsoxr_version__]
+    digest = hashlib.sha256(json.dumps([code, audio_format, max_seconds]).encode())
+    for clip in clips:
+        try:
+            status = clip.path.stat()
+        except OSError as error:
+            raise _unreadable(clip.path, error) from None
+        recording = [str(clip.path.absolute()), status.st_size, status.st_mtime_ns]
+        digest.update(json.dumps([clip.id, clip.split, recording, _meta(clip, 0.0)]).encode())
+    return digest.hexdigest()
+
+
+def _tell(writer: DatasetWriter, there: int, total: int) -> None:
+    if writer.discarded:
+        why = "damaged, or of another source or other options"
+        shards = f"{writer.discarded} of {writer.discarded + len(writer.kept)} shards"
+        print(f"mser: not kept from an earlier pack ({why}): {shards}", file=sys.stderr)
+    if there:
+        print(f"mser: continuing: {there} of {total} clips are packed", file=sys.stderr)
 
 
 def _meta(clip: Clip, duration: float) -> dict[str, Any]:
@@ -134,7 +188,7 @@ def _shared_speakers(clips: Iterable[Clip]) -> int:
 
 def _encode_all(
     clips: Iterable[Clip], audio_format: str, max_seconds: float, workers: int | None
-) -> Iterator[tuple[bytes, float]]:
+) -> Generator[tuple[bytes, float], None, None]:
     """(bytes, duration in s) of every clip, in order; only a few chunks a process are under way at any time."""
     processes = workers if workers is not None else len(os.sched_getaffinity(0))
     paths = iter([clip.path for clip in clips])
@@ -143,7 +197,7 @@ def _encode_all(
             yield _encode(path, audio_format, max_seconds)
         return
     # spawn: a fork of a process that runs threads (torch, MLflow) can deadlock
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_follow_parent)
     try:
         under_way: deque[Future[list[tuple[bytes, float]]]] = deque()
         while True:
@@ -153,9 +207,26 @@ def _encode_all(
                 return
             yield from under_way.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a packing process died (out of memory?); give fewer workers") from None
+        raise UserError(
+            "a packing process died (out of memory?); free memory, and the same command continues"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """End with the parent, however it ends: Ctrl-C, which reaches every process, is its to handle, and when it is
+    killed, nobody else would end its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _encode_chunk(paths: list[Path], audio_format: str, max_seconds: float) -> list[tuple[bytes, float]]:
@@ -167,6 +238,10 @@ def _encode(path: Path, audio_format: str, max_seconds: float) -> tuple[bytes, f
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove this file") from None
+        raise _unreadable(path, error) from None
     pcm = audio.to_pcm16(audio.decode(data, str(path), max_seconds=max_seconds))
     return audio.encode(pcm, audio.SAMPLE_RATE, audio_format), len(pcm) / audio.SAMPLE_RATE
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); mend or remove this file")

@@ -1,24 +1,29 @@
 """The index beside each shard: what it holds and where, so that a set is opened without reading one tar.
 
-`<shard>.tar.idx.json`: {version, split, count, bytes, sha256, foreign, samples}; a sample's row is {key, ext, audio:
-[offset, size], json: [offset, size] or null, crc: crc32 of audio then json, duration (s), label, emotion, language,
-speaker, corpus, source_id}, and for a tar not written here where the raw header's name differs from `<key>.<ext>`:
-members: [audio's, json's].
+`<shard>.tar.idx.json`: {version, split, count, bytes, sha256, columns}; of a tar not written here also {foreign,
+changed_ns}: it is made anew when that tar changes. A column has one value a sample, in
+the order of the tar: `key`; `audio_at`, `audio_size`, `json_at`, `json_size` (bytes; 0, 0 where there is no json);
+`crc`, the crc32 of the audio with its 512-byte tar header before it, then of the json with its own; `duration` (s);
+`source`, a hash of corpus and source_id, equal for parallel clips. The fields that repeat (`CODED`) are {"names":
+[...], "codes": [...]}: it is columns so that millions of samples are opened in seconds.
 """
 
 import hashlib
 import json
 import os
 import re
+import socket
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mser_dist.data import tarsafe
+from mser_dist.data.emotions import to_label
 from mser_dist.errors import UserError
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".idx.json"
 AUDIO_EXTENSIONS = frozenset({"wav", "flac", "ogg", "opus", "mp3"})
 IGNORED_EXTENSIONS = frozenset({"txt", "cls"})  # common beside audio in WebDataset shards; what they say is not used
@@ -42,10 +47,10 @@ META_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 """The fields of a sample's json and their types: the data contract."""
 
-ROW_FIELDS = ("duration", "label", "emotion", "language", "speaker", "corpus", "source_id")
-"""The fields of the json that the index repeats, to filter and plan by."""
+CODED = ("label", "emotion", "language", "speaker", "gender", "corpus", "synthetic", "sample_rate")
+"""The fields of the json that the index repeats, to filter and balance by."""
 
-_ROW_KEYS = frozenset({"key", "ext", "audio", "json", "crc", *ROW_FIELDS})
+PLAIN = ("key", "audio_at", "audio_size", "json_at", "json_size", "crc", "duration", "source")
 
 
 def check_meta(meta: dict[str, Any], where: str) -> None:
@@ -60,18 +65,44 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
     for name in ("emotion", "language", "speaker", "corpus", "source_id"):
         if not meta[name]:
             raise UserError(f"{where}: {name!r} is empty; every sample needs one")
+    if meta["label"] == "":
+        raise UserError(f"{where}: 'label' is empty; it is null where annotators named no emotion")
     if not 0 < meta["duration"] < float("inf") or meta["sample_rate"] <= 0:
         raise UserError(f"{where}: duration {meta['duration']} s at {meta['sample_rate']} Hz; both must be above 0")
 
 
-def crc(audio: bytes, text: bytes) -> int:
-    """The checksum of a sample's two files; cheap enough for every read (1 GB/s and more)."""
+def crc(audio: bytes | memoryview, text: bytes | memoryview = b"") -> int:
+    """The checksum of a sample's two files, each with its tar header; cheap enough for every read (1 GB/s and more)."""
     return zlib.crc32(text, zlib.crc32(audio))
+
+
+def source(corpus: str, source_id: str) -> int:
+    """The number that parallel clips share, 63 bits: equal ids in two corpora are not one utterance."""
+    digest = hashlib.blake2b(f"{corpus}/{source_id}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of the fields `PLAIN` and `CODED` as the columns of an index."""
+    result: dict[str, Any] = {name: [row[name] for row in rows] for name in PLAIN}
+    for name in CODED:
+        number: dict[Any, int] = {}
+        codes = [number.setdefault(row[name], len(number)) for row in rows]
+        result[name] = {"names": list(number), "codes": codes}
+    return result
+
+
+def rows(index: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The samples of an index, one dict each: the reverse of `columns`."""
+    listed = index["columns"]
+    for i in range(index["count"]):
+        row = {name: listed[name][i] for name in PLAIN}
+        yield row | {name: listed[name]["names"][listed[name]["codes"][i]] for name in CODED}
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` is either the old file or the whole new one, also after a crash."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")  # other nodes write it too
     try:
         with staging.open("w", encoding="utf-8") as file:
             json.dump(value, file, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
@@ -83,16 +114,30 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError naming the file where it is not there or not one."""
+    """A JSON object of this version; UserError naming the file where it is not there or not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check the path, or {REPACK}") from None
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes, name: str) -> dict[str, Any]:
+    """A JSON object of this version; UserError with `name` where it is not one."""
+    try:
+        value = json.loads(raw)
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {REPACK}") from None
+        raise UserError(f"{name}: not valid JSON ({error}); {REPACK}") from None
     if not isinstance(value, dict) or value.get("version") != VERSION:
-        raise UserError(f"{path}: not a file of version {VERSION} of this format; {REPACK}")
+        raise UserError(f"{name}: not a file of version {VERSION} of this format; {REPACK}")
     return value
+
+
+def parse(raw: bytes, name: str) -> dict[str, Any]:
+    """An index; UserError with `name` unless it is whole."""
+    index = parse_json(raw, name)
+    _check(index, name)
+    return index
 
 
 def load(shard: Path) -> dict[str, Any]:
@@ -105,39 +150,55 @@ def load(shard: Path) -> dict[str, Any]:
     path = shard.with_name(shard.name + SUFFIX)
     size = shard.stat().st_size
     if path.exists():
-        index = read_json(path)
-        if index.get("bytes") == size:
-            _check_index(index, path)
+        raw = path.read_bytes()
+        # An index that was made here of a foreign tar that has changed since, or by an older version: made anew.
+        made_of = b'"changed_ns":%d,' % shard.stat().st_mtime_ns in raw and b'"version":%d' % VERSION in raw
+        if made_of or b'"foreign":true' not in raw:
+            index = parse(raw, str(path))
+            if index["bytes"] != size:
+                raise UserError(f"{shard}: {size} bytes where its index says {index['bytes']} (truncated?); {REPACK}")
             return index
-        if not index.get("foreign"):
-            raise UserError(f"{shard}: {size} bytes where its index says {index.get('bytes')} (truncated?); {REPACK}")
     index = from_tar(shard)
     with suppress(OSError):  # a read-only folder: the scan is done anew by the next run
         write_json(path, index)
     return index
 
 
-def _check_index(index: dict[str, Any], path: Path) -> None:
-    rows = index.get("samples")
-    if (
-        not isinstance(rows, list)
-        or index.get("count") != len(rows)
-        or not isinstance(index.get("split"), str)
-        or not all(isinstance(row, dict) and row.keys() >= _ROW_KEYS for row in rows)
-    ):
-        raise UserError(f"{path}: the index contradicts itself; {REPACK}")
+def _check(index: dict[str, Any], name: str) -> None:
+    listed, count = index.get("columns"), index.get("count")
+    try:
+        sound = (
+            isinstance(listed, dict)
+            and isinstance(index["split"], str)
+            and isinstance(index["sha256"], str)
+            and isinstance(index["bytes"], int)
+            and all(len(listed[column]) == count for column in PLAIN)
+            and all(len(listed[column]["codes"]) == count for column in CODED)
+            and all(0 <= i < len(listed[column]["names"]) for column in CODED for i in set(listed[column]["codes"]))
+        )
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{name}: the index contradicts itself; {REPACK}")
 
 
 def from_tar(shard: Path) -> dict[str, Any]:
     """Index any WebDataset tar of audio by one scan of it; UserError for a tar or sample that cannot be read safely."""
-    rows: dict[str, dict[str, Any]] = {}
     texts: dict[str, tarsafe.Member] = {}
     audios: dict[str, tarsafe.Member] = {}
+    ended: set[str] = set()  # keys that other members have followed
+    last = None
     for member in tarsafe.scan(shard):
-        # WebDataset's rule: the key is the path up to the first dot of the file name, the rest is the extension.
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, ext = name.partition(".")
-        key, ext = folder + slash + stem, ext.lower()
+        key, ext = split_name(member.name)
+        if key != last:
+            if key in ended:
+                raise UserError(
+                    f"{shard}: the members of the key {key!r} are not side by side, so that WebDataset readers would "
+                    "take them for two samples; write the tar again in the order of its keys"
+                )
+            if last is not None:
+                ended.add(last)
+            last = key
         if ext in IGNORED_EXTENSIONS:
             continue
         if ext != "json" and ext not in AUDIO_EXTENSIONS:
@@ -154,67 +215,96 @@ def from_tar(shard: Path) -> dict[str, Any]:
             texts[key] = member
         else:
             audios[key] = member
-            rows[key] = {"key": key, "ext": ext}
     if orphans := texts.keys() - audios.keys():
         raise UserError(f"{shard}: the key {min(orphans)!r} has a json and no audio; {REPACK}")
     with shard.open("rb") as file:
-        splits = {_fill_row(rows[key], audios[key], texts.get(key), file, shard) for key in rows}
+        samples, splits = [], set()
+        for key, audio in audios.items():
+            row, split = _foreign_row(key, audio, texts.get(key), file, shard)
+            samples.append(row)
+            splits.add(split)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    split = splits.pop() if len(splits) == 1 else None
-    if split is None:
-        split = match[1] if (match := re.match(r"(train|val|test)\b", shard.name)) else ""
-    samples = list(rows.values())
+    only = splits.pop() if len(splits) == 1 else None
+    if only is None:
+        only = match[1] if (match := re.match(r"(train|val|test)\b", shard.name)) else ""
     return {
         "version": VERSION,
-        "split": split,
+        "split": only,
         "count": len(samples),
         "bytes": shard.stat().st_size,
         "sha256": digest,
         "foreign": True,
-        "samples": samples,
+        "changed_ns": shard.stat().st_mtime_ns,
+        "columns": columns(samples),
     }
 
 
-def _fill_row(
-    row: dict[str, Any], audio: tarsafe.Member, text: tarsafe.Member | None, file: Any, shard: Path
-) -> str | None:
-    """Complete a foreign sample's row from its files; returns the split its json names."""
-    where = f"{shard}: sample {row['key']}"
-    file.seek(audio.offset)
-    data = file.read(audio.size)
+def split_name(member: str) -> tuple[str, str]:
+    """(key, extension) by WebDataset's rule: the key is the path up to the first dot of the file name."""
+    folder, slash, name = member.rpartition("/")
+    stem, _, ext = name.partition(".")
+    return folder + slash + stem, ext.lower()
+
+
+def _foreign_row(
+    key: str, audio: tarsafe.Member, text: tarsafe.Member | None, file: BinaryIO, shard: Path
+) -> tuple[dict[str, Any], str | None]:
+    """A foreign sample's row, from its files; and the split that its json names."""
+    where = f"{shard}: sample {key}"
+    file.seek(audio.offset - tarsafe.BLOCK)
+    data = file.read(tarsafe.BLOCK + audio.size)
     raw = b""
     if text is not None:
-        file.seek(text.offset)
-        raw = file.read(text.size)
-    meta = parse_meta(raw, where) if raw else {}
-    row["audio"] = [audio.offset, audio.size]
-    row["json"] = None if text is None else [text.offset, text.size]
-    row["crc"] = crc(data, raw)
-    if (names := [audio.header_name, text.header_name if text else ""]) != [
-        f"{row['key']}.{row['ext']}",
-        f"{row['key']}.json",
-    ]:
-        row["members"] = names
-    duration = meta.get("duration")
-    if not isinstance(duration, (int, float)) or isinstance(duration, bool) or not 0 < duration < float("inf"):
+        file.seek(text.offset - tarsafe.BLOCK)
+        raw = file.read(tarsafe.BLOCK + text.size)
+    meta = parse_meta(raw[tarsafe.BLOCK :], where) if raw else {}
+    duration, rate = meta.get("duration"), meta.get("sample_rate")
+    if not isinstance(duration, (int, float)) or isinstance(duration, bool) or not 0 < duration < 1e9:
         from mser_dist.data.audio import seconds
 
-        duration = seconds(data, where)
-    fallback = {"language": "und", "speaker": "", "corpus": shard.parent.name, "source_id": row["key"], "emotion": ""}
-    for name in ROW_FIELDS:
+        duration = seconds(data[tarsafe.BLOCK :], where)
+
+    def word(name: str, fallback: str | None) -> str | None:
         value = meta.get(name)
-        row[name] = value if isinstance(value, str) else fallback.get(name)
-    row["duration"] = float(duration)
-    split = meta.get("split")
-    return split if isinstance(split, str) else None
+        if isinstance(value, str) and not value.isprintable():
+            raise UserError(f"{where}: its json has a {name!r} that cannot be printed, {value[:40]!r}; mend that json")
+        return value if isinstance(value, str) else fallback
+
+    corpus = word("corpus", shard.parent.name)
+    row = {
+        "key": key,
+        "audio_at": audio.offset,
+        "audio_size": audio.size,
+        "json_at": text.offset if text else 0,
+        "json_size": text.size if text else 0,
+        "crc": crc(data, raw),
+        "duration": float(duration),
+        "source": source(str(corpus), str(word("source_id", key))),
+        "label": word("label", None) or _label(word("emotion", "")),
+        "emotion": word("emotion", ""),
+        "language": word("language", "und"),
+        "speaker": word("speaker", ""),
+        "gender": word("gender", None),
+        "corpus": corpus,
+        "synthetic": meta.get("synthetic") is True,
+        "sample_rate": rate if isinstance(rate, int) and 0 < rate < 1 << 31 else 0,
+    }
+    return row, word("split", None)
+
+
+def _label(emotion: str | None) -> str | None:
+    try:
+        return to_label(emotion or "")
+    except KeyError:
+        return None
 
 
 def parse_meta(raw: bytes, where: str) -> dict[str, Any]:
     """A sample's json; UserError naming `where` unless it is an object."""
     try:
         meta = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict):
         raise UserError(f"{where}: its json cannot be read; {REPACK}")

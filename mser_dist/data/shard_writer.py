@@ -7,21 +7,30 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from mser_dist.data import shard_index, tarsafe
+from mser_dist.data.shard_journal import JOURNAL_FILE, Journal
 from mser_dist.errors import UserError
+from mser_dist.files import file_sha256
 
 DATASET_FILE = "dataset.json"
 LOCK_FILE = ".lock"  # in a staging folder only: held by its writer, and the mark of a set that is not whole
 _KEY = re.compile(r"[A-Za-z0-9_+=-]{1,90}")  # `<key>.flac` must fit the 100 bytes of a ustar name, and hold one dot
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,31}")
-_OUR_FILE = re.compile(r"(.+\.tar(\.idx\.json)?|dataset\.json|\.lock|\..+\.partial)")
+_OUR_FILE = re.compile(r"(.+\.tar(\.idx\.json)?|dataset\.json|\.lock|\.packed|\..+\.partial)")
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file of a split's shard, counted from 0."""
+    return f"{split}-{number:06d}.tar"
 
 
 class DatasetWriter:
@@ -35,6 +44,15 @@ class DatasetWriter:
             input gives equal bytes.
         shard_samples: samples a shard at most.
         labels: the labels that samples may have beside None; None allows any.
+        overwrite: see `out`.
+        recipes: the file of every shard (`shard_name`) → a word that stands for all that decides its bytes. With them,
+            a writer that is stopped leaves its finished shards in `<out>.partial`, and the next one keeps those that
+            are whole and of the same recipe: `kept` names them, and their samples must not be written again. Without
+            recipes, an error leaves nothing.
+        progress: show a bar while the shards that are there are checked.
+
+    Inside the block, `kept` is the set of shards that were there and `discarded` the number of those that were finished
+    once, but are damaged or have another recipe.
 
     Raises UserError for a bad key, a repeated key, a sample that breaks the data contract, a full disk.
     """
@@ -48,6 +66,8 @@ class DatasetWriter:
         shard_samples: int = 512,
         labels: Collection[str] | None = None,
         overwrite: bool = False,
+        recipes: Mapping[str, str] | None = None,
+        progress: bool = False,
     ) -> None:
         if shard_samples < 1:
             raise ValueError(f"shard_samples must be at least 1, got {shard_samples}")
@@ -57,11 +77,16 @@ class DatasetWriter:
         self.shard_samples = shard_samples
         self.labels = None if labels is None else frozenset(labels)
         self.overwrite = overwrite
+        self.kept: frozenset[str] = frozenset()
+        self.discarded = 0
+        self._recipes = recipes
+        self._progress = progress
         self._staging = self.out.with_name(self.out.name + ".partial")
+        self._journal: Journal | None = None
         self._keys: set[str] = set()
         self._open: dict[str, _Shard] = {}
-        self._done: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self._totals = _Totals()
+        self._next: Counter[str] = Counter()  # split → the number to look at for its next shard
+        self._done: set[str] = set()  # the files of the finished shards
 
     def __enter__(self) -> Self:
         if _has_files(self.out):
@@ -79,10 +104,24 @@ class DatasetWriter:
                 raise UserError(
                     f"{self._staging}: another process is writing this data set; wait for it to end"
                 ) from None
-            for leftover in self._staging.iterdir():  # of a run that was killed
-                if leftover.name != LOCK_FILE:
-                    leftover.unlink()
+            if self._recipes is not None:
+                self._journal = Journal(self._staging, self._recipes, self._progress)
+                self._keys.update(*self._journal.kept.values())
+                self.kept, self.discarded = frozenset(self._journal.kept), self._journal.discarded
+                self._done.update(self.kept)
+            self._remove_unfinished()  # first of all: on a full disk it makes room
+            if self._journal:
+                self._journal.start()
         return self
+
+    def _remove_unfinished(self) -> None:
+        """Leave nothing in the staging folder but the finished shards."""
+        whole = {LOCK_FILE, *self._done, *(file + shard_index.SUFFIX for file in self._done)}
+        if self._journal:
+            whole.add(JOURNAL_FILE)
+        for path in list(self._staging.iterdir()):
+            if path.name not in whole:
+                path.unlink()
 
     def write(self, split: str, key: str, audio: bytes, ext: str, meta: Mapping[str, Any]) -> None:
         """Add a sample: `<key>.<ext>` holding `audio` and `<key>.json` holding `meta` (`id` and `split` are filled
@@ -113,29 +152,50 @@ class DatasetWriter:
         with _disk_errors(self._staging):
             shard = self._open.get(split)
             if shard is None:
-                shard = self._open[split] = _Shard(self._staging, split, len(self._done[split]))
+                shard = self._open[split] = _Shard(self._staging / self._new_shard(split), split)
             shard.add(key, ext, audio, text, full)
             if len(shard.rows) == self.shard_samples:
                 self._finish(split)
         self._keys.add(key)
-        self._totals.add(full)
+
+    def _new_shard(self, split: str) -> str:
+        """The split's first shard that is not there yet."""
+        while (file := shard_name(split, self._next[split])) in self._done:
+            self._next[split] += 1
+        return file
 
     def _finish(self, split: str) -> None:
-        self._done[split].append(self._open[split].finish())
+        shard = self._open[split]
+        shard.finish()
+        self._done.add(shard.path.name)  # before the journal: Ctrl-C while that waits for the disk costs no shard
+        if self._journal:
+            self._journal.add(shard.path.name)
         del self._open[split]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        published = False
         try:
             if kind is None:
                 with _disk_errors(self._staging):
                     self._publish()
+                published = True
         finally:
-            for shard in self._open.values():
+            for file in (*(shard.file for shard in self._open.values()), self._journal):
                 with suppress(OSError):  # on a full disk, closing tries to write the rest once more
-                    shard.file.close()
-            self._lock.close()
+                    if file:
+                        file.close()
+            if not published:
+                self._clean_up()
+            self._lock.close()  # last: until here no other writer comes in
+
+    def _clean_up(self) -> None:
+        """After an error: room on the disk for others, but finished shards stay for the next writer."""
+        if self._journal and self._done:
+            with suppress(OSError):
+                self._remove_unfinished()
+        else:
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def _publish(self) -> None:
@@ -143,30 +203,27 @@ class DatasetWriter:
             raise UserError(f"{self.out}: there is not one sample to write; check the source")
         for split in sorted(self._open):
             self._finish(split)
-        splits = {
-            split: {"shards": shards, "count": sum(s["count"] for s in shards), "hours": self._totals.hours(split)}
-            for split, shards in sorted(self._done.items())
-        }
-        description = {"version": shard_index.VERSION, "name": self.name, "splits": splits, "made_by": self.made_by}
-        shard_index.write_json(self._staging / DATASET_FILE, description | self._totals.as_json())
+        if self._recipes is not None and self._done != self._recipes.keys():
+            raise ValueError("the shards that were written are not those that recipes were given of")
+        description = {"version": shard_index.VERSION, "name": self.name, "made_by": self.made_by}
+        shard_index.write_json(self._staging / DATASET_FILE, description | describe(self._staging, self._done))
         (self._staging / LOCK_FILE).unlink()
         _fsync_folder(self._staging)
+        replaced = self.out.with_name(f".{self.out.name}.replaced")
         if _has_files(self.out):
-            old = self.out.with_name(self.out.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-            self._staging.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            self._staging.rename(self.out)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.out.rename(replaced)
+        self._staging.rename(self.out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        (self.out / JOURNAL_FILE).unlink(missing_ok=True)  # last: a run that is killed before still finds its shards
         _fsync_folder(self.out.parent)
 
 
 class _Shard:
     """One tar being written, hashed on the way."""
 
-    def __init__(self, folder: Path, split: str, number: int) -> None:
-        self.path = folder / f"{split}-{number:06d}.tar"
+    def __init__(self, path: Path, split: str) -> None:
+        self.path = path
         self.split = split
         self.file: BinaryIO = self.path.open("wb")
         self.rows: list[dict[str, Any]] = []
@@ -174,67 +231,72 @@ class _Shard:
         self._size = 0
 
     def add(self, key: str, ext: str, audio: bytes, text: bytes, meta: Mapping[str, Any]) -> None:
-        row: dict[str, Any] = {"key": key, "ext": ext}
-        row["audio"] = self._member(f"{key}.{ext}", audio)
-        row["json"] = self._member(f"{key}.json", text)
-        row["crc"] = shard_index.crc(audio, text)
-        self.rows.append(row | {name: meta[name] for name in shard_index.ROW_FIELDS})
+        row: dict[str, Any] = {name: meta[name] for name in ("duration", *shard_index.CODED)}
+        row["key"] = key
+        row["source"] = shard_index.source(meta["corpus"], meta["source_id"])
+        row["audio_at"], row["audio_size"], crc = self._member(f"{key}.{ext}", audio, 0)
+        row["json_at"], row["json_size"], row["crc"] = self._member(f"{key}.json", text, crc)
+        self.rows.append(row)
 
-    def _member(self, name: str, data: bytes) -> list[int]:
-        self._put(tarsafe.header(name, len(data)))
+    def _member(self, name: str, data: bytes, crc: int) -> tuple[int, int, int]:
+        """(offset, size, crc so far) of a file put into the tar."""
+        header = tarsafe.header(name, len(data))
+        self._put(header)
         offset = self._size
         self._put(data)
         self._put(tarsafe.padding(len(data)))
-        return [offset, len(data)]
+        return offset, len(data), zlib.crc32(data, zlib.crc32(header, crc))
 
     def _put(self, data: bytes) -> None:
         self.file.write(data)
         self._hash.update(data)
         self._size += len(data)
 
-    def finish(self) -> dict[str, Any]:
-        """End the tar, write its index, and return the shard's entry for dataset.json."""
+    def finish(self) -> None:
+        """End the tar and write its index."""
         self._put(tarsafe.END)
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         facts = {"count": len(self.rows), "bytes": self._size, "sha256": self._hash.hexdigest()}
-        index = {"version": shard_index.VERSION, "split": self.split, **facts, "samples": self.rows}
+        columns = shard_index.columns(self.rows)
+        index = {"version": shard_index.VERSION, "split": self.split, **facts, "columns": columns}
         shard_index.write_json(self.path.with_name(self.path.name + shard_index.SUFFIX), index)
-        return {"file": self.path.name, **facts}
 
 
-class _Totals:
-    """What dataset.json tells of the whole set."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._counts: Counter[tuple[str, str, str]] = Counter()
-        self._speakers: dict[str, set[str]] = defaultdict(set)
-        self._rates: Counter[int] = Counter()
-        self._labels: set[str] = set()
-
-    def add(self, meta: Mapping[str, Any]) -> None:
-        self._seconds[meta["split"]] += meta["duration"]
-        self._counts[meta["language"], meta["emotion"], meta["split"]] += 1
-        self._speakers[meta["split"]].add(meta["speaker"])
-        self._rates[meta["sample_rate"]] += 1
-        if meta["label"] is not None:
-            self._labels.add(meta["label"])
-
-    def hours(self, split: str) -> float:
-        return round(self._seconds[split] / 3600, 6)
-
-    def as_json(self) -> dict[str, Any]:
-        totals: dict[str, dict[str, dict[str, int]]] = {}
-        for (language, emotion, split), count in sorted(self._counts.items()):
-            totals.setdefault(language, {}).setdefault(emotion, {})[split] = count
-        return {
-            "totals": totals,
-            "labels": sorted(self._labels),
-            "speakers": {split: sorted(names) for split, names in sorted(self._speakers.items())},
-            "sample_rates": {str(rate): count for rate, count in sorted(self._rates.items())},
-        }
+def describe(folder: Path, files: Iterable[str]) -> dict[str, Any]:
+    """What dataset.json tells of finished shards, by their indexes, so that it is the same however they came about."""
+    splits: dict[str, Any] = {}
+    seconds: dict[str, float] = defaultdict(float)
+    counts: Counter[tuple[str, str, str]] = Counter()
+    speakers: dict[str, set[str]] = defaultdict(set)
+    rates: Counter[int] = Counter()
+    labels: set[str] = set()
+    for file in sorted(files):
+        index = shard_index.load(folder / file)
+        split, columns = index["split"], index["columns"]
+        values = {name: [columns[name]["names"][code] for code in columns[name]["codes"]] for name in shard_index.CODED}
+        entry = {"file": file} | {name: index[name] for name in ("count", "bytes", "sha256")}
+        entry["index"] = file_sha256(folder / (file + shard_index.SUFFIX))
+        splits.setdefault(split, {"shards": []})["shards"].append(entry)
+        seconds[split] += sum(columns["duration"])
+        counts.update(zip(values["language"], values["emotion"], repeat(split), strict=False))
+        speakers[split].update(values["speaker"])
+        rates.update(values["sample_rate"])
+        labels.update(set(values["label"]) - {None})
+    for split, described in splits.items():
+        described["count"] = sum(shard["count"] for shard in described["shards"])
+        described["hours"] = round(seconds[split] / 3600, 6)
+    totals: dict[str, dict[str, dict[str, int]]] = {}
+    for (language, emotion, split), count in sorted(counts.items()):
+        totals.setdefault(language, {}).setdefault(emotion, {})[split] = count
+    return {
+        "splits": splits,
+        "totals": totals,
+        "labels": sorted(labels),
+        "speakers": {split: sorted(names) for split, names in sorted(speakers.items())},
+        "sample_rates": {str(rate): count for rate, count in sorted(rates.items())},
+    }
 
 
 def _has_files(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mser_dist.data.audio import encode
-from mser_dist.data.shards import DatasetWriter
+from mser_dist.data.shard_writer import DatasetWriter
 from mser_dist.data.synth import CORPUS, EMOTIONS, SAMPLE_RATE, SynthConfig, generate
 
 

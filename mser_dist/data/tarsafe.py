@@ -21,10 +21,9 @@ MAX_EXTENDED = 1 << 16  # bytes of a pax or GNU long-name record: these hold a n
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: its name, the name in the raw header before its data, and where its data lies."""
+    """A regular file in a tar: its name, and where its data lies, behind a raw header of 512 bytes."""
 
     name: str
-    header_name: str
     offset: int
     size: int
 
@@ -45,15 +44,6 @@ def header(name: str, size: int) -> bytes:
 def padding(size: int) -> bytes:
     """The zeros that follow `size` bytes of data up to the next block."""
     return bytes(-size % BLOCK)
-
-
-def header_matches(block: bytes, name: str, size: int) -> bool:
-    """Whether a raw 512-byte header is that of a regular file of this (raw header) name and size."""
-    try:
-        found_name, found_size, kind = _parse(block)
-    except ValueError:
-        return False
-    return found_name == name and found_size == size and kind in b"0\0"
 
 
 def scan(path: Path) -> Iterator[Member]:
@@ -101,7 +91,7 @@ def _members(file: BinaryIO, total: int) -> Iterator[Member]:
                 raise ValueError(f"member {full_name!r} has {size} bytes, at most {MAX_MEMBER} are read")
             if offset + size > total:
                 raise ValueError(f"cut inside member {full_name!r} at {total} bytes")
-            yield Member(full_name, name, offset, size)
+            yield Member(full_name, offset, size)
             long_name = long_size = None
         elif kind == b"5":
             long_name = long_size = None

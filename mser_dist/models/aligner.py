@@ -23,9 +23,9 @@ class Aligner(nn.Module):
         self.scales = nn.Parameter(torch.tensor([start, start]))
         self.config = config
 
-    def embed_speech(self, mel: Tensor, lengths: Tensor) -> Tensor:
-        """(B, n_mels, F) log-mel and (B,) true frames → (B, D) of unit length."""
-        tokens = self.speech(mel, lengths)  # (B, Q, width)
+    def embed_speech(self, speech: Tensor, lengths: Tensor) -> Tensor:
+        """(B, n_mels, F) log-mel or (B, S) waveform, and (B,) true lengths → (B, D) of unit length."""
+        tokens = self.speech(speech, lengths)  # (B, Q, width)
         return nn.functional.normalize(self.speech_head(tokens.mean(1)).float(), dim=-1)
 
     def embed_text(self, text: Tensor) -> Tensor:
@@ -35,10 +35,10 @@ class Aligner(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch and its telemetry.
 
-        batch: mel (B, n_mels, F), lengths (B,), text (B, text_width), label (B,), source (B,).
+        batch: speech (B, n_mels, F) or (B, S), lengths (B,), text (B, text_width), label (B,), source (B,).
         """
         config = self.config
-        speech = self.embed_speech(batch["mel"], batch["lengths"])
+        speech = self.embed_speech(batch["speech"], batch["lengths"])
         text = self.embed_text(batch["text"])
         scale, parallel_scale = self.scales.float().clamp(max=math.log(config.max_scale)).exp()
         emotion = speech_text_loss(speech, text, batch["label"], scale)

@@ -64,7 +64,12 @@ def _missing(kernel: str, dtype: torch.dtype, device: str) -> str:
 
 
 def supported_by(model_class: type, attention: Attention) -> Attention:
-    """`attention`, or SDPA where a model's transformers class has no flash implementation (the Q-Former's has none)."""
+    """`attention`, or what a model's transformers class can run instead: the Q-Former has no flash-attn path, and
+    WavLM, whose position bias depends on the queries, has its own attention alone.
+    """
+    name = model_class.__name__
+    if attention.kernel != "eager" and not getattr(model_class, "_supports_sdpa", True):
+        return Attention("eager", f"{name} has its own attention in transformers")
     if attention.kernel in _FLASH and not getattr(model_class, "_supports_flash_attn", False):
-        return Attention("sdpa", f"{model_class.__name__} has no flash-attn path in transformers")
+        return Attention("sdpa", f"{name} has no flash-attn path in transformers")
     return attention

@@ -22,7 +22,7 @@ class PromptScorer:
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """(B, K) cosines."""
         labels = torch.stack([self.model.embed_text(text).mean(0) for text in self.texts])  # (K, D)
-        speech = self.model.embed_speech(batch["mel"], batch["lengths"])  # (B, D)
+        speech = self.model.embed_speech(batch["speech"], batch["lengths"])  # (B, D)
         return speech @ nn.functional.normalize(labels, dim=-1).T
 
 
@@ -39,6 +39,6 @@ class AnswerScorer:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """(B, K) log-likelihoods, summed over an answer's tokens."""
-        device = batch["mel"].device
+        device = batch["speech"].device
         answers = [answer.to(device) for answer in self.answers]
-        return self.model.score(batch["mel"], batch["lengths"], self.prompt.to(device), answers)
+        return self.model.score(batch["speech"], batch["lengths"], self.prompt.to(device), answers)

@@ -20,21 +20,22 @@ class SpeechLLM(nn.Module):
         width = llm.config.hidden_size
         self.projector = nn.Sequential(nn.Linear(speech.width, width), nn.GELU(), nn.Linear(width, width))
 
-    def embed_prompt(self, input_ids: Tensor, mel: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T) ids with SPEECH where speech goes, (B, n_mels, F) log-mel, (B,) frames → (B, T, D) LLM inputs."""
+    def embed_prompt(self, input_ids: Tensor, speech: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T) ids with SPEECH where speech goes, speech and lengths of `SpeechModel` → (B, T, D) LLM inputs."""
         words = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
-        speech = self.projector(self.speech(mel, lengths).to(self.projector[0].weight.dtype))  # (B, Q, D)
+        tokens = self.projector(self.speech(speech, lengths).to(self.projector[0].weight.dtype))  # (B, Q, D)
         place = (input_ids == SPEECH).unsqueeze(-1)  # (B, T, 1)
-        return words.masked_scatter(place, speech.to(words.dtype))
+        return words.masked_scatter(place, tokens.to(words.dtype))
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on the answers only, and its telemetry.
 
-        batch: mel (B, n_mels, F), lengths (B,), input_ids, labels and attention_mask (B, T), padded on the right, and
-        `normalizer`: answer tokens of the whole optimizer step over all ranks and micro-batches, divided by the number
-        of losses that will be averaged. It makes the step's loss the mean over *tokens*, however they are spread.
+        batch: speech (B, n_mels, F) or (B, S), lengths (B,), input_ids, labels and attention_mask (B, T), padded on the
+        right, and `normalizer`: answer tokens of the whole optimizer step over all ranks and micro-batches, divided by
+        the number of losses that will be averaged. It makes the step's loss the mean over *tokens*, however they are
+        spread.
         """
-        inputs = self.embed_prompt(batch["input_ids"], batch["mel"], batch["lengths"])
+        inputs = self.embed_prompt(batch["input_ids"], batch["speech"], batch["lengths"])
         hidden = self.backbone(inputs_embeds=inputs, attention_mask=batch["attention_mask"]).last_hidden_state
         target = batch["labels"][:, 1:]
         wanted = target != IGNORE  # (B, T-1)
@@ -59,19 +60,19 @@ class SpeechLLM(nn.Module):
         return base() if base else self.llm
 
     @torch.no_grad()
-    def score(self, mel: Tensor, lengths: Tensor, prompt: Tensor, answers: list[Tensor]) -> Tensor:
+    def score(self, speech: Tensor, lengths: Tensor, prompt: Tensor, answers: list[Tensor]) -> Tensor:
         """Log-likelihood of every answer after the prompt: (B, K), the sum over an answer's tokens, EOS included.
 
-        mel (B, n_mels, F); lengths (B,); prompt (T,) ids with SPEECH in it; answers: K tensors of ids up to EOS.
-        The prompt is read once a clip; its keys and values are shared by the K answers.
+        speech (B, n_mels, F) or (B, S); lengths (B,); prompt (T,) ids with SPEECH in it; answers: K tensors of ids up
+        to EOS. The prompt is read once a clip; its keys and values are shared by the K answers.
         """
-        batch, count = len(mel), len(answers)
-        inputs = self.embed_prompt(prompt.expand(batch, -1), mel, lengths)
+        batch, count = len(speech), len(answers)
+        inputs = self.embed_prompt(prompt.expand(batch, -1), speech, lengths)
         seen = self.backbone(inputs_embeds=inputs, use_cache=True)
         first = self.lm_head(seen.last_hidden_state[:, -1]).float().log_softmax(-1)  # (B, V)
         longest = max(len(a) for a in answers)
-        ids = torch.zeros(count, longest, dtype=torch.long, device=mel.device)
-        real = torch.zeros(count, longest, dtype=torch.bool, device=mel.device)
+        ids = torch.zeros(count, longest, dtype=torch.long, device=speech.device)
+        real = torch.zeros(count, longest, dtype=torch.bool, device=speech.device)
         for row, answer in enumerate(answers):
             ids[row, : len(answer)] = answer
             real[row, : len(answer)] = True

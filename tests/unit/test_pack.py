@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from mser_dist.data.shards import ShardSet
 from mser_dist.data.splits import split_by_speaker
 from mser_dist.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 EMOTIONS = ("anger", "happy", "neutral", "sad")
 
 
@@ -196,8 +202,8 @@ def test_pack_a_manifest(emodb: Path, tmp_path: Path) -> None:
     summary = pack("manifest", tmp_path / "mine.jsonl", tmp_path / "set", audio_format="wav", workers=1, progress=False)
     assert (summary["name"], summary["clips"], summary["dropped"]) == ("mine", 4, {"xxx": 1})
     assert summary["shared_speakers"] == 1  # a prescribed split wins, and is told of
-    assert Counter(ShardSet.open(tmp_path / "set").split) == {"train": 2, "val": 1, "test": 1}
-    assert ShardSet.open(tmp_path / "set").read(0).ext == "wav"
+    assert Counter(ShardSet.open(tmp_path / "set").column("split")) == {"train": 2, "val": 1, "test": 1}
+    assert ShardSet.open(tmp_path / "set").read(0).audio[:4] == b"RIFF"
 
 
 @pytest.mark.parametrize(
@@ -221,4 +227,151 @@ def test_overwrite(emodb: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already exists"):
         pack("emodb", emodb, tmp_path / "set", workers=1, progress=False)
     pack("emodb", emodb, tmp_path / "set", workers=1, progress=False, overwrite=True, audio_format="wav")
-    assert ShardSet.open(tmp_path / "set").read(0).ext == "wav"
+    assert ShardSet.open(tmp_path / "set").read(0).audio[:4] == b"RIFF"
+
+
+# ---- going on where a pack was stopped
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Mser:
+    """A real `mser pack` of `clips.csv` beside `out`: 2200 clips, so four shards of 512 and the rest."""
+
+    def __init__(self, out: Path) -> None:
+        self.journal = out.with_name(out.name + ".partial") / ".packed"
+        command = [sys.executable, "-m", "mser_dist", "pack", "manifest", str(out.parent / "clips.csv"), str(out)]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, start_new_session=True, env=env, stderr=pipe, stdout=pipe, text=True)
+
+    def stop(self, number: int, shards: int) -> str:
+        """Send a signal to it once so many shards are finished, and wait until none of its processes is left."""
+        while not self.journal.exists() or self.journal.read_bytes().count(b"\n") < shards:
+            assert self.process.poll() is None, "it ended too early to be stopped"
+            time.sleep(0.002)
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)  # as a terminal does
+        else:
+            self.process.send_signal(number)
+        _, error = self.process.communicate(timeout=60)  # its workers hold the pipe too: this waits for all of them
+        return error
+
+    def end(self) -> str:
+        _, error = self.process.communicate(timeout=120)
+        assert self.process.returncode == 0, error
+        return error
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """A manifest of 2200 clips; they share 20 recordings."""
+    (tmp_path / "wav").mkdir()
+    for i in range(20):
+        noise = np.random.default_rng(i).uniform(-0.3, 0.3, 11025 + 100 * i)
+        soundfile.write(tmp_path / "wav" / f"{i}.wav", noise, 22050)
+    rows = [f"wav/{i % 20}.wav,{EMOTIONS[i % 4]},de,s{i % 9},{'train' if i % 9 else 'test'},c{i}" for i in range(2200)]
+    (tmp_path / "clips.csv").write_text("\n".join(["path,emotion,language,speaker,split,id", *rows]))
+    return tmp_path
+
+
+@pytest.mark.faults
+def test_a_pack_that_is_killed_goes_on(clips: Path) -> None:
+    Mser(clips / "whole").end()
+    for shards in (1, 2, 3):
+        Mser(clips / "set").stop(signal.SIGKILL, shards)
+        assert not (clips / "set").exists()
+    error = Mser(clips / "set").end()
+    assert any(f"mser: continuing: {n} of 2200 clips are packed\n" in error for n in (1536, 2048)), error
+    assert "not kept" not in error
+    assert contents(clips / "set") == contents(clips / "whole")
+    assert not (clips / "set.partial").exists()
+
+
+@pytest.mark.faults
+def test_ctrl_c_says_that_the_same_command_continues(clips: Path) -> None:
+    pack = Mser(clips / "set")
+    error = pack.stop(signal.SIGINT, shards=1)
+    assert pack.process.returncode == 130
+    assert error.splitlines()[-1].startswith("mser: interrupted; the same command continues"), error
+    assert "Traceback" not in error
+    assert "mser: continuing: " in Mser(clips / "set").end()
+    assert verify(clips / "set") == []
+
+
+def pack_small(emodb: Path, out: Path, **options: Any) -> dict[str, Any]:
+    return pack("emodb", emodb, out, **({"shard_samples": 5, "workers": 1} | options))
+
+
+def spoil(path: Path) -> None:
+    """Other content behind the same size and time: whoever decodes it again fails."""
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.fixture
+def stopped(emodb: Path, tmp_path: Path) -> Path:
+    """A set whose pack was stopped by the recording that comes last; 7 clips of test and 21 of train are before."""
+    pack_small(emodb, tmp_path / "whole", progress=False)
+    last = ShardSet.open(tmp_path / "whole", split="val").keys[-1].removeprefix("emodb_")
+    sound = (emodb / f"{last}.wav").read_bytes()
+    (emodb / f"{last}.wav").write_bytes(b"not audio")
+    with pytest.raises(UserError, match=f"{last}.wav: not readable"):
+        pack_small(emodb, tmp_path / "set", progress=False)
+    (emodb / f"{last}.wav").write_bytes(sound)
+    return tmp_path / "set"
+
+
+def test_finished_clips_are_not_decoded_again(
+    stopped: Path, emodb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staging = tmp_path / "set.partial"
+    kept = [key for tar in staging.glob("*.tar") for key in ShardSet.open(tar).keys]
+    assert len(kept) == 5 + 20 + 5  # of 7, 21 and 7, in shards of 5
+    for key in kept:
+        spoil(emodb / f"{key.removeprefix('emodb_')}.wav")
+    summary = pack_small(emodb, stopped)
+    assert contents(stopped) == contents(tmp_path / "whole")
+    assert (summary["clips"], summary["hours"]) == (35, round(35 * 0.1 / 3600, 4))
+    error = capsys.readouterr().err
+    assert error.startswith("mser: continuing: 30 of 35 clips are packed\n")
+    assert "30/35" in error, "the bar starts at what is there"
+
+
+def test_only_what_changed_is_made_anew(
+    stopped: Path, emodb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ShardSet.open(tmp_path / "set.partial/train-000000.tar").keys[0].removeprefix("emodb_")
+    soundfile.write(emodb / f"{first}.wav", np.zeros(2205), 22050)
+    pack_small(emodb, stopped)
+    error = capsys.readouterr().err
+    assert "(damaged, or of another source or other options): 1 of 6 shards\n" in error
+    assert "mser: continuing: 25 of 35 clips are packed\n" in error
+    pack_small(emodb, tmp_path / "again", progress=False)
+    assert contents(stopped) == contents(tmp_path / "again") != contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options", [{"audio_format": "wav"}, {"max_seconds": 10.0}, {"shard_samples": 4}, {"test_speakers": ["03"]}]
+)
+def test_other_options_are_not_mixed_in(
+    options: dict[str, Any], stopped: Path, emodb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack_small(emodb, stopped, **options)
+    pack_small(emodb, tmp_path / "fresh", progress=False, **options)
+    assert contents(stopped) == contents(tmp_path / "fresh")
+    assert "mser: not kept from an earlier pack" in capsys.readouterr().err
+
+
+def test_overwrite_goes_on_too(stopped: Path, emodb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "whole").rename(stopped)
+    before = contents(stopped)
+    with pytest.raises(UserError, match="already exists"):
+        pack_small(emodb, stopped)
+    pack_small(emodb, stopped, overwrite=True)
+    assert "continuing: 30 of 35" in capsys.readouterr().err
+    assert contents(stopped) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "wav"]

@@ -47,3 +47,26 @@ def test_ua_by_language(tmp_path: Path) -> None:
     pixels = drawn(tmp_path / "both.png")
     assert has_colour(pixels, plots.SEEN) and has_colour(pixels, plots.UNSEEN)
     assert drawn(tmp_path / "seen.png").shape[1] < pixels.shape[1], "a panel per stage"
+
+
+def test_plots_of_a_set(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    seconds = {"train": rng.uniform(1, 5, 900).astype(np.float32), "test": rng.uniform(1, 5, 100).astype(np.float32)}
+    plots.durations(seconds, tmp_path / "durations.png")
+    plots.durations({"train": np.full(3, 2.0, np.float32)}, tmp_path / "equal.png")
+    clips = {"train": np.array([1] * 30 + [900] + [0]), "test": np.array([0] * 31 + [5])}
+    plots.speakers(clips, tmp_path / "speakers.png")
+    table = np.array([[9, 0, 1], [1, 2, 30000]])
+    plots.label_shares(table, ["train", "test"], ["anger", "sad", "no label"], tmp_path / "labels.png")
+    for name in ("durations", "speakers", "labels"):
+        pixels = drawn(tmp_path / f"{name}.png")
+        assert has_colour(pixels, plots.PALETTE[0]) and has_colour(pixels, plots.PALETTE[1]), "a colour a split"
+    assert has_colour(drawn(tmp_path / "equal.png"), plots.PALETTE[0])
+    plots.speakers({"train": np.zeros(0, np.int64)}, tmp_path / "nobody.png")
+    drawn(tmp_path / "nobody.png")
+
+    plots.counts(table, ["de", "el"], ["anger", "sad", "no label"], tmp_path / "two.png")
+    plots.counts(np.tile(table, (9, 1)), ["de", "el"] * 9, ["anger", "sad", "no label"], tmp_path / "many.png")
+    assert drawn(tmp_path / "many.png").shape[0] > 2 * drawn(tmp_path / "two.png").shape[0], "as high as its rows"
+    plots.sample_rates({"16000": 30, "unknown": 2}, tmp_path / "rates.png")
+    assert has_colour(drawn(tmp_path / "rates.png"), plots.SEEN)

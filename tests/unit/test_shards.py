@@ -1,4 +1,5 @@
 import concurrent.futures
+import hashlib
 import json
 import os
 import pickle
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from mser_dist.data import audio
+from mser_dist.data import audio, shard_index
 from mser_dist.data.shard_verify import verify
-from mser_dist.data.shards import DatasetWriter, ShardSet
+from mser_dist.data.shard_writer import DatasetWriter
+from mser_dist.data.shards import ShardSet
 from mser_dist.errors import UserError
 from tests.unit.made_up_set import meta, pcm, write_set
 
@@ -38,13 +40,14 @@ def test_written_set_reads_back(finished: Path) -> None:
     for i, key in enumerate(shards.keys):
         number = int(key[1:])
         sample = shards.read(i)
-        assert (sample.key, sample.ext) == (key, "flac")
+        assert sample.key == key
         np.testing.assert_array_equal(audio.to_pcm16(audio.decode(sample.audio, key)), pcm(number))
         split = "test" if number % 5 == 0 else "train"
         assert sample.meta == meta(number) | {"id": key, "split": split}
-        row = (shards.split[i], shards.label[i], shards.language[i], shards.speaker[i], shards.source_id[i])
-        assert row == (split, *(sample.meta[name] for name in ("label", "language", "speaker", "source_id")))
-        assert shards.duration[i] == sample.meta["duration"]
+        for name in (*shard_index.CODED, "split"):
+            assert shards.column(name)[i] == sample.meta[name]
+        assert shards.source[i] == shard_index.source("made-up", sample.meta["source_id"])
+        assert shards.duration[i] == np.float32(sample.meta["duration"])
 
 
 def test_dataset_json_totals(finished: Path) -> None:
@@ -68,24 +71,56 @@ def test_same_input_same_bytes(finished: Path, tmp_path: Path) -> None:
 
 
 def test_filters(finished: Path) -> None:
-    assert set(ShardSet.open(finished, split="train").split) == {"train"}
-    greek = ShardSet.open([finished], languages=["el"], labels={"happy"})
+    assert set(ShardSet.open(finished, split="train").column("split")) == {"train"}
+    greek = ShardSet.open([finished], keep={"language": "el"}, labels={"happy"})
     assert sorted(greek.keys) == ["k01", "k07", "k13", "k19"]
     assert [greek.read(i).key for i in range(len(greek))] == greek.keys
-    with pytest.raises(UserError, match=r"no sample is left.*split \['val'\] of \['test', 'train'\]"):
-        ShardSet.open(finished, split="val")
-    with pytest.raises(UserError, match="no sample is left"):
-        ShardSet.open(finished, corpora=[])
+    assert greek.coded["language"].names == ["el"]
+    long = ShardSet.open(finished, keep={"duration": [0.11, 0.115]})
+    assert sorted(long.keys) == [f"k{i:02d}" for i in range(20) if 0.11 <= len(pcm(i)) / 16000 <= 0.115]
+    rest = ShardSet.open(finished, drop={"speaker": ["s0", "s1"], "key": "k03"}, keep={"synthetic": True})
+    assert sorted(rest.keys) == [f"k{i:02d}" for i in range(20) if i % 4 in (2, 3) and i != 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"split": "val"}, r"no sample is left by the filter: split \['val'\] of \['test', 'train'\]"),
+        ({"keep": {"corpus": []}}, "no sample is left by the filter: corpus"),
+        ({"keep": {"duration": [5, 9]}}, r"no sample is left by the filter: duration \[5.0, 9.0\]"),
+        ({"drop": {"language": ["de", "el", "fr"]}}, "no sample is left by the filter: without language"),
+        ({"keep": {"corpus": "made_up"}}, "no sample has corpus 'made_up': did you mean made-up?"),
+        ({"drop": {"key": ["k99x"]}}, "no sample has key 'k99x'"),
+        ({"keep": {"langauge": "de"}}, "no field 'langauge' to filter by: did you mean language?"),
+        ({"keep": {"duration": 5}}, r"a filter by duration is \[shortest, longest\]"),
+    ],
+)
+def test_a_filter_that_cannot_be_meant(finished: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        ShardSet.open(finished, **options)
+
+
+def test_the_fingerprint_is_of_what_is_there(finished: Path, tmp_path: Path) -> None:
+    whole = ShardSet.open(finished).fingerprint()
+    moved = Path(shutil.copytree(finished, tmp_path / "moved"))
+    assert ShardSet.open(moved).fingerprint() == whole
+    assert ShardSet.open(finished, drop={"key": "k03"}).fingerprint() != whole
+    assert ShardSet.open(write_set(tmp_path / "wav", ext="wav")).fingerprint() != whole
 
 
 def test_two_sets_together_and_the_same_twice(finished: Path, tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "other", "other", {}) as writer:
-        writer.write("train", "another", audio.encode(pcm(1), 16000), "flac", meta(1))
+        writer.write("train", "k03", audio.encode(pcm(1), 16000), "flac", meta(1))  # a key that the other set has too
     both = ShardSet.open([finished, tmp_path / "other"])
     assert len(both) == 21
-    assert both.read(20).key == "another"
-    with pytest.raises(UserError, match="is also in"):
+    assert both.read(20).key == "k03"
+    assert both.column("set").tolist() == [0] * 20 + [1]
+    with pytest.raises(UserError, match="the same shard is named twice"):
         ShardSet.open([finished, finished])
+    for name in ("a.tar", "b.tar"):
+        shutil.copy(finished / "test-000000.tar", tmp_path / name)
+    with pytest.raises(UserError, match=r"b\.tar: the key 'k\d\d' is also in .*a\.tar"):
+        ShardSet.open(tmp_path)
 
 
 def _read_all(shards: ShardSet) -> list[str]:
@@ -94,7 +129,7 @@ def _read_all(shards: ShardSet) -> list[str]:
 
 def test_reads_in_threads_forks_and_spawns(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "mser_dist.data.shards.MAX_OPEN", 2
+        "mser_dist.data.shard_reader.MAX_OPEN", 2
     )  # fewer than the shards, so that files are closed and reopened
     shards = ShardSet.open(finished)
     assert _read_all(shards) == shards.keys
@@ -152,8 +187,8 @@ def test_a_tar_of_webdataset_is_indexed_on_first_use(tmp_path: Path, with_json: 
         np.testing.assert_array_equal(audio.to_pcm16(audio.decode(sample.audio, "clip")), pcm(number))
         assert shards.duration[i] == pytest.approx(len(pcm(number)) / 16000)
         assert sample.meta == ({"label": "sad", "language": "ru", "split": "val"} if with_json else {})
-    assert set(shards.language) == ({"ru"} if with_json else {"und"})
-    assert set(shards.split) == ({"val"} if with_json else {""})
+    assert set(shards.column("language")) == ({"ru"} if with_json else {"und"})
+    assert set(shards.column("split")) == ({"val"} if with_json else {""})
     assert verify(tmp_path) == []
     assert (tmp_path / "data-0.tar.idx.json").exists()
     os.utime(tar, (0, 0))
@@ -178,7 +213,7 @@ def flip(shard: Path, at: int) -> None:
 
 
 def place(shard: Path, number: int, part: str) -> int:
-    return int(json.loads(shard.with_name(shard.name + ".idx.json").read_text())["samples"][number][part][0])
+    return int(json.loads(shard.with_name(shard.name + ".idx.json").read_text())["columns"][f"{part}_at"][number])
 
 
 MUTATIONS: dict[str, Callable[[Path], None]] = {
@@ -247,16 +282,15 @@ def test_missing_and_extra_and_foreign_files(copy: Path) -> None:
     content = index.read_text()
     index.unlink()
     assert any("its index is missing" in problem for problem in verify(copy))
-    assert len(ShardSet.open(copy)) == 20  # indexed anew, and held against dataset.json
-    index.write_text(content.replace('"k1', '"q1', 1))
-    assert verify(copy)
-    index.write_text(content[:-20])
-    with pytest.raises(UserError, match=r"idx\.json: not valid JSON"):
+    with pytest.raises(UserError, match="its index is missing"):
         ShardSet.open(copy)
-    hollow = {"version": 1, "bytes": shard.stat().st_size, "count": 1, "split": "train", "samples": [{}]}
-    index.write_text(json.dumps(hollow))
-    with pytest.raises(UserError, match="contradicts itself"):
-        ShardSet.open(copy)
+    hollow = json.loads(content)["columns"] | {"crc": []}
+    changes: list[dict[str, Any]] = [{"count": 1}, {"columns": hollow}, {"split": "test"}, {"foreign": True}]
+    for damage in [content[:-20], content.replace('"k1', '"q1', 1), *(json.loads(content) | c for c in changes)]:
+        index.write_text(damage if isinstance(damage, str) else json.dumps(damage))
+        with pytest.raises(UserError, match=r"idx\.json: not the index that dataset\.json"):
+            ShardSet.open(copy)
+        assert verify(copy)
     index.write_text(content)
 
     shards = ShardSet.open(copy)
@@ -272,7 +306,7 @@ def test_a_shard_of_another_set_is_noticed(copy: Path, tmp_path: Path) -> None:
     other = write_set(tmp_path / "other", n=21, ext="wav")
     for name in ("train-000001.tar", "train-000001.tar.idx.json"):
         shutil.copy(other / name, copy / name)
-    with pytest.raises(UserError, match=r"train-000001\.tar: not the shard that dataset\.json"):
+    with pytest.raises(UserError, match=r"train-000001\.tar\.idx\.json: not the index that dataset\.json"):
         ShardSet.open(copy)
     assert verify(copy)
 
@@ -281,14 +315,63 @@ def test_a_sample_that_no_index_lists_is_noticed(copy: Path) -> None:
     """The index and dataset.json agree with each other and with the tar's hash, and yet a sample is lost."""
     path = copy / "train-000001.tar.idx.json"
     index = json.loads(path.read_text())
-    del index["samples"][3]
+    for column in index["columns"].values():
+        del (column["codes"] if isinstance(column, dict) else column)[3]
     index["count"] -= 1
     path.write_text(json.dumps(index))
     description = json.loads((copy / "dataset.json").read_text())
     description["splits"]["train"]["shards"][1]["count"] -= 1
     description["splits"]["train"]["count"] -= 1
     (copy / "dataset.json").write_text(json.dumps(description))
-    assert verify(copy) == [f"{copy}/train-000001.tar: 0 indexed files are not in the tar, 2 files are not indexed"]
+    lost = f"{copy}/train-000001.tar: 0 indexed files are not in the tar, 2 files are not indexed"
+    assert verify(copy) == [f"{path}: its bytes are not those that were written (SHA-256 differs)", lost]
+    description["splits"]["train"]["shards"][1]["index"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (copy / "dataset.json").write_text(json.dumps(description))
+    assert verify(copy) == [lost]
+
+
+def test_a_dataset_json_that_tells_other_totals_is_noticed(copy: Path) -> None:
+    path = copy / "dataset.json"
+    path.write_text(path.read_text().replace('"happy"', '"sad"'))
+    assert verify(copy) == [f"{path}: its 'labels' is not what the shards hold"]
+    shutil.copy(copy / "train-000000.tar.idx.json", copy / "train-000007.tar.idx.json")
+    assert any("an index that dataset.json does not list" in problem for problem in verify(copy))
+
+
+def test_an_index_of_a_foreign_tar_follows_the_tar(tmp_path: Path) -> None:
+    """tarfile pads to 10,240 bytes, so an edited label leaves the size as it was."""
+    write_foreign(tmp_path / "a.tar")
+    assert set(ShardSet.open(tmp_path).column("label")) == {"sad"}
+    size = (tmp_path / "a.tar").stat().st_size
+    data = (tmp_path / "a.tar").read_bytes().replace(b'"label": "sad"', b'"label": "joy"')
+    (tmp_path / "a.tar").write_bytes(data)
+    os.utime(tmp_path / "a.tar", ns=(0, 10**18))
+    assert (tmp_path / "a.tar").stat().st_size == size
+    assert set(ShardSet.open(tmp_path).column("label")) == {"joy"}
+    index = tmp_path / "a.tar.idx.json"
+    index.write_text(index.read_text().replace('"joy"', '"fear"'))
+    assert verify(tmp_path) == [f"{index}: not what a new scan of the tar gives; delete this index"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"[" * 100_000, "its json cannot be read"),
+        (b'{"language": "\\ud800"}', "cannot be printed"),
+        (b'{"duration": 1' + b"0" * 400 + b', "sample_rate": 1' + b"0" * 400 + b"}", None),
+        (b'{"emotion": "anger"}', None),
+    ],
+)
+def test_odd_json_in_a_foreign_tar(tmp_path: Path, text: bytes, says: str | None) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        writer.write({"__key__": "k", "wav": audio.encode(pcm(0), 16000, "wav"), "json": text})
+    if says:
+        with pytest.raises(UserError, match=rf"a\.tar: sample k: .*{says}"):
+            ShardSet.open(tmp_path)
+    else:
+        shards = ShardSet.open(tmp_path)
+        assert shards.duration[0] == np.float32(len(pcm(0)) / 16000)
+        assert shards.column("label")[0] == ("anger" if b"anger" in text else None)
 
 
 def test_verify_decodes_every_sample(tmp_path: Path) -> None:

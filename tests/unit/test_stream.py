@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import numpy as np
@@ -6,91 +7,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mser_dist import config as cfg
 from mser_dist.data import audio
-from mser_dist.data.shards import DatasetWriter, ShardSet
-from mser_dist.data.stream import Clip, Clips, Plan, one_pass, pad_mels, shuffled, training_steps
+from mser_dist.data.features import Features
+from mser_dist.data.loader import Clip
+from mser_dist.data.plan import Plan, Position
+from mser_dist.data.shard_writer import DatasetWriter
+from mser_dist.data.shards import ShardSet
+from mser_dist.data.stream import (
+    Clips,
+    Step,
+    one_pass,
+    open_clips,
+    open_training_clips,
+    pad_speech,
+    plan_of,
+    position_in,
+    shuffled,
+    state_of,
+    training_steps,
+)
 from mser_dist.errors import UserError
 from tests.unit.made_up_set import meta, pcm
 
 LABELS = ["anger", "happy", "sad"]
-
-
-# ---- the plan, without data
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> tuple[Plan, int]:
-    """A plan and a world size that divides its batch."""
-    world_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    batch = world_size * draw(st.integers(1, 6))
-    size, together = draw(st.integers(1, 60)), draw(st.integers(1, 4))
-    groups = np.array(draw(st.lists(st.integers(0, 12), min_size=size, max_size=size))) if draw(st.booleans()) else None
-    return Plan(size, batch, draw(st.integers(0, 2**40)), groups, together), world_size
-
-
-def fresh(plan: Plan, **changes: Any) -> Plan:
-    values = {"size": plan.size, "global_batch": plan.global_batch, "seed": plan.seed, "groups": plan.groups}
-    return Plan(**(values | {"together": plan.together} | changes))
-
-
-@given(plans(), st.integers(0, 3))
-def test_every_sample_once_and_the_tail_from_the_start(drawn: tuple[Plan, int], epoch: int) -> None:
-    plan, _ = drawn
-    order = plan.epoch(epoch)
-    assert len(order) == plan.steps_per_epoch * plan.global_batch
-    assert 0 <= len(order) - plan.size < plan.global_batch
-    assert sorted(order[: plan.size]) == list(range(plan.size))
-    np.testing.assert_array_equal(order[plan.size :], np.resize(order[: plan.size], len(order))[plan.size :])
-
-
-@given(plans(), st.integers(0, 5))
-def test_ranks_partition_the_global_batch(drawn: tuple[Plan, int], step: int) -> None:
-    plan, world_size = drawn
-    shares = [plan.step(step, rank, world_size) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {plan.global_batch // world_size}
-    # The same global batch as one process would read, whatever the number of processes.
-    np.testing.assert_array_equal(np.concatenate(shares), plan.step(step, 0, 1))
-    epoch, inside = divmod(step, plan.steps_per_epoch)
-    cut = plan.epoch(epoch)[inside * plan.global_batch : (inside + 1) * plan.global_batch]
-    np.testing.assert_array_equal(plan.step(step, 0, 1), cut)
-
-
-@given(plans(), st.lists(st.integers(0, 4), min_size=1, max_size=5))
-def test_the_order_depends_on_seed_and_epoch_alone(drawn: tuple[Plan, int], visits: list[int]) -> None:
-    plan, _ = drawn
-    visited = [plan.epoch(epoch).copy() for epoch in visits]  # in any order, and again
-    for epoch, order in zip(visits, visited, strict=True):
-        np.testing.assert_array_equal(fresh(plan).epoch(epoch), order)
-
-
-def test_epochs_and_seeds_differ() -> None:
-    plan = Plan(100, 10, seed=0)
-    assert not np.array_equal(plan.epoch(0), plan.epoch(1))
-    assert not np.array_equal(plan.epoch(0), fresh(plan, seed=1).epoch(0))
-    assert not np.array_equal(plan.epoch(0), np.arange(100))
-
-
-@given(plans(), st.integers(0, 3))
-def test_runs_of_a_group_stay_side_by_side(drawn: tuple[Plan, int], epoch: int) -> None:
-    plan, _ = drawn
-    if plan.groups is None:
-        return
-    order = plan.groups[plan.epoch(epoch)[: plan.size]]
-    breaks = np.flatnonzero(np.diff(order)) + 1
-    for group in np.unique(plan.groups):
-        stretches = [len(part) for part in np.split(order, breaks) if part[0] == group]
-        # Stretches of one group are whole runs that may touch: all but one are multiples of `together`.
-        assert sum(length % plan.together > 0 for length in stretches) <= 1
-        assert sum(stretches) == (plan.groups == group).sum()
-
-
-def test_pairs_land_in_one_batch_and_batches_mix_groups() -> None:
-    groups = np.repeat(np.arange(30), 2)
-    batches = Plan(60, 12, 0, groups, together=2).epoch(0).reshape(-1, 12)
-    for batch in batches:
-        assert np.unique(groups[batch], return_counts=True)[1].tolist() == [2] * 6
-    plain = Plan(60, 12, 0, groups, together=1).epoch(0).reshape(-1, 12)
-    assert any(len(np.unique(groups[batch])) > 6 for batch in plain)
+START = Position()
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=7), st.integers(0, 100))
@@ -109,21 +50,23 @@ def test_shuffled_labels_tell_nothing(counts: list[int], seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """24 clips in shards of 5, 5, 5, 5 and 4: uneven, and more ranks and workers than some tests have shards."""
     out = tmp_path_factory.mktemp("stream") / "set"
     with DatasetWriter(out, "made-up", {}, shard_samples=5) as writer:
-        for i in range(14):
+        for i in range(24):
             values = meta(i, label=LABELS[i % 3], source_id=f"u{i // 2}")
             writer.write("train", f"k{i:02d}", audio.encode(pcm(i), 16000), "flac", values)
     return ShardSet.open(out)
 
 
 def clips_of(shards: ShardSet, **options: Any) -> Clips:
-    return Clips(shards, LABELS, **({"n_mels": 80, "max_seconds": 1.0, "seed": 5} | options))
+    given: dict[str, Any] = {"features": Features(), "max_seconds": 1.0, "seed": 5}
+    return Clips(shards, LABELS, **(given | options))
 
 
 def collate(clips: list[Clip]) -> dict[str, Any]:
     draws = torch.tensor([clip.draw.random() for clip in clips])
-    return {**pad_mels(clips), "keys": [clip.key for clip in clips], "draws": draws}
+    return {**pad_speech(clips), "index": [clip.index for clip in clips], "draws": draws}
 
 
 def same(left: Any, right: Any) -> bool:
@@ -136,21 +79,33 @@ def same(left: Any, right: Any) -> bool:
 
 def test_clips_are_decoded_and_labelled(shards: ShardSet) -> None:
     clips = clips_of(shards)
-    assert len(clips) == 14
+    assert len(clips) == 24
     for i in range(len(clips)):
         clip = clips.get(i, epoch=0)
-        number = int(clip.key[1:])
+        number = int(shards.key(i)[1:])
         wave = audio.decode(audio.encode(pcm(number), 16000), "clip")
-        np.testing.assert_array_equal(clip.mel, audio.log_mel(wave, 80))
-        assert clip.mel.shape == (80, len(pcm(number)) // 160)
-        assert LABELS[clip.label] == LABELS[number % 3] == shards.label[i]
-    sources = np.array([clips.get(i, 0).source for i in range(14)])
-    same_id = shards.source_id[:, None] == shards.source_id[None]
-    np.testing.assert_array_equal(sources[:, None] == sources[None], same_id)
+        np.testing.assert_array_equal(clip.speech, audio.log_mel(wave, 80))
+        assert clip.speech.shape == (80, len(pcm(number)) // 160)
+        assert LABELS[clip.label] == LABELS[number % 3] == shards.column("label")[i]
+        assert clip.index == i
+    sources = np.array([clips.get(i, 0).source for i in range(24)])
+    numbers = np.array([int(key[1:]) // 2 for key in shards.keys])
+    np.testing.assert_array_equal(sources[:, None] == sources[None], numbers[:, None] == numbers[None])
+
+
+def test_a_waveform_and_padding_when_asked(shards: ShardSet) -> None:
+    wave = clips_of(shards, features=Features(n_mels=None)).get(3, 0).speech
+    np.testing.assert_array_equal(wave, pcm(3).astype(np.float32) / 32768)
+    normal = clips_of(shards, features=Features(n_mels=None, normalize=True)).get(3, 0).speech
+    assert abs(normal.mean()) < 1e-6
+    assert abs(normal.std() - 1) < 1e-4
+    padded = clips_of(shards, features=Features(pad_seconds=2.0)).get(3, 0).speech
+    np.testing.assert_array_equal(padded, audio.log_mel(np.pad(wave, (0, 32000 - len(wave)))))
 
 
 def test_labels_are_numbered_as_the_config_orders_them(shards: ShardSet) -> None:
-    assert [LABELS[::-1][n] for n in Clips(shards, LABELS[::-1], 80, 1.0, 0).label] == list(shards.label)
+    reverse = Clips(shards, LABELS[::-1], Features())
+    assert [LABELS[::-1][n] for n in reverse.label] == list(shards.column("label"))
 
 
 def test_draws_depend_on_seed_epoch_and_clip(shards: ShardSet) -> None:
@@ -161,6 +116,19 @@ def test_draws_depend_on_seed_epoch_and_clip(shards: ShardSet) -> None:
     assert len({draw(1, 2, 3), draw(0, 2, 3), draw(1, 1, 3), draw(1, 2, 4)}) == 4
 
 
+def test_augmentation_is_seeded_by_clip_and_epoch(shards: ShardSet) -> None:
+    augment = cfg.Augment(probability=1.0, speed=0.2, gain_db=6.0, noise_snr_db=[5, 20], time_masks=1, freq_masks=1)
+    clips, plain = clips_of(shards, augment=augment), clips_of(shards)
+    first, again, later = clips.get(3, 0), clips.get(3, 0), clips.get(3, 1)
+    np.testing.assert_array_equal(first.speech, again.speech)
+    assert not same(torch.tensor(first.speech.shape), torch.tensor(later.speech.shape)) or not np.array_equal(
+        first.speech, later.speech
+    )
+    assert first.draw.random() == plain.get(3, 0).draw.random()  # captions are the same with and without it
+    unchanged = clips_of(shards, augment=cfg.Augment(probability=1.0))
+    np.testing.assert_array_equal(unchanged.get(3, 0).speech, plain.get(3, 0).speech)
+
+
 def test_shuffle_labels_keeps_the_counts(shards: ShardSet) -> None:
     plain, control = clips_of(shards), clips_of(shards, shuffle_labels=True)
     assert sorted(plain.label) == sorted(control.label)
@@ -169,41 +137,98 @@ def test_shuffle_labels_keeps_the_counts(shards: ShardSet) -> None:
     assert not np.array_equal(control.label, clips_of(shards, shuffle_labels=True, seed=6).label)
 
 
-def test_pad_mels(shards: ShardSet) -> None:
-    clips = [clips_of(shards).get(i, 0) for i in (0, 13)]
-    batch = pad_mels(clips)
-    lengths = [clip.mel.shape[1] for clip in clips]
+@pytest.mark.parametrize("features", [Features(), Features(n_mels=None)])
+def test_pad_speech(shards: ShardSet, features: Features) -> None:
+    clips = [clips_of(shards, features=features).get(i, 0) for i in (0, 23)]
+    batch = pad_speech(clips)
+    lengths = [clip.speech.shape[-1] for clip in clips]
     assert lengths[0] != lengths[1]
     assert batch["lengths"].tolist() == lengths
-    assert batch["mel"].shape == (2, 80, max(lengths))
-    for row, clip in zip(batch["mel"], clips, strict=True):
-        np.testing.assert_array_equal(row[:, : clip.mel.shape[1]].numpy(), clip.mel)
-        assert not row[:, clip.mel.shape[1] :].any()
+    assert batch["speech"].shape == (2, *clips[0].speech.shape[:-1], max(lengths))
+    for row, clip in zip(batch["speech"], clips, strict=True):
+        np.testing.assert_array_equal(row[..., : clip.speech.shape[-1]].numpy(), clip.speech)
+        assert not row[..., clip.speech.shape[-1] :].any()
 
 
-# ---- loading
+# ---- steps
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"parallel": 1},
+    "pairs": {"parallel": 2},
+    "bucket": {"parallel": 1, "batching": "bucket", "bucket": 2},
+    "tokens": {"parallel": 1, "batching": "tokens", "tokens": 20},
+    "balance": {"parallel": 2, "balance": ["label"]},
+    "shards": {"parallel": 1, "shuffle_shards": 2},
+}
 
 
-def steps(shards: ShardSet, span: range, workers: int, rank: int = 0, world: int = 1) -> list[list[dict[str, Any]]]:
+def plan(clips: Clips, kind: str = "pairs", batch: int = 8) -> Plan:
+    return plan_of(clips.shards, cfg.TrainingClips(**KINDS[kind]), batch, KINDS[kind]["parallel"], clips.seed)
+
+
+def steps(
+    shards: ShardSet,
+    kind: str,
+    count: int,
+    start: Position = START,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Step]:
     clips = clips_of(shards)
-    plan = Plan(len(clips), 4, 9, clips.source, together=2)
-    return list(training_steps(clips, plan, span, 4 // world // 2 or 1, rank, world, collate, workers))
+    micro = None if kind == "tokens" else 2
+    return list(training_steps(clips, plan(clips, kind), start, count, micro, rank, world, collate, workers))
 
 
-def test_workers_change_nothing_and_a_resume_is_the_rest(shards: ShardSet) -> None:
-    whole = steps(shards, range(9), workers=0)  # four steps an epoch: into the third
-    assert [len(step) for step in whole] == [2] * 9
-    assert [len(batch["keys"]) for step in whole for batch in step] == [2] * 18
-    assert {key for step in whole[:4] for batch in step for key in batch["keys"]} == {f"k{i:02d}" for i in range(14)}
-    assert same(whole, steps(shards, range(9), workers=2))
-    assert same(whole[5:], steps(shards, range(5, 9), workers=0))
+def global_batches(
+    shards: ShardSet, kind: str, count: int, start: Position, workers: int, world: int
+) -> list[list[int]]:
+    """The sorted samples of each step, over all ranks; equal numbers of micro-batches are checked on the way."""
+    ranks = [steps(shards, kind, count, start, workers, rank, world) for rank in range(world)]
+    result = []
+    for parts in zip(*ranks, strict=True):
+        assert len({len(part.batches) for part in parts}) == 1
+        assert len({(part.clips, part.after) for part in parts}) == 1
+        found = sorted(index for part in parts for batch in part.batches for index in batch["index"])
+        assert len(found) == parts[0].clips
+        result.append(found)
+    return result
 
 
-def test_two_ranks_share_out_what_one_reads(shards: ShardSet) -> None:
-    parts = [steps(shards, range(4), 0, rank, world=2) for rank in (0, 1)]
-    for one, *two in zip(steps(shards, range(4), 0), *parts, strict=True):
-        keys = [key for batch in one for key in batch["keys"]]
-        assert keys == [key for part in two for batch in part for key in batch["keys"]]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_samples_on_any_number_of_ranks_and_workers(shards: ShardSet, kind: str) -> None:
+    whole = global_batches(shards, kind, 7, START, workers=0, world=1)
+    for world, workers in [(1, 3), (2, 0), (2, 1), (4, 0), (4, 1)]:
+        assert global_batches(shards, kind, 7, START, workers, world) == whole
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(sorted(KINDS)), st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4])), min_size=1))
+def test_a_training_that_stops_and_goes_on_elsewhere_sees_the_same(
+    shards: ShardSet, kind: str, stretches: list[tuple[int, int]]
+) -> None:
+    """Stretches of (steps, ranks), with the state through JSON in between."""
+    clips = clips_of(shards)
+    stretches = stretches[:5]
+    whole = global_batches(shards, kind, sum(count for count, _ in stretches), START, 0, 1)
+    found: list[list[int]] = []
+    position = START
+    for count, world in stretches:
+        found += global_batches(shards, kind, count, position, 0, world)
+        after = steps(shards, kind, count, position)[-1].after
+        state = json.loads(json.dumps(state_of(clips, plan(clips, kind), after)))
+        position = position_in(state, clips_of(shards), plan(clips_of(shards), kind))
+    assert found == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing_and_a_resume_is_the_rest_to_the_bit(shards: ShardSet, workers: int) -> None:
+    whole = steps(shards, "pairs", 8)  # three steps an epoch: into the third
+    assert [[len(batch["index"]) for batch in step.batches] for step in whole] == [[2] * 4] * 8
+    assert {index for step in whole[:3] for batch in step.batches for index in batch["index"]} == set(range(24))
+    assert same([step.batches for step in whole], [step.batches for step in steps(shards, "pairs", 8, workers=workers)])
+    rest = steps(shards, "pairs", 4, start=whole[3].after, workers=workers)
+    assert same([step.batches for step in whole[4:]], [step.batches for step in rest])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -211,30 +236,74 @@ def test_loading_leaves_the_random_state_alone(shards: ShardSet, workers: int) -
     """A resumed training makes a new loader: had that drawn from torch's generator, its dropout would be another."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    steps(shards, range(1), workers)
+    steps(shards, "plain", 1, workers=workers)
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_clip_is_one_line(shards: ShardSet, workers: int) -> None:
-    clips = clips_of(shards, max_seconds=0.01)
-    with pytest.raises(UserError, match=r"train-000000\.tar: sample k\d\d.*the limit is 0\.01 s") as caught:
-        list(training_steps(clips, Plan(14, 2, 0), range(2), 2, 0, 1, collate, workers))
-    assert "\n" not in str(caught.value)
+def test_the_state_is_small_json_and_of_this_data_alone(shards: ShardSet) -> None:
+    clips = clips_of(shards)
+    state = state_of(clips, plan(clips), Position(3, 1))
+    assert len(json.dumps(state)) < 200 and state["bad"] == []
+    assert position_in(state, clips, plan(clips)) == Position(3, 1)
+    for change, says in {
+        "fingerprint": "the data set has changed since",
+        "clips": "the data set has changed since",
+        "seed": "it is of another configuration",
+        "global_batch": "it is of another configuration",
+        "version": "it is of another configuration",
+    }.items():
+        with pytest.raises(UserError, match=rf"the checkpoint's data.{change} is 99, .*{says}"):
+            position_in(state | {change: 99}, clips, plan(clips))
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, deadline=None)
 @given(batch=st.integers(1, 6), world=st.integers(1, 5))
 def test_one_pass_covers_the_set_in_equal_rounds(shards: ShardSet, batch: int, world: int) -> None:
     clips = clips_of(shards)
     covered: list[int] = []
     for rank in range(world):
         rounds, batches = one_pass(clips, batch, rank, world, collate, workers=0)
-        assert rounds == -(-14 // (batch * world))
+        assert rounds == -(-24 // (batch * world))
         found = list(batches)
         assert [len(indices) for indices, _ in found] == [batch] * rounds
         for indices, inputs in found:
-            assert inputs["keys"] == [shards.keys[i] for i in indices]
-            covered += indices.tolist()
-    assert set(covered) == set(range(14))
-    assert len(covered) - 14 < batch * world, "no more repeats than equal rounds need"
+            assert [i for i in inputs["index"] if i in indices] == [i for i in indices if i >= 0]
+            covered += [i for i in indices.tolist() if i >= 0]
+    assert sorted(covered) == list(range(24))
+
+
+# ---- what a config can ask for in vain
+
+
+def data(shards: ShardSet, **options: Any) -> cfg.TrainingClips:
+    folder = shards.shards[0].name.rpartition("/")[0]
+    return cfg.TrainingClips(**({"sets": [folder], "labels": LABELS} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"labels": ["anger", "happy", "sadd"]}, "data.labels names 'sadd'.*did you mean sad"),
+        ({"languages": ["de", "xx"]}, "no sample has language 'xx'"),
+        ({"keep": {"duration": [20, 30]}}, "no sample is left by the filter"),
+        ({"max_seconds": 0.12}, r"sample k\d\d lasts 0.1 s, more than data.max_seconds=0.12, as do \d+ others"),
+    ],
+)
+def test_a_choice_of_clips_that_fails(shards: ShardSet, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        open_training_clips(data(shards, **options))
+
+
+def test_filters_and_two_sets_with_weights(shards: ShardSet, tmp_path: Any) -> None:
+    kept = open_clips(data(shards, languages=["de"], keep={"speaker": ["s0", "s2"]}, drop={"key": "k06"}), "train")
+    assert set(kept.keys) == {f"k{i:02d}" for i in range(0, 24, 6)} - {"k06"}
+    other = tmp_path / "other"
+    with DatasetWriter(other, "other", {}) as writer:
+        for i in range(4):
+            writer.write("train", f"o{i}", audio.encode(pcm(i), 16000), "flac", meta(i, label=LABELS[i % 3]))
+    two = data(shards, weights=[1, 1])
+    two.sets.append(str(other))
+    clips = clips_of(open_training_clips(two))
+    of_set = clips.shards.column("set")
+    for step in training_steps(clips, plan_of(clips.shards, two, 8), START, 4, None, 0, 1, collate, 0):
+        assert of_set[step.batches[0]["index"]].tolist().count(1) == 4

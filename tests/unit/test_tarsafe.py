@@ -1,5 +1,6 @@
 import io
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,37 @@ def test_unsafe_members_are_refused(tmp_path: Path, change: Callable[[tarfile.Ta
     assert not list(tmp_path.glob("*.idx.json"))
 
 
-@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
-def test_compressed_tars_are_refused(tmp_path: Path, mode: str) -> None:
-    tar = tar_of(tmp_path / "x.tar", set_to(), bytes(10_000_000), mode=mode)
-    with pytest.raises(UserError, match="compressed"):
+def test_interleaved_keys_are_refused(tmp_path: Path) -> None:
+    sound = audio.encode(pcm(1), 16000, "wav")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.wav", "b.wav", "a.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = len(sound)
+            tar.addfile(info, io.BytesIO(sound))
+    with pytest.raises(UserError, match=r"x\.tar: the members of the key 'a' are not side by side"):
+        ShardSet.open(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "says"),
+    [
+        ("w:gz", set_to(), "compressed"),
+        ("w:xz", set_to(), "compressed"),
+        ("w:bz2", set_to(), "compressed"),
+        ("w", set_to(type=tarfile.GNUTYPE_SPARSE), "sparse"),
+        ("w", set_to(pax_headers={"comment": "x" * 50_000_000}), "extended header of"),
+    ],
+)
+def test_what_unpacks_to_much_is_refused_in_little_memory(
+    tmp_path: Path, mode: str, change: Callable[[tarfile.TarInfo], None], says: str
+) -> None:
+    tar = tar_of(tmp_path / "x.tar", change, bytes(20_000_000), mode=mode, format=tarfile.PAX_FORMAT)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=says):
         ShardSet.open(tar)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 def test_a_size_beyond_the_file_is_not_read(tmp_path: Path) -> None:

@@ -5,8 +5,13 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+
+from mser_dist.data.audio import encode
+from tests.unit.made_up_set import write_set
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -27,3 +32,55 @@ def test_bench_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     row = json.loads(out.read_text())["encoder"]
     assert row["ratio"] == pytest.approx(row["padded_s"] / row["ours_s"]) and row["ours_s"] > 0
     assert f"ratio {row['ratio']:.1f}" in capsys.readouterr().out
+
+
+def test_pad_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "row.json"
+    words = ["pad_difference.py", str(write_set(tmp_path / "set")), "--clips", "2", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    script("pad_difference").main()
+    row = json.loads(out.read_text())
+    assert 0 < row["all_frames"] < row["own_frames"] < 1
+
+
+def bench_stream(
+    tool: ModuleType, words: list[str], out: Path, patch: pytest.MonkeyPatch
+) -> dict[tuple[str, str], Any]:
+    """The rows by (path, codec)."""
+    patch.setattr(sys, "argv", ["bench_stream.py", *words, "--json", str(out)])
+    tool.main()
+    return {(row["path"], row["codec"]): row for row in json.loads(out.read_text())["loader"]}
+
+
+def test_bench_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quick", "--peers", "webdataset+30s,plain-files"]
+    rows = bench_stream(script("bench_stream"), words, tmp_path / "rows.json", monkeypatch)
+    assert set(rows) == {(path, c) for path in ("ours", "webdataset+30s", "plain-files") for c in ("wav", "flac")}
+    for (_, codec), row in rows.items():
+        assert row["ratio"] == pytest.approx(row["cpu_s_per_1000"] / rows["ours", codec]["cpu_s_per_1000"])
+        assert row["samples_per_s"] > 0 and row["max_difference"] < 1e-4
+    lines = capsys.readouterr().out.splitlines()
+    assert [*rows] == [tuple(line.split()[:2]) for line in lines[3 : 3 + len(rows)]]  # the table
+    result = json.loads((tmp_path / "rows.json").read_text())
+    assert 0.9 < result["packing"]["fill"] <= 1 and 0.9 < result["packing"]["slowest_rank"] <= 1
+    assert result["resume"]["ratio"] > 0 and result["encoder"]["ratio"] > 0
+    assert result["plan"]["seconds"] > 0 and result["plan"]["gib"] > 0 and len(result["plan"]["worker_mib"]) == 2
+
+
+def test_bench_stream_keeps_peers_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cannot be installed, the other's log-mels are not equal to ours: rows that say so, without numbers."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    tone = np.sin(np.arange(32_000) * 0.1) * np.hanning(32_000) * 8000
+    (folder / "a.wav").write_bytes(encode(tone.astype(np.int16), 16_000, "wav"))
+    words = ["--audio", str(folder), "--clips", "3", "--rounds", "1", "--envs", str(tmp_path / "envs")]
+    tool = script("bench_stream")
+    monkeypatch.setattr(tool, "TOLERANCE", 0.0)
+    monkeypatch.setattr(tool, "PARTS", {})
+    words += ["--peers", "plain-files,lhotse-shar"]
+    rows = bench_stream(tool, words, tmp_path / "rows.json", monkeypatch)
+    assert "differ" in rows["plain-files", "flac"]["error"]
+    assert "cannot be installed" in rows["lhotse-shar", "wav"]["error"]
+    assert rows["ours", "wav"]["ratio"] == 1

@@ -1,0 +1,103 @@
+"""The speech encoder that a run config or the card of an export names, by transformers' `model_type`."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, Wav2Vec2FeatureExtractor, WhisperConfig, WhisperModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from mser_dist import config as cfg
+from mser_dist.data.audio import SAMPLE_RATE
+from mser_dist.errors import UserError
+from mser_dist.models import sources, waveform
+from mser_dist.models.attention import Attention, supported_by
+from mser_dist.models.waveform import WaveformEncoder
+from mser_dist.models.whisper import SpeechEncoder
+
+Encoder = SpeechEncoder | WaveformEncoder
+TYPES = ("whisper", *waveform.MODELS)
+
+
+def build_encoder(config: cfg.Encoder, attention: Attention) -> Encoder:
+    """The encoder a run config asks for: pretrained, or from scratch with `arch`."""
+    if config.pretrained is not None:
+        return _pretrained(config.pretrained, attention)
+    arch = {"model_type": "whisper", **config.arch}
+    try:
+        return _from_scratch(arch, attention)
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks its configs with several kinds of error, over several lines
+        raise UserError(
+            f"encoder.arch does not describe a {arch['model_type']} encoder: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def encoder_of(fields: dict[str, Any], normalize: bool, attention: Attention) -> Encoder:
+    """An encoder with random weights, by all the fields of its transformers config."""
+    if fields["model_type"] == "whisper":
+        whisper_config = WhisperConfig.from_dict({**fields, "attn_implementation": attention.kernel})
+        return SpeechEncoder(WhisperEncoder(whisper_config))
+    model_class = waveform.MODELS[fields["model_type"]]
+    kernel = supported_by(model_class, attention).kernel
+    model_config = model_class.config_class.from_dict({**fields, "attn_implementation": kernel})
+    return WaveformEncoder(model_class(model_config), normalize)
+
+
+def encoder_config(encoder: Encoder) -> PreTrainedConfig:
+    """The transformers config of an encoder."""
+    return encoder.whisper.config if isinstance(encoder, SpeechEncoder) else encoder.model.config
+
+
+def _from_scratch(arch: dict[str, Any], attention: Attention) -> Encoder:
+    if arch["model_type"] not in TYPES:
+        raise UserError(f"encoder.arch.model_type={arch['model_type']}: use one of {', '.join(TYPES)}")
+    config = AutoConfig.for_model(arch["model_type"])
+    unknown = set(arch) - set(config.to_dict())
+    if unknown:
+        raise ValueError(f"unknown field {sorted(unknown)[0]}")
+    if arch["model_type"] == "whisper":
+        # The decoder is never built; small numbers keep the config readable.
+        return encoder_of({"decoder_layers": 0, **arch}, normalize=False, attention=attention)
+    config = type(config).from_dict(arch)
+    waveform.switch_off(config)
+    for name in waveform.SWITCHED_OFF.keys() & arch.keys():
+        if arch[name] != getattr(config, name):
+            raise ValueError(f"{name} is always {getattr(config, name)} here: remove it")
+    return encoder_of(config.to_dict(), normalize=True, attention=attention)
+
+
+def _pretrained(name: str, attention: Attention) -> Encoder:
+    path = sources.resolve(name).path
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type not in TYPES:
+            raise UserError(
+                f"encoder.pretrained={name} is a model of type {config.model_type}: name one of {', '.join(TYPES)}"
+            )
+        if config.model_type == "whisper":
+            whisper = WhisperModel.from_pretrained(path, attn_implementation=attention.kernel, dtype=torch.float32)
+            return SpeechEncoder(whisper.encoder)
+        waveform.switch_off(config)
+        model_class = waveform.MODELS[config.model_type]
+        kernel = supported_by(model_class, attention).kernel
+        model = model_class.from_pretrained(path, config=config, attn_implementation=kernel, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise sources.explain(name, error) from error
+    return WaveformEncoder(model, _normalized(name, path))
+
+
+def _normalized(name: str, path: str) -> bool:
+    """Whether a checkpoint was trained on waveforms of zero mean and unit variance: a guess would cost accuracy."""
+    try:
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"encoder.pretrained={name} has no preprocessor_config.json, which tells whether the waveform is "
+            "normalised (do_normalize): copy it from where the model was published"
+        ) from error
+    if extractor.sampling_rate != SAMPLE_RATE:
+        raise UserError(
+            f"encoder.pretrained={name} is a model for {extractor.sampling_rate} Hz: name one for {SAMPLE_RATE} Hz"
+        )
+    return bool(extractor.do_normalize)
