@@ -1,0 +1,279 @@
+"""A DeepSpeed engine's training state as files without pickle, one per rank, that any number of ranks can read back.
+
+Each rank writes its own elements of every parameter, as flat tensors under ``master/NAME`` (float32 weights),
+``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (or what else the optimizer keeps), ``frozen/NAME`` and ``buffer/NAME``. The
+file's metadata says which elements they are, and holds the small state in JSON. All is kept by parameter name, so that
+files of one world size or ZeRO stage are read under another.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mser_dist import distributed, partitions
+from mser_dist.errors import UserError
+from mser_dist.partitions import Part
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+# How a group is stepped, not what the step is: it follows the device, not the checkpoint.
+_NOT_HYPER = {"params", "foreach", "fused", "capturable", "differentiable"}
+
+Description = dict[str, Any]
+
+
+def collect(engine: Any) -> tuple[dict[str, Tensor], Description]:
+    """This rank's part of the state of a `deepspeed.DeepSpeedEngine`, between two optimizer steps. Collective.
+
+    The tensors are 1-D and mostly views of live state, on its device: copy them before the next step.
+    The description is JSON.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    optimizer = engine.basic_optimizer
+    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, Any] = {}
+    slots: set[str] = set()
+
+    def add(part: Part, step: float | None, named: dict[str, Tensor]) -> None:
+        first, count = _share(part, rank, world)
+        parameters[part.name] = {"shape": list(part.shape), "start": part.start + first, "count": count, "step": step}
+        if count:
+            for kind, tensor in named.items():
+                flat = part.view(tensor).reshape(-1)
+                tensors[f"{kind}/{part.name}"] = flat.narrow(0, first, count)
+
+    groups = partitions.trained(engine)
+    steps = {id(owner): float(state["step"]) for owner, state in optimizer.state.items() if state}
+    for group in groups:
+        for part in group:
+            state = optimizer.state.get(part.owner, {})
+            kept = {slot: value for slot, value in state.items() if slot != "step"}
+            slots |= kept.keys()
+            add(part, steps.get(id(part.owner)), {"master": part.owner, **kept})
+    for part in partitions.frozen(engine):
+        add(part, None, {"frozen": part.owner})
+    buffers = _own_buffers(engine, rank)
+    tensors |= {f"buffer/{name}": buffer.reshape(-1) for name, buffer in buffers.items() if buffer.numel()}
+    scaler = partitions.loss_scaler(engine)
+    description = {
+        "rank": rank,
+        "world_size": world,
+        "parameters": parameters,
+        "slots": sorted(slots),
+        "buffers": {name: list(buffer.shape) for name, buffer in buffers.items()},
+        "groups": [
+            {"parameters": [part.name for part in parts], "hyper": _hyper(group)}
+            for parts, group in zip(groups, optimizer.param_groups, strict=True)
+        ],
+        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        "loss_scaler": {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)},
+        "counters": {key: getattr(engine, key) for key in _COUNTERS},
+    }
+    return tensors, json.loads(json.dumps(description))  # a copy: the schedule gives its own live lists
+
+
+def write(path: Path, tensors: dict[str, Tensor], description: Description) -> None:
+    """Write what `collect` gave, the tensors on the CPU. Runs beside training: it does not hold Python's lock."""
+    save_file(tensors, path, metadata={"mser": json.dumps(description)})
+
+
+def restore(engine: Any, files: Sequence[Path]) -> None:
+    """Put what all ranks wrote into a fresh engine with any number of ranks, under any ZeRO stage. Collective.
+
+    Same world size: bit for bit. Another one: the same, but for the buffers, which are rank 0's on every rank.
+    Raises `UserError` on every rank, with nothing changed, if the files are not of this model and optimizer.
+    """
+    saved = _Saved(files)
+    groups, frozen = partitions.trained(engine), partitions.frozen(engine)
+    buffers = dict(engine.module.named_buffers())
+    persistent = set(engine.module.state_dict()) & set(buffers)
+    problems = [*saved.faults(groups, frozen), *saved.buffer_faults(buffers, persistent)]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(
+            f"the checkpoint {Path(files[0]).parent} is not of this model: {problems[0]}{more}: "
+            "resume with the config that wrote it, or start a new run folder with out=…"
+        )
+    with partitions.rewriting(engine):
+        for parts, group in zip(groups, engine.basic_optimizer.param_groups, strict=True):
+            for part in parts:
+                saved.copy("master", part, part.owner)
+            _restore_optimizer(engine.basic_optimizer, group, parts, saved)
+        for part in frozen:
+            saved.copy("frozen", part, part.owner)
+        _restore_buffers(engine.module, buffers, saved)
+    _restore_small(engine, saved.description)
+
+
+class _Saved:
+    """The files of all ranks of one checkpoint."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        found = []
+        for path in files:
+            with safe_open(path, "pt") as file:
+                found.append((json.loads(file.metadata()["mser"]), path))
+        found.sort(key=lambda item: int(item[0]["rank"]))
+        self.ranks: list[Description] = [description for description, _ in found]
+        self.paths = [path for _, path in found]
+        self.description = self.ranks[0]
+        self.slots = sorted({slot for rank in self.ranks for slot in rank["slots"]})
+        self.steps = {
+            name: entry["step"] for rank in self.ranks for name, entry in rank["parameters"].items() if entry["count"]
+        }
+        self._open: dict[int, Any] = {}
+        if [rank["rank"] for rank in self.ranks] != list(range(self.description["world_size"])):
+            raise UserError(
+                f"{self.paths[0].parent}: the checkpoint was written by {self.description['world_size']} ranks and has "
+                f"the files of {len(files)}: remove the folder to resume from an older one"
+            )
+
+    def pieces(self, name: str) -> list[tuple[int, int, int]]:
+        """(first element, number of elements, rank) of each piece of a flattened parameter, in order."""
+        entries = ((rank["parameters"][name], index) for index, rank in enumerate(self.ranks))
+        return sorted((entry["start"], entry["count"], index) for entry, index in entries if entry["count"])
+
+    def tensor(self, key: str, rank: int) -> Any:
+        """A handle on one tensor of one file, that reads what it is indexed with."""
+        if rank not in self._open:
+            self._open[rank] = safe_open(self.paths[rank], "pt")
+        return self._open[rank].get_slice(key)
+
+    def copy(self, kind: str, part: Part, target: Tensor) -> None:
+        """Read the elements of `part` of ``kind/name`` into their place in `target`."""
+        if not part.count:
+            return
+        end = part.start + part.count
+        found = [
+            self.tensor(f"{kind}/{part.name}", rank)[max(part.start - first, 0) : end - first]
+            for first, count, rank in self.pieces(part.name)
+            if first < end and part.start < first + count
+        ]
+        view = part.view(target)
+        view.copy_((torch.cat(found) if len(found) > 1 else found[0]).view(view.shape))
+
+    def faults(self, groups: list[list[Part]], frozen: list[Part]) -> Iterable[str]:
+        """How the parameters differ from the model's."""
+        here: dict[str, tuple[Part, int | None]]
+        here = {part.name: (part, index) for index, parts in enumerate(groups) for part in parts}
+        here |= {part.name: (part, None) for part in frozen}
+        there = self.description["parameters"]
+        index_there = {
+            name: index for index, group in enumerate(self.description["groups"]) for name in group["parameters"]
+        }
+        for name in sorted(here.keys() | there.keys()):
+            if name not in there:
+                yield f"it has no parameter {name}, whose shape in the model is {list(here[name][0].shape)}"
+            elif name not in here:
+                yield f"its parameter {name} of shape {there[name]['shape']} is not in the model"
+            elif list(here[name][0].shape) != there[name]["shape"]:
+                shapes = f"{there[name]['shape']} there and {list(here[name][0].shape)} in the model"
+                yield f"parameter {name} has the shape {shapes}"
+            elif here[name][1] != index_there.get(name):
+                groups_said = [_group_said(index) for index in (index_there.get(name), here[name][1])]
+                yield f"parameter {name} is {groups_said[0]} there and {groups_said[1]} in the model"
+            elif sum(count for _, count, _ in self.pieces(name)) != math.prod(there[name]["shape"]):
+                yield f"parameter {name} is incomplete"
+
+    def buffer_faults(self, buffers: dict[str, Tensor], persistent: set[str]) -> Iterable[str]:
+        """How the persistent buffers differ from the model's; the others may be made or grown while it runs."""
+        there = self.description["buffers"]
+        for name in sorted(persistent):
+            here = list(buffers[name].shape)
+            if there.get(name) != here:
+                yield f"buffer {name} has the shape {there.get(name, 'of nothing')} there and {here} in the model"
+
+
+def _share(part: Part, rank: int, world: int) -> tuple[int, int]:
+    """(first, count) of the elements that a rank writes: all it holds, or its share of what all hold."""
+    if not part.everywhere:
+        return 0, part.count
+    size = -(-part.count // world)
+    first = min(rank * size, part.count)
+    return first, min(size, part.count - first)
+
+
+def _group_said(index: int | None) -> str:
+    return "frozen" if index is None else f"trained in parameter group {index}"
+
+
+def _hyper(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in _NOT_HYPER}
+
+
+def _own_buffers(engine: Any, rank: int) -> dict[str, Tensor]:
+    """The buffers that this rank has to write: rank 0 all, the others those that differ from rank 0's."""
+    buffers = {name: buffer.detach() for name, buffer in engine.module.named_buffers()}
+    if torch.distributed.get_world_size() == 1 or not buffers:
+        return buffers
+    mine = {name: _digest(buffer) for name, buffer in buffers.items()}
+    first = distributed.agree(mine)
+    return {name: buffer for name, buffer in buffers.items() if rank == 0 or mine[name] != first.get(name)}
+
+
+def _digest(tensor: Tensor) -> str:
+    raw = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+    return f"{list(tensor.shape)} {hashlib.sha256(raw.data).hexdigest()}"
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parts: list[Part], saved: _Saved
+) -> None:
+    """The optimizer's state of one group, as torch.optim.AdamW and DeepSpeedCPUAdam make it in their first step."""
+    on_device = group.get("fused") or group.get("capturable")
+    for part in parts:
+        step = saved.steps[part.name]
+        if step is None:  # saved before the first step; but some wrappers step once when they are made
+            optimizer.state.pop(part.owner, None)
+        elif part.count:
+            state = optimizer.state[part.owner]
+            if isinstance(optimizer, torch.optim.AdamW):
+                device = part.owner.device if on_device else "cpu"
+                state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
+            else:
+                state["step"] = int(step)
+            for slot in saved.slots:
+                if slot not in state:
+                    state[slot] = torch.zeros_like(part.owner)
+                saved.copy(slot, part, state[slot])
+
+
+def _restore_buffers(module: torch.nn.Module, buffers: dict[str, Tensor], saved: _Saved) -> None:
+    """This rank's own buffers if the world size is the same, else rank 0's."""
+    rank = torch.distributed.get_rank()
+    own = saved.ranks[rank]["buffers"] if torch.distributed.get_world_size() == len(saved.ranks) else {}
+    for name, buffer in buffers.items():
+        source = rank if name in own else 0
+        shape = saved.ranks[source]["buffers"].get(name)
+        if shape is None or 0 in shape:
+            continue
+        value = saved.tensor(f"buffer/{name}", source)[:].view(shape).to(buffer.device)
+        if value.shape != buffer.shape:  # not persistent, and grown in a forward pass
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, value)
+        elif not torch.equal(value, buffer):  # constants are often expanded views, which cannot be written to
+            buffer.copy_(value)
+
+
+def _restore_small(engine: Any, description: Description) -> None:
+    """Hyper-parameters, schedule, loss scale and counters."""
+    for group, saved in zip(engine.basic_optimizer.param_groups, description["groups"], strict=True):
+        for key in _hyper(group).keys() & saved["hyper"].keys():
+            value = saved["hyper"][key]
+            group[key] = tuple(value) if isinstance(group[key], tuple) else value
+    if engine.lr_scheduler is not None and description["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(description["scheduler"])
+    scaler = partitions.loss_scaler(engine)
+    for key, value in description["loss_scaler"].items():
+        if scaler is not None and hasattr(scaler, key):
+            setattr(scaler, key, value)
+    for key, value in description["counters"].items():
+        setattr(engine, key, value)
