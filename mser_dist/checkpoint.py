@@ -1,14 +1,16 @@
-"""Checkpoints that are whole or not there: stage → barrier → fsync → seal → publish → prune.
+"""Checkpoints that are whole or not there: copy → write → hash → seal → publish → prune.
 
-A checkpoint is ``<run>/checkpoints/step-000123``: DeepSpeed's files, each rank's random state, ``state.json``, and
-``seal.json`` with the size and SHA-256 of every file. All is written under a ``.partial`` name, then published by one
-rename.
-DeepSpeed's own ``latest`` pointer is not used: it may appear before another rank's shard.
+A checkpoint is ``<run>/checkpoints/step-000123``: each rank's slices of the training state (`engine_state`), its random
+state, ``state.json``, and ``seal.json`` with the size and SHA-256 of every file. Training waits only for the copy to
+memory; a thread of each rank writes, syncs and hashes that rank's files under a ``.partial`` name. When all ranks have
+said so between two steps, rank 0 seals and publishes by one rename, and only then are older ones pruned.
+Nothing in a checkpoint is a pickle.
 """
 
 import json
 import shutil
-import warnings
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,124 +19,275 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mser_dist import distributed
+from mser_dist import distributed, engine_state
 from mser_dist.engine import Engine
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
+from mser_dist.seal import Sealed, folder_fault, read_seal, seal_fault
+
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has a name in every library
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. Every method but `step_of` and `published` is collective.
 
-    def __init__(self, run: Path, world: distributed.World, keep: int) -> None:
+    `keep` newest ones are kept, and the one with the best validation UA. With `background`, `save` returns when the
+    state is copied to memory; call `settle` between steps, and `finish` before the process ends.
+    """
+
+    def __init__(self, run: Path, world: distributed.World, keep: int, background: bool = True) -> None:
         self.folder = run / "checkpoints"
         self.world = world
         self.keep = max(1, keep)
+        self.background = background
+        self.saved_step: int | None = None  # the last step that `save` was called for
+        self.seconds = 0.0  # how long the last save took until it was durable
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._writing: _Task | None = None
+        self._publishing: _Task | None = None
+        self._state: dict[str, Any] = {}
+        self._began = 0.0
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, engine: Engine, state: dict[str, Any]) -> None:
-        """Publish the training state after `step` optimizer steps; `state` is JSON. Collective."""
-        name = f"step-{step:06d}"
-        staging = self.folder / f"{name}.partial"
-
-        def write() -> None:
-            engine.save(staging / "engine")
-            save_file(_random_state(), staging / f"random-{self.world.rank:05d}.safetensors")
-
-        state = {"step": step, "world_size": self.world.world_size, **state}
-        failures = self._together(lambda: _fresh(staging), self.world.is_main)
-        failures = failures or self._together(write)
-        failures = failures or self._together(lambda: self._publish(staging, name, state), self.world.is_main)
-        if failures:
-            if self.world.is_main:
-                shutil.rmtree(staging, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free / 2**30
-            raise UserError(
-                f"cannot write the checkpoint {self.folder / name} ({failures[0]}; {free:.1f} GiB free): "
-                "free space and start the same command again; earlier checkpoints are untouched"
-            )
-
-    def _together(self, work: Callable[[], None], mine: bool = True) -> list[str]:
-        """Do a part of a save where it is `mine`; every rank learns what failed on any. Collective."""
+        """Save the training state after `step` optimizer steps; `state` is JSON. A save under way is finished first."""
+        self.finish()
+        self._began = time.monotonic()
+        self.saved_step = step
+        self._state = {"step": step, "world_size": self.world.world_size, **state}
+        staging = self._staging()
+        tensors, description = engine.collect()
+        self._copy(tensors)
+        random = _random_state()
         failure = None
-        try:
-            if mine:
-                work()
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a name in every library
-            failure = f"rank {self.world.rank}: {str(error).splitlines()[0]}"
-        return [f for f in distributed.gather(failure) if f]
+        if self.world.is_main:
+            try:
+                _fresh(staging)
+            except OSError as error:
+                failure = str(error)
+        if failure := distributed.agree(failure):
+            raise self._cannot([failure])
+        rank, buffers = self.world.rank, {name: self._buffers[name] for name in tensors}
+        self._writing = _Task(lambda: write_part(staging, rank, buffers, description, random))
+        if not self.background:
+            self.finish()
 
-    def _publish(self, staging: Path, name: str, state: dict[str, Any]) -> None:
-        write_json(staging / "state.json", state)
-        files = {
-            str(path.relative_to(staging)): [path.stat().st_size, file_sha256(path)]
-            for path in sorted(staging.rglob("*"))
-            if path.is_file()
-        }
-        write_json(staging / "seal.json", files)
-        fsync_tree(staging)
-        final = self.folder / name
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-        fsync_tree(final)
-        for old in self.published()[: -self.keep]:
-            shutil.rmtree(old)
+    def settle(self, ready: bool) -> None:
+        """Publish the save under way if `ready`: every rank's `written` is true, as the ranks have agreed."""
+        if ready and self._writing:
+            self._seal()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write, or cannot write it."""
+        return self._writing is None or self._writing.done
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank already knows that `finish` will fail."""
+        return any(task and task.done and task.error for task in (self._writing, self._publishing))
+
+    def finish(self) -> None:
+        """Wait until the save under way is durable and published. Raises `UserError` if it cannot be."""
+        if self._writing:
+            self._seal()
+        if self._publishing:
+            self._publishing.join()
+        failure = self._publishing.error if self._publishing else None
+        self._publishing = None
+        if failures := [f for f in distributed.gather(failure) if f]:
+            raise self._cannot(failures)
+
+    def _seal(self) -> None:
+        """Collect what the ranks have written; rank 0 publishes it in a thread, as pruning may take long."""
+        assert self._writing is not None
+        self._writing.join()
+        task, self._writing = self._writing, None
+        failure = f"rank {self.world.rank}: {task.error}" if task.error else None
+        parts = distributed.gather((failure, task.result))
+        if failures := [f for f, _ in parts if f]:
+            raise self._cannot(failures)
+        files = {name: facts for _, part in parts for name, facts in part.items()}
+        staging, state = self._staging(), self._state
+
+        def publish_and_prune() -> None:
+            publish(staging, files, state)
+            self.seconds = time.monotonic() - self._began
+            self._prune()
+
+        if self._publishing:
+            self._publishing.join()
+        self._publishing = _Task(publish_and_prune) if self.world.is_main else None
+
+    def _cannot(self, failures: list[str]) -> UserError:
+        if self.world.is_main:
+            shutil.rmtree(self._staging(), ignore_errors=True)
+        free = shutil.disk_usage(self.folder.parent).free / 2**30
+        return UserError(
+            f"cannot write the checkpoint {self._staging().with_suffix('')} ({failures[0]}; {free:.1f} GiB free): "
+            "free space and start the same command again; earlier checkpoints are untouched"
+        )
+
+    def _staging(self) -> Path:
+        return self.folder / f"step-{self._state['step']:06d}.partial"
+
+    def _copy(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy to CPU buffers that are kept from save to save: making them anew would cost more than the copy."""
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                pinned = tensor.is_cuda
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._buffers[name].copy_(tensor, non_blocking=tensor.is_cuda)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _prune(self) -> None:
+        found = self.published()
+        kept = {*found[-self.keep :], *_best(found)}
+        for old in found:
+            if old not in kept:
+                prune(old)
 
     def published(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        found = {int(p.name[5:]): p for p in self.folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()}
+        found = {step_of(p): p for p in self.folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()}
         return [found[step] for step in sorted(found)]  # by number: step-1000000 comes after step-999999
 
-    def resume(self, engine: Engine) -> dict[str, Any] | None:
-        """Load the newest checkpoint whose seal holds and return its state, or None in a fresh run. Collective."""
-        choice, problem = distributed.agree(self._choose() if self.world.is_main else (None, None))
+    # ---- loading -----------------------------------------------------------------------------------------------------
+
+    def resume(self, engine: Engine, trust: bool = False) -> dict[str, Any] | None:
+        """Load the newest checkpoint whose seal holds and return its state, or None in a fresh run.
+
+        Another number of processes may have written it: then each rank's random state is left as it is. Raises
+        `UserError` where checkpoints are there and none is whole, or, without `trust`, others could have written them.
+        """
+        folder = self.choose(trust)
+        return self._load(folder, engine) if folder else None
+
+    def choose(self, trust: bool = False) -> Path | None:
+        """The newest checkpoint whose seal holds, or None where there is no checkpoint."""
+        found, problem = distributed.agree(self._look(trust) if self.world.is_main else None)
         if problem:
             raise UserError(problem)
-        if choice is None:
-            return None
-        folder = Path(choice)
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state["world_size"] != self.world.world_size:
-            raise UserError(
-                f"{folder} was written by {state['world_size']} processes and there are {self.world.world_size}: "
-                f"resume with {state['world_size']} processes, or start a new run folder with out=…"
-            )
-        engine.load(folder / "engine")
-        _set_random_state(load_file(folder / f"random-{self.world.rank:05d}.safetensors"))
-        return state
-
-    def _choose(self) -> tuple[str | None, str | None]:
-        """(newest whole checkpoint, error). Rank 0 alone decides."""
-        found = self.published()
         broken: list[str] = []
         for folder in reversed(found):
-            fault = seal_fault(folder)
-            if fault is None:
-                if broken:
-                    warnings.warn(f"falling back to {folder}: {'; '.join(broken)}", stacklevel=2)
-                return str(folder), None
-            broken.append(fault)
+            sealed, fault = distributed.agree(read_seal(folder) if self.world.is_main else None)
+            # Hashing a large checkpoint takes minutes on one node: each rank takes its share of the files.
+            fault = fault or seal_fault(folder, sealed, self.world.rank, self.world.world_size)
+            if faults := [f for f in distributed.gather(fault) if f]:
+                broken.append(faults[0])
+                continue
+            if broken and self.world.is_main:
+                distributed.warn(f"falling back to {folder}: {'; '.join(broken)}")
+            return folder
         if broken:
-            return (
-                None,
-                f"no checkpoint in {self.folder} is whole ({'; '.join(broken)}): move the folder away to start anew",
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole ({'; '.join(broken)}): move the folder away to start anew"
             )
-        return None, None
+        return None
+
+    def _load(self, folder: Path, engine: Engine) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        engine.restore(sorted(folder.glob("rank-*.safetensors")))
+        if state["world_size"] == self.world.world_size:
+            _set_random_state(load_file(folder / f"random-{self.world.rank:05d}.safetensors"))
+        self.saved_step = int(state["step"])
+        return state
+
+    def _look(self, trust: bool) -> tuple[list[Path], str | None]:
+        """(published checkpoints, what forbids to use them). What an earlier start left half-written is removed."""
+        found = self.published()
+        if found and not trust and (fault := folder_fault(self.folder)):
+            return [], f"{fault}: make sure of what is in it, then set train.trust_checkpoints=true"
+        for staging in self.folder.glob("step-*.partial"):
+            why = "" if found else "; no checkpoint was finished, so the run starts from step 0"
+            distributed.warn(f"removing {staging.name}, which was never finished{why}")
+            shutil.rmtree(staging, ignore_errors=True)
+        return found, None
 
 
-def seal_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as its seal says."""
-    try:
-        sealed = json.loads((folder / "seal.json").read_text(encoding="utf-8"))
-        files = [(name, size, digest) for name, (size, digest) in sealed.items()]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return f"{folder.name} has no readable seal.json"
-    for name, size, digest in files:
-        path = folder / name
-        if not path.is_file():
-            return f"{folder.name}/{name} is missing"
-        if path.stat().st_size != size or file_sha256(path) != digest:
-            return f"{folder.name}/{name} differs from its seal"
-    return None
+class _Task:
+    """A call in a thread, with its result or the first line of its error."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.error: str | None = None
+        self._thread = threading.Thread(target=self._run, args=(call,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self.result = call()
+        except _WRITE_ERRORS as error:
+            self.error = (str(error).splitlines() or [type(error).__name__])[0]
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+def write_part(
+    staging: Path,
+    rank: int,
+    tensors: dict[str, torch.Tensor],
+    description: dict[str, Any],
+    random: dict[str, torch.Tensor],
+) -> Sealed:
+    """Write one rank's files; their sizes and hashes."""
+    staging.mkdir(parents=True, exist_ok=True)  # another node may not see rank 0's folder yet
+    part, state = staging / f"rank-{rank:05d}.safetensors", staging / f"random-{rank:05d}.safetensors"
+    engine_state.write(part, tensors, description)
+    save_file(random, state)
+    for path in (part, state):
+        fsync_tree(path)
+    return {path.name: (path.stat().st_size, file_sha256(path)) for path in (part, state)}
+
+
+def publish(staging: Path, files: Sealed, state: dict[str, Any]) -> None:
+    """Seal what all ranks have written and give it its name."""
+    seal(staging, files, state)
+    final = staging.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    staging.rename(final)
+    fsync_tree(final.parent, below=False)
+
+
+def seal(staging: Path, files: Sealed, state: dict[str, Any]) -> None:
+    """Write ``state.json`` and ``seal.json``: from here on the checkpoint counts as whole, once it is renamed."""
+    path = staging / "state.json"
+    write_json(path, state)
+    write_json(staging / "seal.json", files | {path.name: (path.stat().st_size, file_sha256(path))})
+    fsync_tree(staging, below=False)
+
+
+def prune(folder: Path) -> None:
+    """Remove an old checkpoint: first its name, so that a kill half-way leaves nothing that looks whole."""
+    doomed = folder.with_suffix(".partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name[5:])
+
+
+def _best(found: list[Path]) -> list[Path]:
+    """The checkpoint with the highest validation UA, the newest of equals; none where none was validated."""
+    scores: list[tuple[float, Path]] = []
+    for folder in found:
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            scores.append((float(state["validation"]["ua"]), folder))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not validated, or damaged
+    return [max(scores, key=lambda pair: (pair[0], step_of(pair[1])))[1]] if scores else []
 
 
 def _fresh(folder: Path) -> None:

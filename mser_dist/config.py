@@ -186,8 +186,12 @@ class Train:
     grad_clip: float = opt(1.0, "clip the global gradient norm; 0: off")
     log_every: int = opt(5, "steps between logged points")
     val_every: int = opt(0, "steps between validations; 0: only at the end")
-    save_every: int = opt(0, "steps between checkpoints; 0: only at the end")
-    keep: int = opt(2, "checkpoints kept")
+    save_every: int = opt(0, "steps between checkpoints; 0: none but at the end, and when the job is asked to stop")
+    save_minutes: float = opt(0.0, "minutes between checkpoints, besides save_every; 0: off")
+    keep: int = opt(2, "newest checkpoints kept; the one with the best validation UA is kept besides")
+    background_save: bool = opt(True, "write checkpoints while training goes on; takes memory for a copy of the state")
+    trust_checkpoints: bool = opt(False, "resume also from a folder that others own or may write to")
+    max_skipped: int = opt(10, "steps in a row with a loss or gradient that is not finite, before the run ends")
 
 
 @dataclass(kw_only=True)
@@ -195,7 +199,8 @@ class Engine:
     deepspeed: str = opt("cpu", "DeepSpeed JSON: a path, or a name in ds_configs/")
     dtype: str = opt("float32", "float32 | bfloat16 | float16")
     attention: str = opt("auto", "auto | flash_attention_2 | flash_attention_3 | sdpa | eager")
-    timeout_minutes: float = opt(30.0, "a collective that takes longer ends the job: a peer is dead or stuck")
+    timeout_minutes: float = opt(30.0, "a collective that takes longer ends the job: a peer is stuck")
+    peer_seconds: float = opt(120.0, "a rank without a sign of life for so long is dead or frozen: the job ends")
 
 
 @dataclass(kw_only=True)
@@ -204,6 +209,7 @@ class Tracking:
     uri: str | None = opt(None, "MLflow tracking URI; null: MLFLOW_TRACKING_URI, else mlflow.db beside the run folder")
     run_name: str | None = opt(None, "name of the MLflow run; null: the run folder's name")
     enabled: bool = opt(True, "log to MLflow; the JSONL log in the run folder is always written")
+    parent: str | None = opt(None, "id of the MLflow run that this one is a part of, e.g. a sweep's (`mser sweep` sets it)")
 
 
 @dataclass(kw_only=True)
@@ -225,7 +231,7 @@ class Common:
         train = self.train
         for name in ("global_batch", "lr", "log_every", "keep"):
             positive(f"train.{name}", getattr(train, name))
-        for name in ("weight_decay", "grad_clip", "val_every", "save_every"):
+        for name in ("weight_decay", "grad_clip", "val_every", "save_every", "save_minutes", "max_skipped"):
             not_negative(f"train.{name}", getattr(train, name))
         length = "epochs" if train.steps is None else "steps"
         positive(f"train.{length}", getattr(train, length))
@@ -240,6 +246,7 @@ class Common:
                 "train.micro_batch=1 and train.global_batch in packs"
             )
         positive("engine.timeout_minutes", self.engine.timeout_minutes)
+        positive("engine.peer_seconds", self.engine.peer_seconds)
         one_of("engine.dtype", self.engine.dtype, DTYPES)
         one_of("engine.attention", self.engine.attention, KERNELS)
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mser_dist import launch
+from mser_dist import local_ranks
 from mser_dist.config import batch_shape
 from mser_dist.config_file import load_evaluation, load_training
 from mser_dist.errors import UserError
@@ -101,7 +101,7 @@ def _synthesise(folder: Path, seed: int) -> None:
 
 
 def _run(nproc: int, words: list[str]) -> None:
-    code = launch.local(nproc, words)
+    code = local_ranks.local(nproc, words)
     if code == 2:
         sys.exit(2)  # the rank has said what is wrong
     if code:

@@ -8,9 +8,11 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 from mser_dist.errors import UserError
@@ -72,7 +74,7 @@ def _from_torchrun(env: Mapping[str, str]) -> World:
 def _from_slurm(env: Mapping[str, str]) -> World:
     rank, size = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
     addr = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
-    # A port from the job and step ids: jobs that share a node do not meet on it.
+    # Where `_meet` begins to look for a free port: 0 would be one that the peers cannot know.
     job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", 0)
     port = _number(env, "MASTER_PORT", 20000 + (job * 7 + step) % 12000)
     return World(rank, size, _number(env, "SLURM_LOCALID", 0), addr, port, "srun")
@@ -101,6 +103,23 @@ def _address(node: str) -> str:
         return node  # no scontrol in the container: the name is what there is
     found = re.search(r"NodeAddr=(\S+)", shown)
     return found[1] if found else node
+
+
+def job_end() -> float | None:
+    """When the scheduler will end this job, as `time.time` counts, or None where that is not known."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    if text := os.environ.get("SLURM_JOB_END_TIME"):  # newer versions of SLURM say it
+        return float(text)
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+        found = re.search(r"\bEndTime=(\S+)", shown)
+        return datetime.fromisoformat(found[1]).timestamp() if found else None
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None  # no scontrol in the container, or no limit: EndTime=Unknown
 
 
 def free_port() -> int:
@@ -140,10 +159,16 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
     if torch.distributed.is_initialized():
         return
     backend = "nccl" if device == "cuda" else "gloo"
+    limit = timedelta(minutes=timeout_minutes)
     try:
-        deepspeed.init_distributed(
-            backend, timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False
-        )
+        if world.launcher == "srun":
+            from mser_dist import rendezvous
+
+            with rendezvous.meet(world) as store:
+                torch.distributed.init_process_group(
+                    backend, store=store, rank=world.rank, world_size=world.world_size, timeout=limit
+                )
+        deepspeed.init_distributed(backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {world.rank} of {world.world_size} could not join {world.master_addr}:{world.master_port} "
@@ -159,11 +184,36 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def warn(text: str) -> None:
+    """One line for the person at the terminal, on standard error."""
+    print(f"mser: warning: {text}", file=sys.stderr, flush=True)
+
+
 def barrier() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.barrier()
+
+
+def most(values: list[int]) -> list[int]:
+    """Each value's maximum over the ranks, by the CPU: asking for it does not wait for a GPU's queue."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return values
+    found = torch.tensor(values)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_control_group())
+    return found.tolist()
+
+
+@cache
+def _control_group() -> Any:
+    """A gloo group beside NCCL's; gloo's own default group where that is it. Collective when it is first called."""
+    import torch.distributed as dist
+
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def all_sum(values: list[float], device: Any = "cpu") -> list[float]:

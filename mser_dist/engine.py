@@ -1,4 +1,4 @@
-"""DeepSpeed behind forward, backward, step, save and load; its JSON checked against the run config."""
+"""DeepSpeed behind forward, backward, step, collect and restore; its JSON checked against the run config."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mser_dist import config as cfg
+from mser_dist import engine_state, partitions
 from mser_dist.distributed import World
 from mser_dist.errors import UserError
 
@@ -44,6 +45,11 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(plain, dict) or not all(isinstance(plain.get(key, {}), dict) for key in _SECTIONS):
         raise UserError(f"{path}: a DeepSpeed config is a JSON object whose {', '.join(_SECTIONS)} are objects too")
+    if int(plain.get("zero_optimization", {}).get("stage", 0)) == 0:
+        raise UserError(
+            f"{path}: without ZeRO, DeepSpeed steps on gradients that are not finite: set zero_optimization.stage=1, "
+            "which does the same with less memory"
+        )
     for section, instead in {
         "optimizer": "train.lr, train.betas, …",
         "scheduler": "train.warmup, train.min_lr",
@@ -72,6 +78,10 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
             )
         plain[section] = {**plain.get(section, {}), "enabled": enabled}
     plain.setdefault("steps_per_print", 10**9)  # our log says more
+    try:
+        partitions.check_supported(plain)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return plain
 
 
@@ -137,8 +147,6 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
         )
-        # It would copy a conversion script into each checkpoint, and its failure on a full disk is not ours to catch.
-        self._engine._copy_recovery_script = lambda folder: None
 
     @property
     def module(self) -> nn.Module:
@@ -164,33 +172,26 @@ class Engine:
     def lr(self) -> float:
         return float(self._engine.get_lr()[0])
 
-    def save(self, folder: Path) -> None:
-        """Weights, optimizer and schedule, frozen parts included, as DeepSpeed files in `folder`. Collective.
+    @property
+    def step_applied(self) -> bool:
+        """Whether the last step changed the weights: it does not where the gradient was not finite on some rank."""
+        return bool(self._engine.was_step_applied())
 
-        A write that fails is raised when all ranks are through: DeepSpeed's save has collectives between its writes,
-        and a rank that left it early would meet its peers in the wrong one.
-        """
-        writer, errors = self._engine.checkpoint_engine, []
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._engine.skipped_steps)
 
-        def write(state_dict: Any, path: str) -> None:
-            try:
-                type(writer).save(writer, state_dict, path)
-            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                errors.append(error)
+    def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """This rank's slices of the training state and their description, see `engine_state`. Collective."""
+        return engine_state.collect(self._engine)
 
-        writer.save = write
-        try:
-            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        finally:
-            del writer.save
-        if errors:
-            raise errors[0]
+    def restore(self, files: list[Path]) -> None:
+        """Go back to what `collect` gave, from the files of any number of ranks. Collective."""
+        engine_state.restore(self._engine, files)
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote. Collective; only for a folder whose seal was verified, for DeepSpeed unpickles it."""
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise UserError(f"DeepSpeed found no checkpoint in {folder}: remove the folder to start from an older one")
+    def state_bytes(self) -> int:
+        """Bytes that this rank's part of a checkpoint takes."""
+        return sum(tensor.nbytes for tensor in self.collect()[0].values())
 
     def full_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name, whole, on rank 0's CPU; an empty dict elsewhere. Collective."""

@@ -5,6 +5,7 @@ Languages are never pooled: a mean over languages is the mean of their own UAs.
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mser_dist.models.scoring import AnswerScorer, PromptScorer
 from mser_dist.models.text import TextTower
 from mser_dist.progress import bar
 from mser_dist.tracking import Tracker, run_id_of, tracked
+from mser_dist.watchdog import Watchdog
 
 
 def predict(
@@ -39,16 +41,20 @@ def predict(
     device: str,
     title: str,
     leave: bool = True,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    go_on: Callable[[], bool] = lambda: True,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
     """Score every clip once, shared out over the ranks: (n,) clip numbers in order and (n, K) scores, on every rank.
 
-    Collective when there is a process group: all ranks run equally many forward passes.
+    Collective when there is a process group: all ranks run equally many forward passes. `go_on` is asked before each;
+    None where it said no, which it must do on all ranks.
     """
     rounds, batches = stream.one_pass(clips, batch, world.rank, world.world_size, collate, workers)
     found: dict[int, NDArray[np.float32]] = {}
     for indices, inputs in bar(
         batches, title=title, unit="batch", total=rounds, disable=not world.is_main, leave=leave
     ):
+        if not go_on():
+            return None
         tensors = {key: inputs[key].to(device) for key in ("speech", "lengths")}
         found.update(zip(indices.tolist(), scorer(tensors).float().cpu().numpy(), strict=True))
     found.pop(-1, None)  # what is no clip
@@ -63,6 +69,26 @@ def predict(
         )
     numbers = np.array(sorted(everything))
     return numbers, np.stack([everything[i] for i in numbers])
+
+
+def validate(
+    stage: Any,
+    clips: stream.Clips,
+    batch: int,
+    workers: int,
+    world: distributed.World,
+    device: str,
+    go_on: Callable[[], bool],
+) -> dict[str, float] | None:
+    """UA, WA and macro-F1 on the validation split; None where `go_on` ended it. Collective."""
+    stage.model.eval()
+    found = predict(stage.scorer(), clips, batch, stage.collate, workers, world, device, "validate", False, go_on)
+    stage.model.train()
+    if found is None:
+        return None
+    numbers, scores = found
+    result = score(clips.label[numbers], scores.argmax(1), scores.shape[1])
+    return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
 
 
 def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
@@ -83,8 +109,9 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     tags: dict[str, str] = {"mser.stage": "eval"}
     for stage, run in runs.items():
         tags[f"mser.stage{stage}_run_id"] = run_id_of(run) or ""
-    with tracked(config.tracking, out, tags, flatten(config), world.is_main) as tracker:
-        rows, tables, predictions = _score_all(config, exports, shards, world, attention, device)
+    watchdog = Watchdog(world, silence=120.0, stall=30 * 60.0)
+    with watchdog.watch(), tracked(config.tracking, out, tags, flatten(config), world.is_main) as tracker:
+        rows, tables, predictions = _score_all(config, exports, shards, world, attention, device, watchdog)
         report: dict[str, Any] = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
         if tracker:
             _publish(config, tracker, rows, tables, predictions)
@@ -101,6 +128,7 @@ def _score_all(
     world: distributed.World,
     attention: Attention,
     device: str,
+    watchdog: Watchdog,
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, NDArray[np.int64]]], list[dict[str, Any]]]:
     """Every stage's rows of the table, confusions by language, and predictions. Collective."""
     data, dtype = config.data, DTYPES[config.dtype]
@@ -117,9 +145,15 @@ def _score_all(
             model, tokenizer = exported.load_speech_llm(export, attention, dtype)
             scorer = AnswerScorer(model.to(device), tokenizer, data.labels)
         clips = stream.Clips(shards, data.labels, exported.features_of(card), data.max_seconds, max_bad=data.max_bad)
-        numbers, scores = predict(
-            scorer, clips, config.batch, stream.pad_speech, data.workers, world, device, f"evaluate stage {stage}"
-        )
+        title = f"evaluate stage {stage}"
+
+        def go_on(title: str = title) -> bool:
+            watchdog.tick(title)
+            return True
+
+        found = predict(scorer, clips, config.batch, stream.pad_speech, data.workers, world, device, title, go_on=go_on)
+        assert found is not None
+        numbers, scores = found
         best = scores.argmax(1)
         tables[stage] = {}
         languages, corpora, labels = (shards.column(name)[numbers] for name in ("language", "corpus", "label"))

@@ -38,9 +38,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def fsync_tree(folder: Path) -> None:
-    """Put every file below `folder`, and the folders' own entries, on the disk."""
-    for path in [*folder.rglob("*"), folder]:
+def fsync_tree(folder: Path, below: bool = True) -> None:
+    """Put a file, or a folder's own entries and with `below` every file in it, on the disk."""
+    for path in [*(folder.rglob("*") if below else ()), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

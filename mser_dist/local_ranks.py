@@ -14,14 +14,17 @@ from types import FrameType
 from typing import IO
 
 from mser_dist.distributed import free_port
+from mser_dist.preempt import SAVED
 
-_GRACE = 5.0  # seconds between TERM and KILL
+_GRACE = 5.0  # seconds between TERM and KILL, once a rank has failed
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def local(ranks: int, arguments: Sequence[str]) -> int:
     """Run ``mser ARGUMENTS`` as `ranks` processes that know each other; returns 0, or the first failure's exit code.
 
     Rank 0 writes to this terminal; of the other ranks, what they wrote is shown only if one of them fails first.
+    TERM, INT, USR1 and USR2 are handed on to the ranks, which save and stop by themselves, and are waited for.
     """
     place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared = {**place, "PYTHONUNBUFFERED": "1"}
@@ -29,8 +32,14 @@ def local(ranks: int, arguments: Sequence[str]) -> int:
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
     processes: list[subprocess.Popen[bytes]] = []
     quiet: list[IO[bytes]] = []
-    # A plain SIGTERM would end this process without its `finally`, and leave the ranks running.
-    before = signal.signal(signal.SIGTERM, _terminated)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        # The ranks have a Ctrl-C of the terminal already, and a second one would end them without a save.
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    before = {number: signal.signal(number, hand_on) for number in _FORWARDED}
     try:
         for rank in range(ranks):
             env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -41,20 +50,21 @@ def local(ranks: int, arguments: Sequence[str]) -> int:
             command = [sys.executable, "-m", "mser_dist", *arguments]
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
         code, failed = _wait(processes)
+        if code == SAVED:  # so do the others, a moment later
+            _wait_for_all(processes, 30.0)
         _end(processes)
         # Rank 0 speaks for itself; with code 2 it has said, a moment later, what is wrong on every rank.
-        if failed and processes[0].returncode != 2:
+        if failed and code != SAVED and processes[0].returncode != 2:
             sys.stderr.write(_tail(quiet[failed - 1]))
+        if code > 128:
+            sys.stderr.write(f"mser: rank {failed} was ended by {signal.Signals(code - 128).name}\n")
         return code
     finally:
         _end(processes)
         for file in quiet:
             file.close()
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
@@ -69,6 +79,12 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
                 del running[rank]
         time.sleep(0.1)
     return 0, 0
+
+
+def _wait_for_all(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -1,7 +1,9 @@
 """One look for every progress bar: rate and time left in a terminal, a line now and then in a log file."""
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -12,3 +14,25 @@ def bar(items: Iterable[Any] | None = None, *, title: str, unit: str, total: int
     terminal = sys.stderr.isatty()
     interval = 0.3 if terminal else 20.0  # a log file should not fill with bars
     return tqdm(items, desc=title, unit=unit, total=total, mininterval=interval, dynamic_ncols=terminal, **options)
+
+
+class Clock:
+    """Clips per second, and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.start, self.waited, self.clips = time.monotonic(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def read(self) -> dict[str, float]:
+        passed = max(time.monotonic() - self.start, 1e-9)
+        rates = {"clips_per_second": self.clips / passed, "data_wait": self.waited / passed}
+        self._reset()
+        return rates

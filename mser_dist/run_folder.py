@@ -9,8 +9,9 @@ from mser_dist.errors import UserError
 from mser_dist.files import read_json, write_text
 
 # Keys that may change between two starts of a run: they do not touch what is learned.
-_FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.timeout_minutes")
-_FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_every", "train.keep")
+_FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.timeout_minutes", "engine.peer_seconds")
+_FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_", "train.keep", "train.background_save")
+_FREE_SAFETY = ("train.trust_", "train.max_skipped")
 
 
 def _has_checkpoint(out: Path) -> bool:
@@ -23,13 +24,13 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
     if not saved.is_file() or not (summary.is_file() or _has_checkpoint(out)):
         return None  # nothing to lose
     old, new = flatten(read_yaml(saved)), flatten(config)
-    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE + _FREE_TRAIN)]
+    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE + _FREE_TRAIN + _FREE_SAFETY)]
     changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:
-        key = changed[0]
+        differ = ", ".join(f"{key}={old.get(key)}, now {new.get(key)}" for key in changed[:8])
+        more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
         raise UserError(
-            f"{out} holds a run with another config ({key}={old.get(key)}, now {new.get(key)}): "
-            "choose another run folder, or delete this one"
+            f"{out} holds a run with another config ({differ}{more}): choose another run folder, or delete this one"
         )
     return read_json(summary) if summary.is_file() else None
 

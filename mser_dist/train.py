@@ -1,203 +1,338 @@
 """The one training loop of both stages."""
 
 import math
+import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mser_dist import __version__, distributed, exported, run_folder, stages
+from mser_dist import __version__, distributed, exported, preempt, run_folder, stages
 from mser_dist import config as cfg
+from mser_dist.boundary import Boundary, time_to_save
 from mser_dist.checkpoint import Checkpoints
 from mser_dist.config_file import flatten, to_yaml
 from mser_dist.data import stream
 from mser_dist.data.shards import ShardSet
 from mser_dist.engine import DTYPES, Engine, resolve_json
 from mser_dist.errors import UserError
-from mser_dist.evaluate import predict
+from mser_dist.evaluate import validate
 from mser_dist.files import write_json
-from mser_dist.metrics import score
 from mser_dist.models.attention import choose
+from mser_dist.nonfinite import Buffers, SkippedSteps, poison
 from mser_dist.plots import curves
-from mser_dist.progress import bar
-from mser_dist.tracking import run_id_of, tracked
+from mser_dist.progress import Clock, bar
+from mser_dist.tracking import Tracker, run_id_of, tracked
+from mser_dist.watchdog import Watchdog
 
 
 def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     """Train a run to its end, from its newest checkpoint if it has one, and return its summary.
 
     Collective: every rank of the job calls it. Writes ``<out>/``: config.yaml, log.jsonl, curves.png, checkpoints/,
-    export/ (the model) and summary.json. Raises `UserError` for what a user can mend.
+    export/ (the model) and summary.json. Raises `UserError` for what a user can mend, and `preempt.Stopped` when a
+    signal or the end of the job's time stopped it and every rank has saved.
     """
-    began = time.monotonic()
     world = distributed.discover()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = Path(config.out)
-    summary = run_folder.finished(out, config)
+    summary = run_folder.finished(Path(config.out), config)
     if summary:
         return summary
-    # What can be wrong is looked for before the minutes of loading.
-    ds_json = resolve_json(config, world.world_size)
-    micro, accumulation = cfg.batch_shape(config.train, world.world_size)
-    if config.stage == 1 and accumulation > 1:
-        raise UserError(
-            f"train.micro_batch={micro}: stage 1 contrasts the whole global batch in one forward pass, so that its "
-            f"loss is the same on any cluster: unset it, and if memory is short lower train.global_batch"
+    with preempt.listen() as flag:
+        return _Training(config, world, flag).run()
+
+
+class _Training:
+    """One start of a run: what can be wrong is looked for in `__init__`, before the minutes of loading."""
+
+    def __init__(self, config: cfg.Stage1 | cfg.Stage2, world: distributed.World, flag: preempt.Flag) -> None:
+        self.began = time.monotonic()
+        self.config, self.world, self.flag = config, world, flag
+        self.device = device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.out = Path(config.out)
+        self.ds_json = resolve_json(config, world.world_size)
+        self.micro, self.accumulation = cfg.batch_shape(config.train, world.world_size)
+        if config.stage == 1 and self.accumulation > 1:
+            raise UserError(
+                f"train.micro_batch={self.micro}: stage 1 contrasts the whole global batch in one forward pass, so "
+                "that its loss is the same on any cluster: unset it, and if memory is short lower train.global_batch"
+            )
+        if device == "cpu" and config.engine.dtype == "float16":
+            raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
+        self.attention = choose(config.engine.attention, DTYPES[config.engine.dtype], device)
+        if isinstance(config, cfg.Stage2):
+            pad_seconds = exported.features_of(exported.read_card(exported.find(config.stage1, stage=1))).pad_seconds
+            parallel = 1
+        else:  # its loss is of pairs of clips, so the plan keeps parallel ones together
+            pad_seconds, parallel = config.encoder.pad_seconds, config.data.parallel
+        self.shards = stream.open_training_clips(config.data)
+        self.plan = stream.plan_of(
+            self.shards, config.data, config.train.global_batch, parallel, config.seed, pad_seconds
         )
-    if device == "cpu" and config.engine.dtype == "float16":
-        raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
-    attention = choose(config.engine.attention, DTYPES[config.engine.dtype], device)
-    if isinstance(config, cfg.Stage2):
-        pad_seconds = exported.features_of(exported.read_card(exported.find(config.stage1, stage=1))).pad_seconds
-        parallel = 1
-    else:  # its loss is of pairs of clips, so the plan keeps parallel ones together
-        pad_seconds, parallel = config.encoder.pad_seconds, config.data.parallel
-    shards = stream.open_training_clips(config.data)
-    plan = stream.plan_of(shards, config.data, config.train.global_batch, parallel, config.seed, pad_seconds)
-    held_out = _held_out(config.data)
+        self.held_out = _held_out(config.data)
+        self.total = config.train.steps or max(1, round(config.train.epochs * self.plan.steps()))
+        self.ends = distributed.job_end() if world.is_main else None
+        self.watchdog = Watchdog(world, config.engine.peer_seconds, config.engine.timeout_minutes * 60)
 
-    if world.is_main:
-        run_folder.prepare(out, to_yaml(config))
+    def run(self) -> dict[str, Any]:
+        if self.world.is_main:
+            run_folder.prepare(self.out, to_yaml(self.config))
+        distributed.init(self.world, self.config.engine.timeout_minutes, self.device)
+        with self.watchdog.watch():
+            self._load()
+            with tracked(
+                self.config.tracking, self.out, self._tags(), flatten(self.config) | self._facts(), self.world.is_main
+            ) as tracker:
+                if tracker:
+                    self.watchdog.at_end = lambda: tracker.close("FAILED")
+                self._steps(tracker)
+                summary = self._finish(tracker)
+            distributed.barrier()
+        return summary
 
-    distributed.init(world, config.engine.timeout_minutes, device)
-    torch.manual_seed(config.seed)  # the same weights on every rank …
-    stage = stages.build(config, attention, device, ds_json)
-    clips = stream.Clips(
-        shards,
-        config.data.labels,
-        stage.features,
-        config.data.max_seconds,
-        config.seed,
-        shuffle_labels=config.data.shuffle_labels,
-        augment=config.data.augment,
-        max_bad=config.data.max_bad,
-    )
-    validation = None
-    if held_out is not None:
-        validation = stream.Clips(
-            held_out, config.data.labels, stage.features, config.data.max_seconds, max_bad=config.data.max_bad
+    def _load(self) -> None:
+        """Build the model and its engine, and go back to the newest checkpoint."""
+        config, world, data = self.config, self.world, self.config.data
+        torch.manual_seed(config.seed)  # the same weights on every rank …
+        self.stage = stages.build(config, self.attention, self.device, self.ds_json)
+        self.clips = stream.Clips(
+            self.shards,
+            data.labels,
+            self.stage.features,
+            data.max_seconds,
+            config.seed,
+            shuffle_labels=data.shuffle_labels,
+            augment=data.augment,
+            max_bad=data.max_bad,
         )
-    total = config.train.steps or max(1, round(config.train.epochs * plan.steps()))
-    engine = Engine(stage.model, config, world, total, device)
-    stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing
-    torch.manual_seed(config.seed * 100_003 + world.rank)  # … and different dropout
-    checkpoints = Checkpoints(out, world, config.train.keep)
-    state = checkpoints.resume(engine) or {"step": 0}
-    first = int(state["step"])
-    position = stream.position_in(state["data"], clips, plan) if first else stream.Position()
-    bad: set[int] = set(state["data"]["bad"]) if first else set()  # clips that no rank could read
+        self.validation = None
+        if self.held_out is not None:
+            self.validation = stream.Clips(
+                self.held_out, data.labels, self.stage.features, data.max_seconds, max_bad=data.max_bad
+            )
+        self.watchdog.tick("starting DeepSpeed")
+        self.engine = Engine(self.stage.model, config, world, self.total, self.device)
+        self.stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing
+        self.watchdog.tick("loading a checkpoint")
+        self.checkpoints = Checkpoints(self.out, world, config.train.keep, config.train.background_save)
+        state = self.checkpoints.resume(self.engine, config.train.trust_checkpoints) or {"step": 0, "world_size": 0}
+        self.first = int(state["step"])
+        if state["world_size"] != world.world_size:  # no random state of its own to go on with
+            torch.manual_seed(config.seed * 100_003 + self.first * 4_099 + world.rank)  # … and different dropout
+        self.position = stream.position_in(state["data"], self.clips, self.plan) if self.first else stream.Position()
+        self.bad: set[int] = set(state["data"]["bad"]) if self.first else set()  # clips that no rank could read
+        self.val: dict[str, float] = state.get("validation", {})
+        self.val_step = int(state.get("validated", 0))
+        self.buffers = Buffers(self.stage.model)
+        self.skipped = SkippedSteps(self.out, self.shards, config.train.max_skipped, world.is_main)
+        self.skipped.in_a_row = int(state.get("skipped_in_a_row", 0))
+        self.boundary = Boundary(self.flag, self.checkpoints, config.train, self.ends)
+        self._announce(float(state.get("save_seconds", 0)))
 
-    if world.is_main:
-        unit = "packs" if config.data.batching == "tokens" else "clips"
-        batch = f"{config.train.global_batch} {unit} a step ({world.world_size} ranks × {micro} × {accumulation})"
-        print(f"{len(clips)} clips, {total} steps, {batch}, ZeRO-{engine.zero_stage}, {config.engine.dtype}")
-        print(f"attention: {attention.kernel} ({attention.reason})", flush=True)
-    card = {
-        "stage": config.stage,
-        "labels": config.data.labels,
-        # What was heard in training: here, and in the run that this one builds on.
-        "languages": sorted({*shards.coded["language"].names, *(stage.source or {}).get("languages", [])}),
-        "corpora": sorted({*shards.coded["corpus"].names, *(stage.source or {}).get("corpora", [])}),
-        "clips": len(clips),
-        "shuffled_labels": config.data.shuffle_labels,
-        **stage.card(),
-    }
-    facts = {
-        "world_size": str(world.world_size),
-        "zero_stage": str(engine.zero_stage),
-        "attention.kernel": attention.kernel,
-        "attention.reason": attention.reason,
-        "steps": str(total),
-        "clips": str(len(clips)),
-        "parameters.trained": str(sum(_size(p) for p in stage.model.parameters() if p.requires_grad)),
-        "parameters.all": str(sum(_size(p) for p in stage.model.parameters())),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }
-    tags = {"mser.stage": str(config.stage)}
-    if isinstance(config, cfg.Stage2):
-        tags["mser.stage1_run_id"] = run_id_of(config.stage1) or ""
-    with tracked(config.tracking, out, tags, {**flatten(config), **facts}, world.is_main) as tracker:
+    def _announce(self, save_seconds: float) -> None:
+        """Say what runs; refuse a job too short to save, warn of a disk too small."""
+        config, world = self.config, self.world
+        size = sum(distributed.gather(self.engine.state_bytes()))
+        problem = None
+        if world.is_main:
+            unit = "packs" if config.data.batching == "tokens" else "clips"
+            shape = f"{world.world_size} ranks × {self.micro} × {self.accumulation}"
+            print(
+                f"{len(self.clips)} clips, {self.total} steps, {config.train.global_batch} {unit} a step ({shape}), "
+                f"ZeRO-{self.engine.zero_stage}, {config.engine.dtype}"
+            )
+            print(f"attention: {self.attention.kernel} ({self.attention.reason})")
+            if self.first:
+                print(f"continuing from step {self.first}")
+            sys.stdout.flush()
+            free = shutil.disk_usage(self.out).free
+            if free < 2 * size:
+                distributed.warn(
+                    f"a checkpoint takes about {size / 2**30:.2f} GiB, and {self.out} has {free / 2**30:.2f} GiB free: "
+                    "free space, or choose another disk with out="
+                )
+            needed = time_to_save(save_seconds)
+            left = max(0.0, self.ends - time.time()) if self.ends else math.inf
+            if left < needed:
+                problem = (
+                    f"the job ends in {left:.0f} s, and a save alone may take {needed:.0f} s: "
+                    "ask for more time (sbatch --time=…)"
+                )
+        if problem := distributed.agree(problem):
+            raise UserError(problem)
+
+    def _steps(self, tracker: Tracker | None) -> None:
+        """From the first step that is not done yet to the last. Raises `preempt.Stopped` between two of them."""
+        config, first, total, every = self.config, self.first, self.total, self.config.train
         loader = stream.training_steps(
-            clips,
-            plan,
-            position,
+            self.clips,
+            self.plan,
+            self.position,
             total - first,
-            micro,
-            world.rank,
-            world.world_size,
-            stage.collate,
+            self.micro,
+            self.world.rank,
+            self.world.world_size,
+            self.stage.collate,
             config.data.workers,
-            known_bad=bad,
+            known_bad=self.bad,
         )
-        shown = bar(title=f"stage {config.stage}", unit="step", total=total, initial=first, disable=not world.is_main)
-        clock = _Clock()
-        val: dict[str, float] = {}
+        title = f"stage {config.stage}"
+        shown = bar(title=title, unit="step", total=total, initial=first, disable=not self.world.is_main)
+        clock = Clock()
+        self._validate_if_due(first, tracker)  # the last start was stopped in the middle of it
+        self.boundary.poll()
+        self._stop_if_asked(first, shown)
         for step in range(first + 1, total + 1):
+            self.watchdog.tick(f"step {step}, data")
             with clock.waiting():
                 data = next(loader)
+            self.watchdog.tick(f"step {step}")
+            self.position = data.after
             clock.clips += data.clips
-            batches = [stages.to_device(batch, device) for batch in data.batches]
-            stage.prepare(batches, lambda values: distributed.all_sum(values, device))
-            stats = _optimize(engine, batches)
+            batches = [stages.to_device(batch, self.device) for batch in data.batches]
+            self.stage.prepare(batches, lambda values: distributed.all_sum(values, self.device))
+            stats, losses = _optimize(self.engine, batches)
+            if self.engine.step_applied:
+                self.buffers.keep()
+                self.skipped.in_a_row = 0
+            elif config.engine.dtype != "float16" or not all(map(math.isfinite, losses)):
+                self.buffers.restore()
+                self.skipped.add(step, losses, data.batches)
 
             # Once in a while: log.
-            if step % config.train.log_every == 0 or step == total:
-                numbers = _mean_over_ranks(stats, device)
-                numbers |= {"lr": engine.lr, "grad_norm": engine.grad_norm, **clock.read()}
-                bad = _bad_everywhere(data.bad, bad, clips, world.is_main)
-                numbers["bad_clips"] = float(len(bad))
-                # Under fp16 a gradient overflows now and then, and DeepSpeed skips the step and lowers its loss scale.
-                watched = [numbers["loss"]] + [numbers["grad_norm"]] * (config.engine.dtype != "float16")
-                if not all(map(math.isfinite, watched)):
-                    raise UserError(
-                        f"{out}: the loss or its gradient is not finite at step {step} "
-                        f"(loss {numbers['loss']}, gradient norm {numbers['grad_norm']}): "
-                        "lower train.lr or set train.grad_clip"
-                    )
+            if step % every.log_every == 0 or step == total:
+                numbers = _mean_over_ranks(stats, self.device)
+                numbers |= {"lr": self.engine.lr, "grad_norm": self.engine.grad_norm, **clock.read()}
+                self.bad = _bad_everywhere(data.bad, self.bad, self.clips, self.world.is_main)
+                numbers |= {"bad_clips": float(len(self.bad)), "skipped_steps": float(self.engine.skipped_steps)}
+                finite = {f"train/{name}": value for name, value in numbers.items() if math.isfinite(value)}
                 if tracker:
-                    tracker.metrics(step, {f"train/{k}": v for k, v in numbers.items()})
+                    tracker.metrics(step, finite)
                 shown.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
             shown.update()
 
-            # Once in a while: validate, save.
-            due = config.train.val_every and step % config.train.val_every == 0
-            if validation is not None and (due or step == total):
-                val = _validate(stage, validation, max(micro, 8), world, config, device)
-                if tracker:
-                    tracker.metrics(step, {f"val/{k}": v for k, v in val.items()})
-            if step == total or (config.train.save_every and step % config.train.save_every == 0):
-                bad = _bad_everywhere(data.bad, bad, clips, world.is_main)
-                progress = {"data": stream.state_of(clips, plan, data.after, bad), "mlflow_run_id": run_id_of(out)}
-                checkpoints.save(step, engine, {"version": __version__, **progress})
+            # Once in a while: validate, save; and stop where a rank was asked to.
+            self.boundary.poll()
+            self._validate_if_due(step, tracker)
+            if (
+                step == total
+                or (every.save_every and step % every.save_every == 0)
+                or self.boundary.save_due
+                or self.boundary.stop
+            ):
+                self.bad = _bad_everywhere(data.bad, self.bad, self.clips, self.world.is_main)
+                self._save(step)
+            if step < total or self._to_validate(step):
+                self._stop_if_asked(step, shown)
         shown.close()
-        if validation is not None and not val:  # the last start ended between its last checkpoint and the export
-            val = _validate(stage, validation, max(micro, 8), world, config, device)
+        self.watchdog.tick("the last save")
+        self.checkpoints.finish()
 
-        weights = engine.full_state()
+    def _save(self, step: int) -> None:
+        self.watchdog.tick(f"step {step}, saving")
+        state = {
+            "version": __version__,
+            "data": stream.state_of(self.clips, self.plan, self.position, self.bad),
+            "mlflow_run_id": run_id_of(self.out),
+            "validated": self.val_step,
+            "skipped_in_a_row": self.skipped.in_a_row,
+            "save_seconds": self.checkpoints.seconds,
+        }
+        if self.val_step == step:  # the best checkpoint is found by it
+            state["validation"] = self.val
+        self.checkpoints.save(step, self.engine, state)
+        self.boundary.saved()
+
+    def _stop_if_asked(self, step: int, shown: Any) -> None:
+        if self.boundary.stop:
+            shown.close()
+            self.checkpoints.finish()
+            raise preempt.Stopped(self.boundary.stop, step)
+
+    def _validate_if_due(self, step: int, tracker: Tracker | None) -> None:
+        """Validate where the config asks for it at this step and it was not done; give up when asked to stop."""
+        if self.boundary.stop or not self._to_validate(step):
+            return
+        assert self.validation is not None
+        batch, workers = max(self.micro, 8), self.config.data.workers
+        val = validate(self.stage, self.validation, batch, workers, self.world, self.device, self._go_on)
+        if val is not None:
+            self.val, self.val_step = val, step
+            if tracker:
+                tracker.metrics(step, {f"val/{name}": value for name, value in val.items()})
+
+    def _to_validate(self, step: int) -> bool:
+        every = self.config.train.val_every
+        due = step == self.total or (every and step and step % every == 0)
+        return self.validation is not None and bool(due) and self.val_step != step
+
+    def _go_on(self) -> bool:
+        """Between two batches of a validation: whether to go on. Collective."""
+        self.watchdog.tick("validating")
+        self.boundary.poll()
+        return self.boundary.stop is None
+
+    def _finish(self, tracker: Tracker | None) -> dict[str, Any]:
+        """Export the model and write the summary. Collective."""
+        self.watchdog.tick("exporting")
+        weights = self.engine.full_state()
         summary = {
-            "stage": config.stage,
-            "out": str(out),
-            "steps": total,
-            "seconds": round(time.monotonic() - began, 1),
-            "world_size": world.world_size,
-            "zero_stage": engine.zero_stage,
-            "attention": asdict(attention),
-            "validation": val,
+            "stage": self.config.stage,
+            "out": str(self.out),
+            "steps": self.total,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "world_size": self.world.world_size,
+            "zero_stage": self.engine.zero_stage,
+            "attention": asdict(self.attention),
+            "validation": self.val,
+            "skipped_steps": self.engine.skipped_steps,
         }
         if tracker:
-            exported.write(out / "export", stage.model, weights, card, getattr(stage, "tokenizer", None))
-            curves(tracker.rows(), out / "curves.png")
-            tracker.artifact(out / "curves.png")
-            tracker.artifact(out / "export" / "card.json")
+            exported.write(
+                self.out / "export", self.stage.model, weights, self._card(), getattr(self.stage, "tokenizer", None)
+            )
+            curves(tracker.rows(), self.out / "curves.png")
+            tracker.artifact(self.out / "curves.png")
+            tracker.artifact(self.out / "export" / "card.json")
             summary |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
-            write_json(out / "summary.json", summary)
-    distributed.barrier()
-    return summary
+            write_json(self.out / "summary.json", summary)
+        return distributed.agree(summary)
+
+    def _card(self) -> dict[str, Any]:
+        """What the exported model is."""
+        data, source = self.config.data, self.stage.source or {}
+        return {
+            "stage": self.config.stage,
+            "labels": data.labels,
+            # What was heard in training: here, and in the run that this one builds on.
+            "languages": sorted({*self.shards.coded["language"].names, *source.get("languages", [])}),
+            "corpora": sorted({*self.shards.coded["corpus"].names, *source.get("corpora", [])}),
+            "clips": len(self.clips),
+            "shuffled_labels": data.shuffle_labels,
+            **self.stage.card(),
+        }
+
+    def _tags(self) -> dict[str, str]:
+        tags = {"mser.stage": str(self.config.stage)}
+        if isinstance(self.config, cfg.Stage2):
+            tags["mser.stage1_run_id"] = run_id_of(self.config.stage1) or ""
+        return tags
+
+    def _facts(self) -> dict[str, str]:
+        parameters = list(self.stage.model.parameters())
+        return {
+            "world_size": str(self.world.world_size),
+            "zero_stage": str(self.engine.zero_stage),
+            "attention.kernel": self.attention.kernel,
+            "attention.reason": self.attention.reason,
+            "steps": str(self.total),
+            "clips": str(len(self.clips)),
+            "parameters.trained": str(sum(_size(p) for p in parameters if p.requires_grad)),
+            "parameters.all": str(sum(map(_size, parameters))),
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+        }
 
 
 def _held_out(data: cfg.TrainingClips) -> ShardSet | None:
@@ -217,7 +352,7 @@ def _bad_everywhere(own: frozenset[int], known: set[int], clips: stream.Clips, i
     everywhere = known.union(*distributed.gather(own))
     if is_main:
         for index in sorted(everywhere - known - own):
-            print(f"mser: warning: {clips.shards.where(index)}: could not be read by another rank", file=sys.stderr)
+            distributed.warn(f"{clips.shards.where(index)}: could not be read by another rank")
     if len(everywhere) > clips.max_bad:
         raise UserError(
             f"{len(everywhere)} clips could not be read on all ranks together, more than data.max_bad={clips.max_bad}: "
@@ -226,57 +361,24 @@ def _bad_everywhere(own: frozenset[int], known: set[int], clips: stream.Clips, i
     return everywhere
 
 
-def _optimize(engine: Engine, batches: list[stages.Batch]) -> dict[str, torch.Tensor]:
-    """One optimizer step over its micro-batches; returns their mean telemetry, still on the device."""
+def _optimize(engine: Engine, batches: list[stages.Batch]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """One optimizer step over its micro-batches: their mean telemetry, still on the device, and their losses."""
     sums: dict[str, torch.Tensor] = {}
+    losses = []
     for batch in batches:
         loss, stats = engine.forward(batch)
-        engine.backward(loss)
+        losses.append(loss.detach())
+        engine.backward(poison(loss))
         engine.step()
         for name, value in stats.items():
             sums[name] = sums.get(name, 0) + value.float() / len(batches)
-    return sums
+    return sums, torch.stack(losses).tolist()  # DeepSpeed has waited for the device already, for the gradient norm
 
 
 def _mean_over_ranks(stats: dict[str, torch.Tensor], device: str) -> dict[str, float]:
     names = sorted(stats)
     *sums, ranks = distributed.all_sum([float(stats[name]) for name in names] + [1.0], device)
     return {name: value / ranks for name, value in zip(names, sums, strict=True)}
-
-
-def _validate(
-    stage: Any, clips: stream.Clips, batch: int, world: distributed.World, config: cfg.Common, device: str
-) -> dict[str, float]:
-    """UA, WA and macro-F1 on the validation split. Collective."""
-    stage.model.eval()
-    numbers, scores = predict(
-        stage.scorer(), clips, batch, stage.collate, config.data.workers, world, device, "validate", leave=False
-    )
-    stage.model.train()
-    result = score(clips.label[numbers], scores.argmax(1), len(config.data.labels))
-    return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
-
-
-class _Clock:
-    """Clips per second, and the share of time spent waiting for data, since the last reading."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.start, self.waited, self.clips = time.monotonic(), 0.0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.waited += time.monotonic() - began
-
-    def read(self) -> dict[str, float]:
-        passed = max(time.monotonic() - self.start, 1e-9)
-        rates = {"clips_per_second": self.clips / passed, "data_wait": self.waited / passed}
-        self._reset()
-        return rates
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

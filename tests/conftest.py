@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -24,6 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.skip(reason=SLURM_MISSING))
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small synthetic set of shards, made once. Copy it before changing it."""
+    from mser_dist.data.synth_set import write_set
+    from tests.tiny_runs import SMALL_SET
+
+    folder = tmp_path_factory.mktemp("tiny") / "shards"
+    write_set(folder, SMALL_SET)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -291,11 +291,14 @@ def one_pass(
 
 
 def pad_speech(clips: list[Clip]) -> dict[str, Any]:
-    """Stack features, zeros behind the shorter ones: {"speech": (B, n_mels, F) or (B, S), "lengths": (B,)} tensors."""
+    """Stack features, zeros behind the shorter ones: {"speech": (B, n_mels, F) or (B, S), "lengths": (B,)} tensors.
+
+    "index" is the list of the clips' numbers in the set.
+    """
     import torch
 
     lengths = [clip.speech.shape[-1] for clip in clips]
     speech = torch.zeros(len(clips), *clips[0].speech.shape[:-1], max(lengths))
     for row, clip in enumerate(clips):
         speech[row, ..., : lengths[row]] = torch.from_numpy(clip.speech)
-    return {"speech": speech, "lengths": torch.tensor(lengths)}
+    return {"speech": speech, "lengths": torch.tensor(lengths), "index": [clip.index for clip in clips]}

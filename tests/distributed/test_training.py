@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,62 +14,23 @@ from safetensors.torch import load_file
 
 from mser_dist import config as cfg
 from mser_dist.data.shards import ShardSet
-from mser_dist.data.synth import SynthConfig
-from mser_dist.data.synth_set import write_set
 from mser_dist.distributed import World
 from mser_dist.engine import Engine, find_json, resolve_json
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.speech import build_speech
 from tests.distributed.spawn import run
+from tests.tiny_runs import LLM, lines, mser, stage1, stage2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-ENCODER = "encoder.arch={d_model: 32, encoder_layers: 1, encoder_attention_heads: 2, encoder_ffn_dim: 64}"
-QFORMER = ["qformer.width=32", "qformer.heads=2", "qformer.layers=1", "qformer.queries=2", "contrastive.width=16"]
-LLM = "llm.arch={hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}"
-
-
-def mser(*words: str | Path, cwd: Path, code: int = 0) -> str:
-    """Run ``mser WORDS`` for real; returns its standard error if `code` is not 0, else its standard output."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-m", "mser_dist", *map(str, words)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
-    return done.stderr if code else done.stdout
-
-
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work folder with a small synthetic set and a finished two-rank stage 1 that was resumed half-way."""
+def folder(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with a small synthetic set."""
     folder = tmp_path_factory.mktemp("training")
-    small = SynthConfig(
-        languages=("en", "de"), unseen_languages=("el",), train_sentences=4, val_sentences=1, test_sentences=1,
-        train_takes=1, val_takes=1, test_takes=1, val_voices=2, test_voices=2,
-    )  # fmt: skip
-    write_set(folder / "shards", small)
+    shutil.copytree(tiny_set, folder / "shards")
     return folder
-
-
-def stage1(out: str, *more: str) -> list[str]:
-    words = ["data.sets=shards", "data.workers=1", ENCODER, *QFORMER, f"out={out}", "train.global_batch=8"]
-    return ["train", "demo_stage1", *words, "train.steps=6", "train.log_every=1", "train.val_every=2", *more]
-
-
-def stage2(out: str, *more: str) -> list[str]:
-    words = ["data.sets=shards", "data.workers=1", f"out={out}", "stage1=runs/whole", "train.global_batch=8"]
-    return ["train", "demo_stage2", *words, "train.steps=3", "train.log_every=1", "train.val_every=0", *more]
 
 
 @pytest.fixture(scope="module")
@@ -127,20 +89,6 @@ def test_every_way_to_batch_trains_and_a_damaged_clip_within_the_budget_is_repla
     output = mser(*stage2("runs/packs", *two), "--nproc", "2", cwd=trained)
     assert "4 packs a step (2 ranks × 1 × 2)" in output
     assert [row["step"] for row in lines(trained / "runs/packs") if "train/loss" in row] == [1, 2, 3]
-
-
-def test_a_damaged_checkpoint_is_never_a_silent_restart(trained: Path) -> None:
-    run = trained / "runs/damaged"
-    subprocess.run(["cp", "-r", trained / "runs/whole", run], check=True)
-    (run / "summary.json").unlink()
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("runs/whole", "runs/damaged"))
-    for checkpoint in (run / "checkpoints").iterdir():
-        shard = next(checkpoint.glob("engine/*optim_states.pt"))
-        data = bytearray(shard.read_bytes())
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
-    error = mser(*stage1("runs/damaged", "train.save_every=3", "train.keep=5"), "--nproc", "2", cwd=trained, code=2)
-    assert "differs from its seal" in error and "Traceback" not in error
 
 
 def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> None:

@@ -1,16 +1,23 @@
 """A disk that fills up while two ranks save: a clear end, and the last whole checkpoint is untouched."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mser_dist.checkpoint import seal_fault
-from tests.distributed.test_training import folder, mser, stage1
+from mser_dist.seal import read_seal, seal_fault
+from tests.tiny_runs import mser, stage1
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.timeout(600)]
-__all__ = ["folder"]  # the fixture
+
+
+@pytest.fixture
+def work(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    shutil.copytree(tiny_set, folder / "shards")
+    return folder
 
 
 @pytest.fixture
@@ -23,12 +30,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_a_full_disk_ends_the_job_and_keeps_the_last_checkpoint(folder: Path, small_disk: Path) -> None:
+@pytest.mark.drill("disk-full")
+def test_a_full_disk_ends_the_job_and_keeps_the_last_checkpoint(work: Path, small_disk: Path) -> None:
     words = ["train.steps=12", "train.save_every=2", "train.keep=50", "data.val_split=null", "tracking.enabled=false"]
     run = small_disk / "run"
-    error = mser(*stage1(str(run), *words), "--nproc", "2", cwd=folder, code=2)
+    error = mser(*stage1(str(run), *words), "--nproc", "2", cwd=work, code=2)
     assert "cannot write the checkpoint" in error and "free space" in error and "Traceback" not in error, error
     found = sorted((run / "checkpoints").iterdir())
     assert found and all(not path.name.endswith(".partial") for path in found), "nothing half-written is left"
-    assert all(seal_fault(path) is None for path in found)
+    assert all(seal_fault(path, read_seal(path)[0]) is None for path in found)
     assert not (run / "export").exists() and not (run / "summary.json").exists()

@@ -1,33 +1,47 @@
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mser_dist.checkpoint import Checkpoints, seal_fault
+from mser_dist.checkpoint import Checkpoints, publish
 from mser_dist.distributed import World
+from mser_dist.errors import UserError
+from mser_dist.seal import read_seal, seal_fault
+
+PART = "rank-00000.safetensors"
 
 
-def publish(run: Path, step: int, keep: int = 9) -> Path:
-    """A published checkpoint with two small files in place of DeepSpeed's."""
+def save(run: Path, step: int, keep: int = 9, **state: object) -> Path:
+    """A published checkpoint with two small files in place of an engine's."""
     checkpoints = Checkpoints(run, World(), keep)
     staging = checkpoints.folder / f"step-{step:06d}.partial"
-    (staging / "engine").mkdir(parents=True)
-    (staging / "engine" / "zero_pp_rank_0.pt").write_bytes(bytes(range(256)) * step)
-    (staging / "random-00000.safetensors").write_bytes(b"random")
-    checkpoints._publish(staging, f"step-{step:06d}", {"step": step, "world_size": 1})
+    staging.mkdir(parents=True)
+    files = {PART: bytes(range(256)) * (step % 7 + 1), "random-00000.safetensors": b"random"}
+    for name, data in files.items():
+        (staging / name).write_bytes(data)
+    sealed = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    publish(staging, sealed, {"step": step, "world_size": 1, **state})
+    checkpoints._prune()
     return checkpoints.folder / f"step-{step:06d}"
 
 
-def choose(run: Path) -> tuple[str | None, str | None]:
-    return Checkpoints(run, World(), 2)._choose()
+def choose(run: Path) -> Path | None:
+    return Checkpoints(run, World(), 2).choose()
+
+
+def fault_in(folder: Path) -> str | None:
+    sealed, fault = read_seal(folder)
+    return fault or seal_fault(folder, sealed)
 
 
 def test_a_published_checkpoint_is_whole(tmp_path: Path) -> None:
-    folder = publish(tmp_path, 3)
-    assert seal_fault(folder) is None
+    folder = save(tmp_path, 3)
+    assert fault_in(folder) is None
     sealed = json.loads((folder / "seal.json").read_text())
-    assert sealed.keys() == {"engine/zero_pp_rank_0.pt", "random-00000.safetensors", "state.json"}
+    assert sealed.keys() == {PART, "random-00000.safetensors", "state.json"}
     assert json.loads((folder / "state.json").read_text()) == {"step": 3, "world_size": 1}
     assert [path.name for path in folder.parent.iterdir()] == ["step-000003"], "nothing of the staging is left"
 
@@ -40,10 +54,10 @@ def flip(path: Path, at: int = 100) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (
-        lambda f: (f / "engine/zero_pp_rank_0.pt").write_bytes(b"\0"),
-        "engine/zero_pp_rank_0.pt differs from its seal",
+        lambda f: (f / PART).write_bytes(b"\0"),
+        f"{PART} differs from its seal",
     ),
-    "flipped": (lambda f: flip(f / "engine/zero_pp_rank_0.pt"), "engine/zero_pp_rank_0.pt differs from its seal"),
+    "flipped": (lambda f: flip(f / PART), f"{PART} differs from its seal"),
     "missing": (lambda f: (f / "random-00000.safetensors").unlink(), "random-00000.safetensors is missing"),
     "other state": (
         lambda f: (f / "state.json").write_text('{"step": 9, "world_size": 1}'),
@@ -61,62 +75,77 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found_and_the_one_before_is_taken(name: str, tmp_path: Path) -> None:
+def test_damage_is_found_and_the_one_before_is_taken(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damage, says = DAMAGES[name]
-    older, newer = publish(tmp_path, 1), publish(tmp_path, 2)
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
     damage(newer)
-    fault = seal_fault(newer)
+    fault = fault_in(newer)
     assert fault and fault.startswith("step-000002") and fault.endswith(says)
-    with pytest.warns(UserWarning, match="falling back to .*step-000001: step-000002"):
-        assert choose(tmp_path) == (str(older), None)
+    assert choose(tmp_path) == older
+    assert f"falling back to {older}: step-000002" in capsys.readouterr().err
 
 
-def test_the_newest_whole_one_is_taken_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    publish(tmp_path, 1)
-    newest = publish(tmp_path, 20)
+def test_the_newest_whole_one_is_taken_and_what_was_never_finished_is_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 20)
+    assert choose(tmp_path) == newest
+    assert not capsys.readouterr().err
     (newest.parent / "step-000030.partial").mkdir()
     (newest.parent / "step-notes").mkdir()
     (newest.parent / "step-000040").write_text("a file")
-    assert choose(tmp_path) == (str(newest), None)
-    assert not recwarn.list
+    assert choose(tmp_path) == newest
+    assert "removing step-000030.partial" in capsys.readouterr().err
+    assert not (newest.parent / "step-000030.partial").exists()
 
 
-def test_a_fresh_run_has_none(tmp_path: Path) -> None:
-    assert choose(tmp_path) == (None, None)
+def test_a_fresh_run_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose(tmp_path) is None
     (tmp_path / "checkpoints" / "step-000001.partial").mkdir(parents=True)
-    assert choose(tmp_path) == (None, None)
+    assert choose(tmp_path) is None
+    assert "starts from step 0" in capsys.readouterr().err
 
 
 def test_none_whole_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
-        flip(publish(tmp_path, step) / "engine/zero_pp_rank_0.pt")
-    chosen, problem = choose(tmp_path)
-    assert chosen is None
-    assert problem is not None and "\n" not in problem
-    assert "no checkpoint in" in problem and "step-000001" in problem and "step-000002" in problem
+        flip(save(tmp_path, step) / PART)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(step-000002.*; step-000001.*\): move"):
+        choose(tmp_path)
 
 
-def test_pruning_keeps_the_newest_by_number(tmp_path: Path) -> None:
-    for step in (999_998, 999_999, 1_000_000):  # a name of seven digits sorts before one of six
-        publish_light(tmp_path, step)
-    checkpoints = Checkpoints(tmp_path, World(), 2)
-    assert [path.name for path in checkpoints.published()] == ["step-999999", "step-1000000"]
-    assert choose(tmp_path)[0] == str(tmp_path / "checkpoints" / "step-1000000")
-
-
-def publish_light(run: Path, step: int) -> None:
-    checkpoints = Checkpoints(run, World(), keep=2)
-    staging = checkpoints.folder / f"step-{step:06d}.partial"
-    staging.mkdir(parents=True)
-    checkpoints._publish(staging, f"step-{step:06d}", {"step": step})
+def test_pruning_keeps_the_newest_by_number_and_the_best(tmp_path: Path) -> None:
+    for step, ua in ((999_990, 0.5), (999_991, 0.7), (999_992, 0.7), (999_998, 0.6)):
+        save(tmp_path, step, keep=2, validation={"ua": ua})
+    for step in (999_999, 1_000_000):  # a name of seven digits sorts before one of six
+        save(tmp_path, step, keep=2)
+    found = [path.name for path in Checkpoints(tmp_path, World(), 2).published()]
+    assert found == ["step-999992", "step-999999", "step-1000000"]
+    assert choose(tmp_path) == tmp_path / "checkpoints" / "step-1000000"
 
 
 def test_publishing_a_step_again_replaces_it(tmp_path: Path) -> None:
-    flip(publish(tmp_path, 4) / "engine/zero_pp_rank_0.pt")
-    assert seal_fault(publish(tmp_path, 4)) is None
+    flip(save(tmp_path, 4) / PART)
+    assert fault_in(save(tmp_path, 4)) is None
 
 
 def test_at_least_one_is_kept(tmp_path: Path) -> None:
-    publish(tmp_path, 1, keep=0)
-    publish(tmp_path, 2, keep=0)
+    save(tmp_path, 1, keep=0)
+    save(tmp_path, 2, keep=0)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints").chmod(0o777)
+    with pytest.raises(UserError, match=r"may be written to by everyone \(mode 0777\).*trust_checkpoints=true"):
+        choose(tmp_path)
+    assert Checkpoints(tmp_path, World(), 2).choose(trust=True)
+    (tmp_path / "checkpoints").chmod(0o700)
+    assert choose(tmp_path)
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "checkpoints", 12345, -1)
+        with pytest.raises(UserError, match="belongs to user 12345"):
+            choose(tmp_path)

@@ -23,6 +23,8 @@ def run_config(deepspeed: str, dtype: str = "float32", **train: Any) -> cfg.Stag
 
 def written(tmp_path: Path, content: Any) -> str:
     path = tmp_path / "ds.json"
+    if isinstance(content, dict):
+        content = {"zero_optimization": {"stage": 3}, **content}
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
 

@@ -1,0 +1,61 @@
+"""What the ranks agree on between two steps, by one small all-reduce: to stop, to save, that a save is written."""
+
+import signal
+import time
+
+from mser_dist import config as cfg
+from mser_dist import distributed
+from mser_dist.checkpoint import Checkpoints
+from mser_dist.preempt import Flag
+
+
+class Boundary:
+    """The point between two steps. `stop` is the reason to stop, once the ranks have agreed on one.
+
+    ends: wall-clock time at which the scheduler ends the job, on rank 0. A step's duration and a save's are taken from
+    those so far.
+    """
+
+    def __init__(self, flag: Flag, checkpoints: Checkpoints, train: cfg.Train, ends: float | None) -> None:
+        self.flag = flag
+        self.checkpoints = checkpoints
+        self.save_seconds = train.save_minutes * 60 or float("inf")
+        self.ends = ends
+        self.stop: str | None = None
+        self.save_due = False
+        self._last_save = time.monotonic()
+        self._last_poll = time.monotonic()
+        self._slowest = 0.0  # seconds from one poll to the next
+        self._main = checkpoints.world.is_main
+
+    def poll(self) -> None:
+        """Agree. Collective; raises `UserError` where a rank could not write its part of a checkpoint."""
+        now = time.monotonic()
+        self._slowest = max(self._slowest, now - self._last_poll)
+        due = self._main and now - self._last_save > self.save_seconds
+        votes = [self.flag.number, not self.checkpoints.written, self.checkpoints.failed, due, self._out_of_time()]
+        number, writing, failed, due_now, out_of_time = distributed.most([int(vote) for vote in votes])
+        if failed:
+            self.checkpoints.finish()  # raises, on every rank
+        self.checkpoints.settle(ready=not writing)
+        self.save_due = bool(due_now)
+        if number:
+            self.stop = signal.Signals(number).name
+        elif out_of_time:
+            self.stop = "the job's time is almost over"
+        self._last_poll = time.monotonic()
+
+    def saved(self) -> None:
+        """A save has begun."""
+        self._last_save = self._last_poll = time.monotonic()
+
+    def _out_of_time(self) -> bool:
+        """Whether one more step might leave too little time to save."""
+        if self.ends is None or not self._main:
+            return False
+        return self.ends - time.time() < time_to_save(self.checkpoints.seconds) + 2 * self._slowest
+
+
+def time_to_save(seconds: float) -> float:
+    """Seconds to set aside for a save that took `seconds` the last time, or that nobody has measured yet (0)."""
+    return 15.0 + 1.5 * seconds

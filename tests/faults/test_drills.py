@@ -1,0 +1,202 @@
+"""Two real ranks under ZeRO-3 are killed, stopped, signalled and fed with what is not a number: nothing is lost.
+
+`tools/fault_drill.py` runs these tests and writes what they found to a JSON file.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mser_dist.preempt import SAVED
+from mser_dist.seal import read_seal, seal_fault
+from mser_dist.watchdog import LOST
+from tests.tiny_runs import LLM, TWO, losses, mser, stage1, stage2
+
+pytestmark = [pytest.mark.faults, pytest.mark.distributed, pytest.mark.timeout(600)]
+
+INJECT = str(Path(__file__).parent / "inject")
+ROOT = str(Path(__file__).parents[2])
+PLAIN = ["train.save_every=2", "train.keep=9", "tracking.enabled=false"]
+
+
+def drilled(what: str, *words: str, cwd: Path, code: int) -> str:
+    """Run a command in whose ranks `what` happens (see ``inject/sitecustomize.py``)."""
+    return mser(*words, *TWO, cwd=cwd, code=code, PYTHONPATH=f"{INJECT}:{ROOT}", MSER_DRILL=what)
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def whole(folder: Path) -> bool:
+    sealed, fault = read_seal(folder)
+    return fault is None and seal_fault(folder, sealed) is None
+
+
+def same_model(one: Path, two: Path) -> None:
+    for part in sorted((one / "export").rglob("*.safetensors")):
+        a, b = load_file(part), load_file(two / "export" / part.relative_to(one / "export"))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), part
+
+
+def no_orphan(folder: Path) -> None:
+    for process in psutil.process_iter(["cwd", "cmdline"]):
+        if process.info["cwd"] == str(folder) and "mser_dist" in " ".join(process.info["cmdline"] or []):
+            raise AssertionError(f"left behind: {process}")
+
+
+@pytest.fixture(scope="module")
+def work(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small set and an undisturbed stage 1 of six steps, in ``runs/whole``."""
+    folder = tmp_path_factory.mktemp("drills")
+    shutil.copytree(tiny_set, folder / "shards")
+    mser(*stage1("runs/whole", *PLAIN), *TWO, cwd=folder)
+    return folder
+
+
+@pytest.mark.drill("kill9")
+def test_a_kill_at_any_point_of_a_save_loses_nothing_that_was_saved(work: Path) -> None:
+    run, folder = work / "runs/killed", work / "runs/killed/checkpoints"
+    words = stage1("runs/killed", "train.save_every=2", "train.keep=1", "tracking.enabled=false", "train.val_every=0")
+    kill = 128 + 9
+    drilled("0|half-written|KILL", *words, cwd=work, code=kill)
+    assert checkpoints(run) == ["step-000002.partial"]
+    drilled("0|written|KILL", *words, cwd=work, code=kill)
+    assert checkpoints(run) == ["step-000002.partial"], "all of it is there, and no seal"
+    drilled("0|sealed|KILL", *words, cwd=work, code=kill)
+    assert checkpoints(run) == ["step-000002.partial"], "sealed, and not published"
+    drilled("0|published|KILL", *words, cwd=work, code=kill)
+    assert checkpoints(run) == ["step-000002"] and whole(folder / "step-000002")
+    drilled("1|half-written|KILL", *words, cwd=work, code=kill)
+    assert whole(folder / "step-000002"), "of the other rank's death too"
+    drilled("0|mid-prune|KILL", *words, cwd=work, code=kill)
+    assert "step-000004" in checkpoints(run) and whole(folder / "step-000004")
+    mser(*words, *TWO, cwd=work)
+    assert checkpoints(run) == ["step-000006"], "the remains are cleared away"
+    assert losses(run) == losses(work / "runs/whole")
+    same_model(work / "runs/whole", run)
+    no_orphan(work)
+
+
+@pytest.mark.drill("two-generations")
+def test_the_older_checkpoint_goes_only_when_the_newer_one_is_published(work: Path) -> None:
+    words = stage1("runs/two", "train.save_every=2", "train.keep=2", "tracking.enabled=false", "train.val_every=0")
+    drilled("0|mid-prune|KILL", *words, cwd=work, code=128 + 9)
+    found = checkpoints(work / "runs/two")
+    assert found == ["step-000002.partial", "step-000004", "step-000006"]
+    assert whole(work / "runs/two/checkpoints/step-000004") and whole(work / "runs/two/checkpoints/step-000006")
+
+
+@pytest.mark.drill("corrupt-checkpoint")
+def test_a_damaged_checkpoint_is_found_and_never_a_silent_restart(work: Path) -> None:
+    run = work / "runs/damaged"
+    shutil.copytree(work / "runs/whole", run)
+    (run / "summary.json").unlink()
+    (run / "log.jsonl").unlink()
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("runs/whole", "runs/damaged"))
+    newest = run / "checkpoints/step-000006"
+    files = sorted(newest.iterdir())
+    assert [file.name for file in files if "rank" in file.name] == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    for file in files:
+        good = file.read_bytes()
+        for bad in (good[: len(good) // 2], b"", bytes([good[0] ^ 1]) + good[1:], good[:-1] + bytes([good[-1] ^ 1])):
+            file.write_bytes(bad)
+            assert not whole(newest), f"{file.name} was changed"
+        file.unlink()
+        assert not whole(newest), f"{file.name} was removed"
+        file.write_bytes(good)
+    (newest / "more.bin").write_bytes(b"x")
+    assert not whole(newest), "a file was added"
+    (newest / "more.bin").unlink()
+    assert whole(newest)
+    weights = newest / "rank-00001.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    words = stage1("runs/damaged", *PLAIN)
+    mser(*words, *TWO, cwd=work)
+    assert sorted(losses(run)) == [5, 6], "it went on from the one before"
+    same_model(work / "runs/whole", run)
+    (run / "summary.json").unlink()
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "random-00001.safetensors").write_bytes(b"")
+    error = mser(*words, *TWO, cwd=work, code=2)
+    assert "step-000006/random-00001.safetensors differs" in error and "move the folder away" in error
+    assert "Traceback" not in error and sorted(losses(run)) == [5, 6], "nothing was trained"
+
+
+@pytest.mark.drill("signal-one-rank")
+def test_a_signal_to_one_rank_saves_the_same_step_everywhere(work: Path) -> None:
+    run = work / "runs/signalled"
+    words = stage1("runs/signalled", "train.save_every=5", "train.keep=9", "tracking.enabled=false")
+    error = drilled("1|step 1|TERM", *words, cwd=work, code=SAVED)  # in a step
+    assert "SIGTERM: stopped at step 1" in error and checkpoints(run) == ["step-000001"]
+    error = drilled("0|validating|USR2", *words, cwd=work, code=SAVED)  # in a validation
+    assert "SIGUSR2: stopped at step 2" in error and checkpoints(run)[-1] == "step-000002"
+    drilled("1|half-written|USR2|TERM", *words, cwd=work, code=SAVED)  # in the save of step 5, and twice
+    assert int(checkpoints(run)[-1][5:]) in (5, 6)
+    if not (run / "summary.json").exists():
+        mser(*words, *TWO, cwd=work)
+    assert losses(run) == losses(work / "runs/whole")
+    same_model(work / "runs/whole", run)
+    assert json.loads((run / "summary.json").read_text())["validation"]
+
+
+@pytest.mark.drill("peer-killed")
+def test_a_killed_rank_ends_the_job(work: Path) -> None:
+    error = drilled("1|step 3|KILL", *stage1("runs/dead", *PLAIN), cwd=work, code=128 + 9)
+    assert "rank 1 was ended by SIGKILL" in error
+    assert checkpoints(work / "runs/dead")[-1].startswith("step-000002")
+    no_orphan(work)
+
+
+@pytest.mark.drill("peer-frozen")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_frozen_rank_is_named_and_the_job_ends(work: Path, rank: int) -> None:
+    words = stage1(f"runs/frozen{rank}", *PLAIN, "engine.peer_seconds=6")
+    error = drilled(f"{rank}|step 3|STOP", *words, cwd=work, code=LOST)
+    assert f"rank {rank} " in error and "dead or frozen" in error
+    no_orphan(work)
+
+
+@pytest.mark.drill("nonfinite-one-rank")
+def test_what_is_not_finite_changes_nothing_and_is_written_down(work: Path) -> None:
+    words = stage1("runs/nan", "train.save_every=1", "train.keep=9", "tracking.enabled=false", "train.val_every=0")
+    error = drilled("1|step 3|NAN;1|step 5|NAN;1|step 6|NAN", *words, "train.max_skipped=1", cwd=work, code=2)
+    assert "not finite at rank 1" in error and "train.max_skipped=1" in error and "Traceback" not in error
+    run = work / "runs/nan"
+    for rank in range(2):
+        before, after = (
+            load_file(run / f"checkpoints/step-00000{step}/rank-0000{rank}.safetensors") for step in (2, 3)
+        )
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    rows = [json.loads(line) for line in (run / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 5, 6]
+    assert [row["ranks"]["0"]["finite_input"] for row in rows] == [True] * 3
+    assert [row["ranks"]["1"]["finite_input"] for row in rows] == [False] * 3
+    assert all(len(row["ranks"]["1"]["samples"]) == 4 for row in rows)
+
+
+@pytest.mark.drill("elastic-2-1-2")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_another_number_of_ranks_goes_on_with_the_same_batches(work: Path, stage: int) -> None:
+    still = ["train.steps=6", "train.save_every=2", "train.keep=9", "train.val_every=0", "tracking.enabled=false"]
+    still += ["qformer.dropout=0.0"] if stage == 1 else ["data.val_split=null"]
+    make = (lambda out: stage1(out, *still)) if stage == 1 else (lambda out: stage2(out, LLM, *still))
+    mser(*make(f"runs/straight{stage}"), *TWO, cwd=work)
+    elastic = make(f"runs/elastic{stage}")
+    drilled("0|step 2|USR1", *elastic, cwd=work, code=SAVED)
+    mser(*elastic, cwd=work, code=SAVED, PYTHONPATH=f"{INJECT}:{ROOT}", MSER_DRILL="single|step 4|USR1")
+    mser(*elastic, *TWO, cwd=work)
+    one, two = losses(work / f"runs/straight{stage}"), losses(work / f"runs/elastic{stage}")
+    assert two == pytest.approx(one, rel=1e-5)
+    for part in sorted((work / f"runs/straight{stage}/export").rglob("*.safetensors")):
+        a = load_file(part)
+        b = load_file(str(part).replace("straight", "elastic"))
+        for name in a:
+            if name.endswith(("key.bias", "k_proj.bias")):
+                continue  # softmax does not see them: their gradient is of rounding alone, which Adam scales up
+            assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm() + 1e-7, name

@@ -1,0 +1,57 @@
+"""Ranks of one step find each other, whoever else sits on the ports."""
+
+import multiprocessing
+import os
+import socket
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import pytest
+
+from mser_dist import rendezvous
+from mser_dist.distributed import World, free_port
+from mser_dist.errors import UserError
+from mser_dist.rendezvous import meet
+
+
+def join(rank: int, job: str, port: int, found: "Queue[tuple[str, int, str]]") -> None:
+    os.environ.update(SLURM_JOB_ID=job, SLURM_STEP_ID="0")
+    with meet(World(rank, 2, rank, "127.0.0.1", port, "srun"), seconds=60) as store:
+        store.set(f"rank {rank}", job)
+        found.put((job, rank, store.get(f"rank {1 - rank}").decode()))
+        store.set(f"done {rank}", "")
+        store.wait([f"done {1 - rank}"])
+
+
+def test_two_jobs_that_begin_at_one_port_do_not_meet() -> None:
+    """The port itself is held by something that accepts and never says a word."""
+    spawn = multiprocessing.get_context("spawn")
+    found: Queue[tuple[str, int, str]] = spawn.Queue()
+    with socket.create_server(("", 0)) as silent:
+        port = silent.getsockname()[1]
+        ranks = [spawn.Process(target=join, args=(r, job, port, found)) for job in ("7", "8") for r in (1, 0)]
+        for process in ranks:
+            process.start()
+        answers = sorted(found.get(timeout=90) for _ in ranks)
+        for process in ranks:
+            process.join(30)
+    assert answers == [("7", 0, "7"), ("7", 1, "7"), ("8", 0, "8"), ("8", 1, "8")]
+    assert [process.exitcode for process in ranks] == [0] * 4
+
+
+def test_nobody_there_is_an_error_that_says_what_to_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"rank 1 of 2 did not find rank 0 at 127.0.0.1 in 1 s: .*MASTER_ADDR"),
+        meet(World(1, 2, 1, "127.0.0.1", free_port(), "srun"), seconds=1),
+    ):
+        pass
+
+
+def test_no_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_DOORS", 1)
+    with (
+        socket.create_server(("", 0)) as taken,
+        pytest.raises(UserError, match="set MASTER_PORT"),
+        meet(World(0, 2, 0, "127.0.0.1", taken.getsockname()[1], "srun")),
+    ):
+        pass
