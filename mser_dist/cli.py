@@ -5,11 +5,12 @@ import errno
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from mser_dist import __version__
+from mser_dist import __version__, cli_cluster, preempt
 from mser_dist.errors import UserError
 from mser_dist.quiet import hush
 
@@ -25,7 +26,8 @@ CONFIG is a YAML file or the name of a preset (`mser config` lists them). Words 
 
   mser train demo_stage1 train.lr=3e-4 data.sets=shards/a,shards/b out=runs/try
 
-The same command on an unfinished run folder continues from its newest checkpoint.
+The same command on an unfinished run folder continues from its newest checkpoint. Ctrl-C, TERM, USR1 or USR2 to any
+rank: all ranks save the step and the command ends with exit code 75; Ctrl-C twice ends it without saving.
 """
 _EVAL_HELP = """\
 Evaluate finished runs: stage 1 by cosine to label prompts, stage 2 by the log-likelihood of every label, per corpus and
@@ -55,7 +57,8 @@ DeepSpeed ZeRO-3, evaluate on Greek, Russian and Persian, which were never heard
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb and return the exit code: 0, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
+    """Run a verb and return the exit code: 0, 2 for a mistake that the user can mend, 75 for a run that was stopped and
+    has saved, 130 for Ctrl-C."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     # argparse takes no more key=value words once an option stood among them: they are what is left over.
@@ -67,30 +70,39 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except UserError as error:
-        return _fail(options.debug, str(error))
+        return _leave(options.debug, f"error: {error}", 2)
+    except preempt.Stopped as stop:
+        return _leave(options.debug, str(stop), preempt.SAVED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _fail(
-            options.debug, f"the disk is full ({error.filename or 'while writing'}): free space and start again"
-        )
+        full = f"error: the disk is full ({error.filename or 'while writing'}): free space and start again"
+        return _leave(options.debug, full, 2)
     except KeyboardInterrupt:
         print("mser: interrupted; the same command continues from the last checkpoint or shard", file=sys.stderr)
         return 130
 
 
-def _fail(debug: bool, message: str) -> int:
+def _leave(debug: bool, message: str, code: int) -> int:
+    """Say one line and end with `code`: of a mistake each rank speaks, of an orderly stop only rank 0."""
     if debug:
         traceback.print_exc()
-    rank, several = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
-    if several:  # a launcher that ends its ranks should see code 2 of one that has spoken, not the signal's
+    srun = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # before or after `distributed.init` has set RANK
+    rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID", "0") if srun else "0")
+    several = srun or os.environ.get("WORLD_SIZE", "1") != "1"
+    if srun and rank != "0" and code == 2:
+        # Most mistakes are every rank's: rank 0 says it, srun then ends the others, and they need not say it again.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
+        time.sleep(10)
+    if several:  # a launcher that ends its ranks should see the code of one that has spoken, not the signal's
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    where = "" if rank == "0" else f" (rank {rank})"
-    print(f"mser: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if rank == "0" or code == 2:
+        text = message if rank == "0" else message.replace("error:", f"error (rank {rank}):", 1)
+        print(f"mser: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if several and "torch" in sys.modules:
-        os._exit(2)  # a normal exit would wait in the process group's destructor for peers that are still at work
-    return 2
+        os._exit(code)  # a normal exit would wait in the process group's destructor for peers that are still at work
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = verb("verify", _verify, "check every hash, count and clip of sets of shards")
     check.add_argument("sets", metavar="SET", nargs="+", help="folder of shards")
+
+    cli_cluster.add_verbs(verb, config_words)
     return parser
 
 
@@ -199,7 +213,7 @@ def _ranks(options: argparse.Namespace, verb: str) -> int | None:
         return None
     if options.nproc < 1:
         raise UserError(f"--nproc must be 1 or more, not {options.nproc}")
-    from mser_dist.launch import local
+    from mser_dist.local_ranks import local
 
     debug = ["--debug"] if options.debug else []
     return local(options.nproc, [verb, options.config, *options.words, *debug])

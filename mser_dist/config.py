@@ -209,7 +209,16 @@ class Tracking:
     uri: str | None = opt(None, "MLflow tracking URI; null: MLFLOW_TRACKING_URI, else mlflow.db beside the run folder")
     run_name: str | None = opt(None, "name of the MLflow run; null: the run folder's name")
     enabled: bool = opt(True, "log to MLflow; the JSONL log in the run folder is always written")
-    parent: str | None = opt(None, "id of the MLflow run that this one is a part of, e.g. a sweep's (`mser sweep` sets it)")
+    parent: str | None = opt(
+        None, "id of the MLflow run that this one is a part of, e.g. a sweep's (`mser sweep` sets it)"
+    )
+
+    def check(self) -> None:
+        if self.uri and re.search(r"//[^/]*:[^/]*@", self.uri):
+            raise UserError(
+                "tracking.uri holds a password, and config.yaml keeps every key: leave it out, and export "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI for a database"
+            )
 
 
 @dataclass(kw_only=True)
@@ -249,6 +258,7 @@ class Common:
         positive("engine.peer_seconds", self.engine.peer_seconds)
         one_of("engine.dtype", self.engine.dtype, DTYPES)
         one_of("engine.attention", self.engine.attention, KERNELS)
+        self.tracking.check()
 
 
 @dataclass(kw_only=True)
@@ -331,6 +341,7 @@ class Evaluation:
         positive("batch", self.batch)
         one_of("dtype", self.dtype, DTYPES)
         one_of("attention", self.attention, KERNELS)
+        self.tracking.check()
         if not (self.stage1 or self.stage2):
             raise UserError("stage1 and stage2 are both unset: name the run folder of a finished run")
 

@@ -27,7 +27,7 @@ from mser_dist.models.attention import Attention, choose
 from mser_dist.models.scoring import AnswerScorer, PromptScorer
 from mser_dist.models.text import TextTower
 from mser_dist.progress import bar
-from mser_dist.tracking import Tracker, run_id_of, tracked
+from mser_dist.tracking import Tracker, tracked
 from mser_dist.watchdog import Watchdog
 
 
@@ -106,11 +106,13 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         distributed.init(world, 30.0, device)
     if world.is_main:  # an evaluation never resumes: each is an MLflow run of its own
         run_folder.prepare(out, to_yaml(config), anew=True)
-    tags: dict[str, str] = {"mser.stage": "eval"}
-    for stage, run in runs.items():
-        tags[f"mser.stage{stage}_run_id"] = run_id_of(run) or ""
+    links = {f"mser.stage{stage}_run_id": Path(run) for stage, run in runs.items()}
+    tags = {"mser.stage": "eval"}
     watchdog = Watchdog(world, silence=120.0, stall=30 * 60.0)
-    with watchdog.watch(), tracked(config.tracking, out, tags, flatten(config), world.is_main) as tracker:
+    with (
+        watchdog.watch(),
+        tracked(config.tracking, out, tags, flatten(config), world.is_main, links=links) as tracker,
+    ):
         rows, tables, predictions = _score_all(config, exports, shards, world, attention, device, watchdog)
         report: dict[str, Any] = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
         if tracker:

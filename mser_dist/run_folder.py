@@ -38,11 +38,14 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
 def prepare(out: Path, config_text: str, anew: bool = False) -> None:
     """Make the folder; `UserError` if it cannot be written.
 
-    A start that left no checkpoint is forgotten, with its log and its MLflow run id; with `anew`, so is any start.
+    A start of another config that left no checkpoint is forgotten, with its log and its MLflow run id; with `anew`, so
+    is any start.
     """
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if anew or not _has_checkpoint(out):
+        saved = out / "config.yaml"
+        same = saved.is_file() and saved.read_text(encoding="utf-8") == config_text
+        if anew or not (same or _has_checkpoint(out)):
             for name in ("log.jsonl", "mlflow.json"):
                 (out / name).unlink(missing_ok=True)
         write_text(out / "config.yaml", config_text)

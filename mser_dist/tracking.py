@@ -1,14 +1,15 @@
-"""One record of a run: a JSONL log in the run folder, always, and MLflow, which may fail without harm.
+"""One record of a run: a JSONL log in the run folder, always, and MLflow, which may be slow, dead or absent.
 
-Rank 0 only. The MLflow run id is kept in ``<run>/mlflow.json``: a resumed training continues the same MLflow run.
+Rank 0 only. Every call writes to the run folder and returns; one thread reads it there and talks to MLflow, so that a
+server can hold up that thread alone. What it has not sent by the end, ``mser sync RUN`` sends later, and so does the
+next start of the run, which continues the same MLflow run.
 """
 
 import json
-import os
-import re
+import math
+import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,118 +17,105 @@ from typing import Any
 from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.files import write_json
+from mser_dist.preempt import Stopped
+from mser_dist.tracking_record import NOT_NUMBERS, Record, lock, now_ms, tracking_uri, unlock
+from mser_dist.tracking_record import run_id_of as run_id_of  # callers have it from here
+from mser_dist.tracking_sync import Sender, prepare_mlflow, refused, say, trouble
 
-# A dead server must not hold up a training: MLflow's own defaults retry for minutes.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-
-
-def tracking_uri(config: cfg.Tracking, out: Path) -> str:
-    """The config's URI, else MLFLOW_TRACKING_URI, else a sqlite file beside the run folder."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve().parent / 'mlflow.db'}"
-
-
-def run_id_of(run: str | Path) -> str | None:
-    """The MLflow run id of a run folder, or None where it was not tracked."""
-    try:
-        return json.loads((Path(run) / "mlflow.json").read_text(encoding="utf-8"))["run_id"]
-    except (OSError, ValueError, KeyError):
-        return None
+# All in seconds.
+_EVERY = 2.0  # between two sendings
+_LONGEST_PAUSE = 60.0  # between two attempts while MLflow fails
+_SAMPLE_EVERY = 10.0  # between two readings of the machine's load
+_FIRST_ANSWER = 10.0  # that `Tracker.run_id` waits
+# That the end of a run waits for MLflow. A job that is stopped has little time to live, a failed one has peers waiting.
+PATIENCE = {"FINISHED": 20.0, "FAILED": 5.0, "KILLED": 5.0}
 
 
 class Tracker:
-    """Logs of one run. Every MLflow call is guarded: the first failure is a warning and switches MLflow off."""
+    """The log of one run, and the thread that sends it."""
 
-    def __init__(self, config: cfg.Tracking, out: Path, tags: dict[str, str], params: dict[str, str]) -> None:
+    def __init__(
+        self,
+        config: cfg.Tracking,
+        out: Path,
+        tags: dict[str, str],
+        params: dict[str, str],
+        links: dict[str, Path] | None = None,
+    ) -> None:
         self.out = out
         uri = tracking_uri(config, out)
-        self.uri = re.sub(r"//[^/@]*@", "//", uri)  # what is written down and printed holds no password
-        self.run_id: str | None = None
-        self._started = time.monotonic()
+        self._record = record = Record.of(out, config, uri)
+        self.uri = record.tracking_uri  # what is written down and printed holds no password
+        self._opened = time.monotonic()
         log = out / "log.jsonl"
         cut = log.is_file() and not log.read_bytes().endswith(b"\n")
         self._log = log.open("a", encoding="utf-8")
         if cut:  # a kill in the middle of a line: the next one begins afresh
             self._log.write("\n")
-        self._alive = config.enabled
-        self._guard(lambda: self._start(config, uri, tags, params))
+        self._first_byte = log.stat().st_size
+        if parent := getattr(config, "parent", None):
+            tags = {**tags, "mlflow.parentRunId": parent}
+        record.tags |= tags
+        record.links |= {name: str(run.resolve()) for name, run in (links or {}).items()}
+        record.add_params(params)
+        record.save(out, status="RUNNING", ended=None)
 
-    def _start(self, config: cfg.Tracking, uri: str, tags: dict[str, str], params: dict[str, str]) -> None:
-        for name, value in _PATIENCE.items():
-            os.environ.setdefault(name, value)
-        import mlflow
+        self._held = lock(out)
+        self._sender = Sender(out, record, uri)
+        self._answered, self._closing, self._given_up = threading.Event(), threading.Event(), threading.Event()
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if config.enabled:
+            try:
+                # Here and not in the thread: data workers are forked while it runs, and one forked in the middle of
+                # another thread's import can wait for it for ever.
+                prepare_mlflow(uri)
+                self._machine = _Machine()
+                self._thread = threading.Thread(target=self._deliver, name="mser-mlflow", daemon=True)
+                self._thread.start()
+            except Exception as error:  # whatever the tracker does, training goes on
+                say(f"warning: MLflow at {self.uri} {trouble(error)}; log.jsonl has every number")
 
-        mlflow.set_tracking_uri(uri)
-        if mlflow.get_experiment_by_name(config.experiment) is None:
-            place = None
-            if self.uri.startswith("sqlite:"):
-                place = (self.out.resolve().parent / "mlartifacts").as_uri()
-            # The kind decides which of MLflow's pages open: without it, those for LLM agents.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            mlflow.create_experiment(config.experiment, artifact_location=place, tags=kind)
-        mlflow.set_experiment(config.experiment)
-        mlflow.set_system_metrics_sampling_interval(5)
-        known = run_id_of(self.out)
-        run = mlflow.start_run(
-            run_id=known, run_name=config.run_name or self.out.name, tags=tags, log_system_metrics=True
-        )
-        self.run_id = run.info.run_id
-        if known is None:
-            write_json(self.out / "mlflow.json", {"run_id": self.run_id, "tracking_uri": self.uri})
-            mlflow.log_params({key: value[:6000] for key, value in params.items()})
-
-    def _guard(self, call: Callable[[], Any]) -> None:
-        if not self._alive:
-            return
-        try:
-            call()
-        except Exception as error:  # whatever the tracker's server does, training goes on
-            self._alive = False
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            warnings.warn(f"MLflow at {self.uri} failed and is switched off for this run: {reason}", stacklevel=3)
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run id, None if there is none yet. Waits for MLflow's first answer, but not long."""
+        if self._thread is not None and self._record.run_id is None:
+            self._answered.wait(_FIRST_ANSWER)
+        return self._record.run_id
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Log numbers at a step."""
-        line = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **values}
+        seconds = round(time.monotonic() - self._opened, 3)
+        line = {"step": step, "seconds": seconds, "time": round(time.time(), 3), **values}
         self._log.write(json.dumps(line) + "\n")
         self._log.flush()
 
-        def send() -> None:
-            import mlflow
-
-            mlflow.log_metrics(values, step=step, synchronous=False)
-
-        self._guard(send)
-
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Attach a file to the run."""
-
-        def send() -> None:
-            import mlflow
-
-            mlflow.log_artifact(str(path), folder)
-
-        self._guard(send)
+        """Attach a file to the run. It is sent from where it is: it should stay there."""
+        if not path.is_file():
+            say(f"warning: no file {path}: MLflow does not get it")
+            return
+        self._record.add_artifact(self.out, path, folder)
+        self._record.save(self.out)
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
-        """Attach a table, which MLflow's pages show and compare."""
-
-        def send() -> None:
-            import mlflow
-
-            columns = {key: [row[key] for row in rows] for key in rows[0]}
-            mlflow.log_table(columns, name)
-
-        self._guard(send)
+        """Write a table into the run folder and attach it; MLflow's pages show and compare it."""
+        # What MlflowClient.log_table uploads; that call would append the rows again at every sending.
+        columns = list(rows[0])
+        data = [[_json_value(row[column]) for column in columns] for row in rows]
+        write_json(self.out / name, {"columns": columns, "data": data})
+        tables = json.loads(self._record.tags.get("mlflow.loggedArtifacts", "[]"))
+        if (entry := {"path": name, "type": "table"}) not in tables:
+            tables.append(entry)
+        self._tag("mlflow.loggedArtifacts", json.dumps(tables))
+        self.artifact(self.out / name)
 
     def describe(self, markdown: str) -> None:
         """The text on the run's overview page."""
+        self._tag("mlflow.note.content", markdown)
 
-        def send() -> None:
-            import mlflow
-
-            mlflow.set_tag("mlflow.note.content", markdown)
-
-        self._guard(send)
+    def _tag(self, name: str, value: str) -> None:
+        self._record.save(self.out, tags={**self._record.tags, name: value})
 
     def rows(self) -> list[dict[str, float]]:
         """Every logged line so far, those of earlier starts of the run included, in the order of steps.
@@ -137,38 +125,132 @@ class Tracker:
         """
         last: dict[tuple[Any, ...], dict[str, float]] = {}
         for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
                 row = json.loads(line)
-                last[row["step"], *sorted(row.keys() - {"step", "seconds"})] = row
+                row.pop("time", None)
+                last[row["step"], *sorted(row.keys() - NOT_NUMBERS)] = row
         return sorted(last.values(), key=lambda row: row["step"])
 
     def close(self, status: str) -> None:
-        """End the MLflow run as FINISHED, FAILED or KILLED."""
+        """End the MLflow run as FINISHED, FAILED or KILLED, within about `PATIENCE`. The first call counts."""
+        if self._log.closed:  # a watchdog ends the run from another thread
+            return
         self._log.close()
+        with suppress(OSError):  # a full disk must not hide the error that ended the run
+            self._record.save(self.out, status=status, ended=now_ms())
+        if self._thread is None:
+            if self._held is not None:
+                unlock(self._held)
+            return
+        self._closing.set()
+        patience = PATIENCE[status]
+        self._thread.join(min(2.0, patience))
+        if self._thread.is_alive():
+            say(f"sending the rest to MLflow at {self.uri}, for {patience:.0f} s at most")
+            self._thread.join(max(0.0, patience - 2.0))
+        self._given_up.set()
+        self._thread.join(1.0)  # unless it is in the middle of a request, it is at its end now, and gives the lock back
+        if self._thread.is_alive() or self._failure:
+            with (self.out / "log.jsonl").open("rb") as log:
+                log.seek(max(self._first_byte, self._sender.done_to))
+                lines = sum(1 for _ in log)
+            what = f"{lines} lines of log.jsonl are" if lines else "files, tags or the status are"
+            why = trouble(self._failure) if self._failure else "is slow"
+            say(f"warning: MLflow at {self.uri} {why}: {what} not sent; `mser sync {self.out}` sends them later")
 
-        def end() -> None:
-            import mlflow
+    def _deliver(self) -> None:
+        """The thread: send, pause, until the run is closed and all is sent; after a failure, try again."""
+        pause, sample = _EVERY, 0.0
+        while not self._given_up.is_set():
+            closing = self._closing.is_set()  # read before sending: all that was logged by then goes along
+            try:
+                self._held = lock(self.out) if self._held is None else self._held
+                if self._held is None:
+                    raise RuntimeError("another process is sending this run")
+                self._sender.connect()
+                self._answered.set()
+                self._sender.send()
+                if not closing and time.monotonic() >= sample:
+                    sample = time.monotonic() + _SAMPLE_EVERY
+                    # Seconds of wall-clock time as the step: they go on through every start of the run.
+                    self._sender.send_live(self._machine.read(), (now_ms() - self._record.started) // 1000)
+                if self._failure and not closing:
+                    say(f"MLflow at {self.uri} answers again")
+                self._failure, pause = None, _EVERY
+                if closing:
+                    break
+            except Exception as error:
+                first, self._failure = self._failure is None, error
+                self._answered.set()
+                if closing and refused(error):
+                    break
+                if first and not closing:
+                    say(f"warning: MLflow at {self.uri} {trouble(error)}; the run goes on, and it is tried again")
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            if closing:
+                self._given_up.wait(1.0)
+            else:
+                self._closing.wait(pause)
+        if self._held is not None:
+            unlock(self._held)
 
-            mlflow.flush_async_logging()
-            mlflow.end_run(status)
 
-        self._alive = self.run_id is not None  # tried also after a failure: the run should not stay open for ever
-        self._guard(end)
+class _Machine:
+    """The load of this machine, by the names under which MLflow's pages know it."""
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+        from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+
+        self._monitors: list[Any] = []
+        for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor, ROCMMonitor):
+            with suppress(Exception):  # no such device, or no library for it
+                monitor = kind()
+                monitor.collect_metrics()  # the CPU's load is counted from one reading to the next
+                monitor.clear_metrics()
+                self._monitors.append(monitor)
+
+    def read(self) -> dict[str, float]:
+        """The numbers of this moment."""
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            with suppress(Exception):
+                monitor.collect_metrics()
+                values |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
+        return values
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def tracked(
-    config: cfg.Tracking, out: Path, tags: dict[str, str], params: dict[str, str], main: bool
+    config: cfg.Tracking,
+    out: Path,
+    tags: dict[str, str],
+    params: dict[str, str],
+    main: bool,
+    links: dict[str, Path] | None = None,
 ) -> Iterator[Tracker | None]:
-    """The tracker of a run on rank 0, None elsewhere; ends the MLflow run with the status that the block ends with."""
+    """The tracker of a run on rank 0, None elsewhere; ends the MLflow run with the status that the block ends with.
+
+    links: tags whose value is the MLflow run id of another run folder, looked up when it is there to be sent.
+    """
     if not main:
         yield None
         return
-    tracker = Tracker(config, out, {"mser.version": __version__, "mser.out": str(out.resolve()), **tags}, params)
-    tracker.artifact(out / "config.yaml")
+    tags = {"mser.version": __version__, "mser.out": str(out.resolve()), **tags}
+    tracker = Tracker(config, out, tags, params, links)
+    if (out / "config.yaml").is_file():
+        tracker.artifact(out / "config.yaml")
     try:
         yield tracker
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         tracker.close("KILLED")
         raise
     except BaseException:

@@ -83,7 +83,12 @@ class _Training:
         with self.watchdog.watch():
             self._load()
             with tracked(
-                self.config.tracking, self.out, self._tags(), flatten(self.config) | self._facts(), self.world.is_main
+                self.config.tracking,
+                self.out,
+                {"mser.stage": str(self.config.stage)},
+                flatten(self.config) | self._facts(),
+                self.world.is_main,
+                links={"mser.stage1_run_id": Path(self.config.stage1)} if isinstance(self.config, cfg.Stage2) else None,
             ) as tracker:
                 if tracker:
                     self.watchdog.at_end = lambda: tracker.close("FAILED")
@@ -313,12 +318,6 @@ class _Training:
             "shuffled_labels": data.shuffle_labels,
             **self.stage.card(),
         }
-
-    def _tags(self) -> dict[str, str]:
-        tags = {"mser.stage": str(self.config.stage)}
-        if isinstance(self.config, cfg.Stage2):
-            tags["mser.stage1_run_id"] = run_id_of(self.config.stage1) or ""
-        return tags
 
     def _facts(self) -> dict[str, str]:
         parameters = list(self.stage.model.parameters())

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"mser_dist", "ds_configs", "slurm", "tests", "tools"}
 PYTHON_FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 SHELL_FILES = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "tools").glob("*.sh")), ROOT / ".ci" / "run"]
-STAGES = ("stage1", "stage2")
+VERBS = {"stage1": "train", "stage2": "train", "eval": "eval"}
+STAGES = tuple(VERBS)
 
 
 def tracked_files() -> list[str]:
@@ -87,7 +88,8 @@ def test_job_scripts_hand_config_and_overrides_to_train(
     done = run_job_script(stage, tmp_path, arguments)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    expected = ["/bin/true", "train", *(word.format(stage=stage) for word in train)]
+    task = ["bash", str(ROOT / "slurm" / "task.sh")]
+    expected = [*task, "/bin/true", VERBS[stage], *(word.format(stage=stage) for word in train)]
     assert lines == ["--kill-on-bad-exit=1", "--cpus-per-task=3", *expected, "OMP=3 RANK=unset"]
 
 
@@ -100,7 +102,7 @@ def test_job_scripts_say_where_the_repository_is_looked_for(stage: str, tmp_path
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_job_scripts_default_to_a_preset_that_exists(stage: str) -> None:
-    found = re.search(r"^run_training (\S+)", (ROOT / "slurm" / f"{stage}.sh").read_text(), re.MULTILINE)
+    found = re.search(rf"^run_on_all {VERBS[stage]} (\S+)", (ROOT / "slurm" / f"{stage}.sh").read_text(), re.MULTILINE)
     assert found and (ROOT / "mser_dist" / "configs" / f"{found[1]}.yaml").is_file()
 
 

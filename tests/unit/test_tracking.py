@@ -1,27 +1,38 @@
+"""Real MLflow on sqlite, and servers that are dead or never answer. Real servers: tests/faults/test_tracker.py."""
+
 import json
 import math
 import shutil
-import warnings
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
 
 from mser_dist import config as cfg
+from mser_dist import tracking
+from mser_dist.errors import UserError
+from mser_dist.preempt import Stopped
 from mser_dist.tracking import Tracker, run_id_of, tracked, tracking_uri
+from mser_dist.tracking_sync import sync
+from tests.unit.mlflow_runs import Silent, client_of, files_of, history, log_lines, run_of, start
+
+DEAD = "http://127.0.0.1:9"  # nothing listens there
 
 
 @pytest.fixture(autouse=True)
-def leave_mlflow_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {"MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}.items():
-        monkeypatch.setenv(name, value)
-    before = mlflow.get_tracking_uri()
-    yield
-    mlflow.end_run()
-    mlflow.set_tracking_uri(before)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_EVERY", 0.1)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For servers that will not answer however long one waits."""
+    monkeypatch.setattr(tracking, "PATIENCE", dict.fromkeys(tracking.PATIENCE, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +51,11 @@ def runs(prepared: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(
-    out: Path, params: dict[str, str] | None = None, tags: dict[str, str] | None = None, **options: Any
-) -> Tracker:
-    out.mkdir(exist_ok=True)
-    # A new experiment for each: the artifact folder is kept in the experiment, and the database here is a copy.
-    return Tracker(cfg.Tracking(experiment=f"test-{out.parent.name}", **options), out, tags or {}, params or {})
-
-
-def log_lines(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+@pytest.fixture
+def silent() -> Iterator[Silent]:
+    server = Silent()
+    yield server
+    server.stop()
 
 
 def test_all_of_a_run_is_in_mlflow_and_a_resume_continues_it(runs: Path) -> None:
@@ -57,46 +63,51 @@ def test_all_of_a_run_is_in_mlflow_and_a_resume_continues_it(runs: Path) -> None
     tracker = start(out, {"train.lr": "0.001", "long": "x" * 7000}, {"mser.stage": "1"})
     run_id = tracker.run_id
     assert run_id and run_id_of(out) == run_id
-    tracker.metrics(1, {"train/loss": 2.0})
-    tracker.metrics(2, {"train/loss": 1.0, "train/lr": 1e-3})
+    for step in (1, 2):
+        tracker.metrics(step, {"train/loss": 2.0 / step, "train/lr": 1e-3})
     (out / "notes.txt").write_text("größer")
     tracker.artifact(out / "notes.txt", "texts")
-    tracker.table([{"language": "el", "ua": 0.5}, {"language": "ru", "ua": 0.25}], "zero_shot.json")
+    tracker.table([{"language": "el", "ua": 0.5}, {"language": "ru", "ua": math.nan}], "zero_shot.json")
     tracker.close("FAILED")
-    client = mlflow.MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
-    assert client.get_run(run_id).info.status == "FAILED"
+    assert run_of(out).info.status == "FAILED"
+    logged = [(point.timestamp, point.step) for point in client_of(runs).get_metric_history(run_id, "train/loss")]
+    assert sorted(logged) == [(int(1000 * row["time"]), row["step"]) for row in log_lines(out)]
 
-    again = start(out, {"train.lr": "0.001"}, {"mser.stage": "1"})
+    again = start(out, {"train.lr": "changed", "new": "1"}, {"mser.stage": "1"})
     assert again.run_id == run_id
-    assert client.get_run(run_id).info.status == "RUNNING"
+    again.metrics(2, {"train/loss": 1.25})  # once more, after a checkpoint of step 1: the first one stays
     again.metrics(3, {"train/loss": 0.5})
+    while run_of(out).info.status != "RUNNING":
+        time.sleep(0.05)
+    again.table([{"language": "el", "ua": 0.75}], "zero_shot.json")
     again.close("FINISHED")
 
-    run = client.get_run(run_id)
-    assert run.info.status == "FINISHED"
-    assert run.info.run_name == "stage1"
-    assert run.data.params["train.lr"] == "0.001" and len(run.data.params["long"]) == 6000
-    assert run.data.tags["mser.stage"] == "1"
-    history = client.get_metric_history(run_id, "train/loss")
-    assert sorted((point.step, point.value) for point in history) == [(1, 2.0), (2, 1.0), (3, 0.5)]
+    run = run_of(out)
+    assert run.info.status == "FINISHED" and run.info.run_name == "stage1"
+    assert run.data.params == {"train.lr": "0.001", "long": "x" * 6000, "new": "1"}
+    assert run.data.tags["mser.stage"] == "1" and run.data.tags["mlflow.user"]
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "zero_shot.json", "type": "table"}]
+    assert history(out, "train/loss") == [(1, 2.0), (2, 1.0), (3, 0.5)]
     assert run.data.metrics["train/lr"] == 1e-3
-    files = {path.name: path for path in (runs / "mlartifacts").rglob("*") if path.is_file()}
+    files = files_of(runs)
     assert files["notes.txt"].read_text() == "größer" and files["notes.txt"].parent.name == "texts"
-    assert json.loads(files["zero_shot.json"].read_text()) == {
-        "columns": ["language", "ua"],
-        "data": [["el", 0.5], ["ru", 0.25]],
-    }
-    assert [row["step"] for row in again.rows()] == [1, 2, 3]
+    assert json.loads(files["zero_shot.json"].read_text()) == {"columns": ["language", "ua"], "data": [["el", 0.75]]}
+    assert [row["step"] for row in again.rows()] == [1, 2, 2, 3]
+
+
+def test_the_machines_load_goes_along(runs: Path) -> None:
+    tracker = start(runs / "run")
+    assert tracker.run_id
+    while not (names := [name for name in run_of(runs / "run").data.metrics if name.startswith("system/")]):
+        time.sleep(0.05)
+    tracker.close("FINISHED")
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(names)
 
 
 def test_sibling_runs_share_an_experiment(runs: Path) -> None:
-    ids = []
     for name in ("stage1", "stage2"):
-        tracker = start(runs / name, run_name=f"my {name}")
-        ids.append(tracker.run_id)
-        tracker.close("FINISHED")
-    client = mlflow.MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
-    first, second = (client.get_run(run_id).info for run_id in ids)
+        start(runs / name, run_name=f"my {name}").close("FINISHED")
+    first, second = (run_of(runs / name).info for name in ("stage1", "stage2"))
     assert first.run_id != second.run_id
     assert first.experiment_id == second.experiment_id
     assert (first.run_name, second.run_name) == ("my stage1", "my stage2")
@@ -110,68 +121,105 @@ def test_where_a_run_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert tracking_uri(cfg.Tracking(uri="sqlite:///x.db"), out) == "sqlite:///x.db"
 
 
-def test_the_environment_decides_where(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_decides_where_and_sync_remembers_it(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = runs / "elsewhere.db"
     shutil.move(runs / "mlflow.db", elsewhere)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere}")
-    tracker = start(runs / "run")
-    tracker.close("FINISHED")
+    start(runs / "run").close("FINISHED")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert str(elsewhere) in sync(runs / "run")
     run_id = run_id_of(runs / "run")
     assert run_id and mlflow.MlflowClient(f"sqlite:///{elsewhere}").get_run(run_id).info.status == "FINISHED"
     assert not (runs / "mlflow.db").exists()
 
 
-def test_a_dead_server_warns_once_and_the_log_is_complete(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with pytest.warns(UserWarning, match=r"MLflow at http://127\.0\.0\.1:9 failed and is switched off") as caught:
-        tracker = start(out, uri="http://127.0.0.1:9")
-    assert len([w for w in caught if "MLflow at" in str(w.message)]) == 1
-    assert "\n" not in str(caught[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step in range(5):
-            tracker.metrics(step, {"loss": 1.0 / (step + 1)})
-        tracker.artifact(out / "log.jsonl")
-        tracker.table([{"a": 1}], "t.json")
-        tracker.close("FINISHED")
-    assert tracker.run_id is None and run_id_of(out) is None
-    assert [(row["step"], row["loss"]) for row in log_lines(out)] == [(n, 1.0 / (n + 1)) for n in range(5)]
-
-
-def test_a_call_that_fails_switches_mlflow_off_and_the_run_still_ends(runs: Path) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_a_run_with_a_dead_server_is_complete_and_synced_later(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = runs / "run"
-    tracker = start(out)
-    tracker.metrics(1, {"loss": 1.0})
-    with pytest.warns(UserWarning, match="switched off for this run"):
-        tracker.artifact(out / "no such file")
-    tracker.metrics(2, {"loss": 0.5})
-    tracker.close("FAILED")
-    assert [row["step"] for row in log_lines(out)] == [1, 2]
-    run_id = run_id_of(out)
-    assert run_id
-    client = mlflow.MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
-    assert client.get_run(run_id).info.status == "FAILED"
-    assert [point.step for point in client.get_metric_history(run_id, "loss")] == [1]
+    tracker = start(out, {"train.lr": "0.5"}, {"mser.stage": "1"}, uri=DEAD)
+    assert tracker.run_id is None  # it has been tried
+    for step in range(5):
+        tracker.metrics(step, {"loss": 1.0 / (step + 1), "bad": math.nan if step == 3 else math.inf})
+    tracker.describe("# What it is")
+    tracker.table([{"a": 1}], "t.json")
+    tracker.close("KILLED")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and "Connection refused); the run goes on" in said[0]
+    assert "sending the rest" in said[1]
+    assert "5 lines of log.jsonl are not sent" in said[2] and f"`mser sync {out}`" in said[2]
+    assert [(row["step"], row["loss"]) for row in log_lines(out)] == [(n, 1.0 / (n + 1)) for n in range(5)]
+    assert run_id_of(out) is None
+
+    where = f"sqlite:///{runs / 'mlflow.db'}"
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer .*refused"):
+        sync(out)
+    line = sync(out, where)
+    assert line == f"{out}: 10 of 10 numbers and 2 files sent to {where}, run {run_id_of(out)}, status KILLED"
+    run = run_of(out)
+    assert (run.info.status, run.data.params) == ("KILLED", {"train.lr": "0.5"})
+    assert (run.data.tags["mser.stage"], run.data.tags["mlflow.note.content"]) == ("1", "# What it is")
+    assert history(out, "loss") == [(n, 1.0 / (n + 1)) for n in range(5)]
+    assert math.isnan(history(out, "bad")[3][1]) and len(history(out, "bad")) == 5
+    times = {point.timestamp for point in client_of(runs).get_metric_history(run.info.run_id, "loss")}
+    assert times == {int(1000 * row["time"]) for row in log_lines(out)}
+    assert run.info.start_time <= min(times) and max(times) <= run.info.end_time
+    assert set(files_of(runs)) >= {"t.json", "config.yaml"}
+    # Again: nothing. And on: the same run.
+    before = run_id_of(out)
+    assert f"0 of 10 numbers sent to {where}" in sync(out) and run_id_of(out) == before
+    again = start(out)
+    again.metrics(5, {"loss": 0.0})
+    again.close("FINISHED")
+    assert run_id_of(out) == before and run_of(out).info.status == "FINISHED"
+    assert [step for step, _ in history(out, "loss")] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_never_answers_holds_nothing_up(
+    runs: Path, silent: Silent, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1000")  # what returns has not waited for it
+    monkeypatch.setattr(tracking, "_FIRST_ANSWER", 0.1)
+    out = runs / "run"
+    with tracked(cfg.Tracking(uri=silent.uri, experiment=f"test-{runs.name}"), *_prepared(out)) as tracker:
+        assert tracker and silent.heard.wait(30)
+        for step in range(100):
+            tracker.metrics(step, {"loss": float(step)})
+        tracker.describe("text")
+        assert tracker.run_id is None
+    assert len(tracker.rows()) == 100
+    assert "is slow: 100 lines of log.jsonl are not sent" in capsys.readouterr().err
+    assert tracker._thread and tracker._thread.is_alive()  # still waiting for the first answer
+    with pytest.raises(UserError, match="is in use"):  # and about to send, if there is one
+        sync(out)
+
+
+def _prepared(out: Path) -> tuple[Path, dict[str, str], dict[str, str], bool]:
+    out.mkdir()
+    (out / "config.yaml").write_text("stage: 1\n")
+    return out, {"a": "b"}, {}, True
 
 
 @pytest.mark.parametrize(
-    ("end", "status"), [(None, "FINISHED"), (RuntimeError("x"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+    ("end", "status"),
+    [
+        (None, "FINISHED"),
+        (RuntimeError("x"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (Stopped("SIGUSR2", 7), "KILLED"),
+    ],
 )
 def test_the_status_tells_how_a_run_ended(runs: Path, end: BaseException | None, status: str) -> None:
     out = runs / "run"
-    out.mkdir()
-    (out / "config.yaml").write_text("stage: 1\n")
     with (
         nullcontext() if end is None else pytest.raises(type(end)),
-        tracked(cfg.Tracking(experiment=f"test-{runs.name}"), out, {"a": "b"}, {}, main=True) as tracker,
+        tracked(cfg.Tracking(experiment=f"test-{runs.name}"), *_prepared(out)) as tracker,
     ):
         assert tracker
         tracker.describe("# What it is")
         if end:
             raise end
-    run_id = run_id_of(out)
-    assert run_id
-    run = mlflow.MlflowClient(f"sqlite:///{runs / 'mlflow.db'}").get_run(run_id)
+    run = run_of(out)
     assert run.info.status == status
     assert (run.data.tags["a"], run.data.tags["mser.out"]) == ("b", str(out))
     assert run.data.tags["mlflow.note.content"] == "# What it is"
@@ -184,15 +232,119 @@ def test_other_ranks_track_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_tracking_can_be_switched_off(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    tracker = Tracker(cfg.Tracking(enabled=False), out, {}, {})
+def test_a_run_without_tracking_can_be_synced(runs: Path) -> None:
+    out = runs / "run"
+    tracker = start(out, {"fact": "1"}, enabled=False)
+    with pytest.raises(UserError, match="in use"):
+        sync(out)
     tracker.metrics(1, {"loss": 1.0})
     tracker.close("FINISHED")
-    assert tracker.run_id is None
+    assert tracker.run_id is None and run_id_of(out) is None
     assert [row["loss"] for row in log_lines(out)] == [1.0]
-    assert not (tmp_path / "mlflow.db").exists()
+    assert "1 of 1 numbers and 1 files sent" in sync(out)
+    assert (run_of(out).info.status, run_of(out).data.params) == ("FINISHED", {"fact": "1"})
+
+
+def test_a_run_folder_of_an_earlier_version_is_synced(runs: Path) -> None:
+    out = runs / "run"
+    out.mkdir()
+    lines = [
+        '{"step": 1, "seconds": 2.5, "loss": 3.0}',
+        '{"step": 1, "loss": 4}',
+        "[1]",
+        '{"step": 2}',
+        '{"step": 3, "l',
+    ]
+    (out / "log.jsonl").write_text("\n".join(lines))
+    (out / "config.yaml").write_text("stage: 2\ntrain: {lr: 0.1}\n")
+    (out / "summary.json").write_text("{}")
+    assert "1 of 1 numbers and 1 files" in sync(out)
+    run = run_of(out)
+    assert (run.info.status, run.data.params) == ("FINISHED", {"stage": "2", "train.lr": "0.1"})
+    assert history(out, "loss") == [(1, 3.0)] and run.data.tags["mser.stage"] == "2"
+
+
+def test_stage_2_is_linked_to_a_stage_1_that_gets_its_id_later(runs: Path) -> None:
+    one, two = runs / "one", runs / "two"
+    start(one, enabled=False).close("FINISHED")
+    config = cfg.Tracking(experiment=f"test-{runs.name}")
+    config.parent = "0123456789abcdef0123456789abcdef"  # type: ignore[attr-defined,unused-ignore]
+    with tracked(config, *_prepared(two), links={"mser.stage1_run_id": one}):
+        pass
+    assert "mser.stage1_run_id" not in run_of(two).data.tags
+    assert run_of(two).data.tags["mlflow.parentRunId"] == config.parent  # type: ignore[attr-defined,unused-ignore]
+    sync(one)
+    sync(two)
+    assert run_of(two).data.tags["mser.stage1_run_id"] == run_id_of(one)
+
+
+def test_a_run_that_was_made_but_not_noted_down_is_found(runs: Path) -> None:
+    out = runs / "run"
+    tracker = start(out)
+    tracker.metrics(1, {"loss": 1.0})
+    tracker.close("FINISHED")
+    record = json.loads((out / "mlflow.json").read_text())
+    (out / "mlflow.json").write_text(json.dumps(record | {"run_id": None}))
+    assert "0 of 1 numbers and" in sync(out)
+    assert run_id_of(out) == record["run_id"]
+
+
+def test_a_run_whose_database_is_gone_is_sent_anew(runs: Path, prepared: Path) -> None:
+    out = runs / "run"
+    tracker = start(out)
+    tracker.metrics(1, {"loss": 1.0})
+    tracker.close("FINISHED")
+    before = run_id_of(out)
+    shutil.copy(prepared, runs / "mlflow.db")
+    assert "1 of 1 numbers and 1 files sent" in sync(out)
+    assert run_id_of(out) != before and history(out, "loss") == [(1, 1.0)]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_passwords_are_in_no_file_and_on_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    uri = "http://me:sec@ret@127.0.0.1:9?password=secret"
+    tracker = start(out, {"tracking.uri": uri}, uri=uri)
+    tracker.metrics(1, {"loss": 1.0})
+    tracker.close("FINISHED")
+    with pytest.raises(UserError) as caught:
+        sync(out, uri)
+    written = "".join(path.read_text() for path in out.iterdir())
+    for text in (written, *capsys.readouterr(), str(caught.value)):
+        assert "sec" not in text.replace('"seconds"', "")
+    assert "127.0.0.1:9" in tracker.uri
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_uri_that_mlflow_refuses_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = start(tmp_path / "run", uri=f"file:{tmp_path}/mlruns")
+    tracker.metrics(1, {"loss": 1.0})
+    assert tracker.run_id is None
+    tracker.close("FINISHED")
+    said = capsys.readouterr().err
+    assert "refuses (The filesystem tracking backend" in said and "sqlite:///" in said
+    with pytest.raises(UserError, match="refuses"):
+        sync(tmp_path / "run")
+
+
+def test_what_cannot_be_synced(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        sync(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_gone_is_said_and_holds_up_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = runs / "run"
+    tracker = start(out, enabled=False)
+    tracker.artifact(out / "never there")
+    (out / "a.txt").write_text("a")
+    tracker.artifact(out / "a.txt")
+    (out / "a.txt").unlink()
+    tracker.close("FAILED")
+    tracker.close("FINISHED")  # the first one counts
+    assert "status FAILED" in sync(out)
+    said = capsys.readouterr().err
+    assert "no file" in said and "a.txt is gone" in said
 
 
 def test_the_log_of_a_killed_and_resumed_run_reads_as_one(tmp_path: Path) -> None:
@@ -211,11 +363,11 @@ def test_the_log_of_a_killed_and_resumed_run_reads_as_one(tmp_path: Path) -> Non
         (2, None, 0.5),
     ]
     assert rows[3]["step"] == 3 and math.isnan(rows[3]["loss"])
+    assert all(row.keys() <= {"step", "seconds", "loss", "val/ua"} for row in rows)
 
 
-def test_run_ids_of_folders_that_have_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"run_id": null}'])
+def test_run_ids_of_folders_that_have_none(tmp_path: Path, text: str) -> None:
     assert run_id_of(tmp_path) is None
-    (tmp_path / "mlflow.json").write_text("{")
-    assert run_id_of(tmp_path) is None
-    (tmp_path / "mlflow.json").write_text("{}")
+    (tmp_path / "mlflow.json").write_text(text)
     assert run_id_of(str(tmp_path)) is None
