@@ -11,10 +11,12 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+SLURM_PACKAGES := slurm-wlm slurmdbd mariadb-server munge
+HAVE_SLURM := PATH="$$PATH:/usr/sbin"; command -v sbatch && command -v slurmdbd && command -v mariadbd && command -v munged
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast lint format typecheck clean
+.PHONY: help install demo test test-slurm test-fast lint format typecheck clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,8 +40,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## synthesise speech, train both stages on two workers, print the zero-shot table
 	$(BIN)/mser demo $(DEMO)
 
-test: $(STAMP)  ## every test
+test: $(STAMP)  ## every test; those of tests/slurm where SLURM is installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@{ $(HAVE_SLURM); } >/dev/null || echo "make: no SLURM here, its tests were skipped: make test-slurm installs it and runs them"
+
+test-slurm: $(STAMP)  ## the tests on a real SLURM alone; installs Debian's packages if they are missing (root)
+	@{ $(HAVE_SLURM); } >/dev/null || if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) </dev/null; \
+	else echo "make: no SLURM here: as root on Debian or Ubuntu, apt-get install $(SLURM_PACKAGES)" >&2; exit 1; fi
+	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## the unit tests only
 	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)

@@ -226,10 +226,11 @@ def _train(options: argparse.Namespace) -> int:
     code = _ranks(options, "train")
     if code is not None:
         return code
-    from mser_dist import distributed
-    from mser_dist.train import train
+    with preempt.listen():  # from here on: a signal that comes while torch is imported is not lost
+        from mser_dist import distributed
+        from mser_dist.train import train
 
-    summary = train(config)
+        summary = train(config)
     if distributed.discover().is_main:
         val = ", ".join(f"{name} {value:.3f}" for name, value in summary["validation"].items()) or "none"
         print(f"stage {summary['stage']}: {summary['steps']} steps in {summary['seconds']:.0f} s; validation: {val}")

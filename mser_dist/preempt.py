@@ -39,19 +39,29 @@ class Flag:
             raise KeyboardInterrupt  # Ctrl-C twice: someone at the keyboard does not want to wait for a save
 
 
+_listening: Flag | None = None
+
+
 @contextmanager
 def listen() -> Iterator[Flag]:
     """Within the block, `SIGNALS` only raise the flag; behind it, the handlers of before are back.
 
-    Outside the main thread, where Python cannot handle signals, the flag is never raised.
+    A block within another shares its flag. Outside the main thread, where Python cannot handle signals, the flag is
+    never raised.
     """
+    global _listening
+    if _listening is not None:
+        yield _listening
+        return
     flag = Flag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
     before = {number: signal.signal(number, flag.up) for number in SIGNALS}
+    _listening = flag
     try:
         yield flag
     finally:
+        _listening = None
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,8 +11,8 @@ from mser_dist.config import Evaluation, Stage1, Stage2
 from mser_dist.preempt import SAVED
 
 _TRIES = 3
-# What a run that saved ends with, and one that a signal of the scheduler ended before it could (128 + its number).
-_NO_FAULT = (SAVED, 128 + 10, 128 + 12, 128 + 15)
+# What a run that saved ends with, and one that USR1 or USR2 ended before it listened to them (128 + their number).
+_NO_FAULT = (SAVED, 128 + 10, 128 + 12)
 
 
 def requeue(code: int, config: Stage1 | Stage2 | Evaluation) -> int:

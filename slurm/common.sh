@@ -1,5 +1,5 @@
 #!/bin/bash
-# What stage1.sh and stage2.sh share. Sourced by them inside the job; MSER_HOME is the repository.
+# What the job scripts share. Sourced by them inside the job; MSER_HOME is the repository.
 
 # ---- SITE SETTINGS: the environment ----------------------------------------------------------------------------------
 # module load cuda gcc                          # what your site offers; the compiler builds DeepSpeed's fused optimizers
@@ -11,26 +11,51 @@ SRUN_ARGS=()                                    # e.g. (--container-image=/image
 # export HF_HOME=/shared/huggingface            # models fetched beforehand …
 # export HF_HUB_OFFLINE=1                       # … where compute nodes have no way out
 # export MLFLOW_TRACKING_URI=http://mlflow:5000 # default: mlflow.db beside the run folder
+# ---- the same at every site ------------------------------------------------------------------------------------------
 
-# run_training DEFAULT_CONFIG [CONFIG] [key=value …]: one `mser train` process a task, all in one job step.
-# Rank, world size, master address and port are found by `mser train` itself from SLURM's variables.
-run_training() {
-  local config=$1
-  shift
+command -v "$MSER" >/dev/null || {
+  echo "${SLURM_JOB_NAME:-mser}: no command $MSER: run 'make install' in $MSER_HOME, or export MSER=/path/to/mser" >&2
+  exit 2
+}
+# sbatch hands on the submitting shell's environment: ranks left there by torchrun would contradict SLURM's.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+
+# run_on_all VERB DEFAULT_CONFIG [CONFIG] [key=value …]: one `mser VERB` process a task, all in one job step; if it fails,
+# `mser requeue` decides whether SLURM starts the job again. Does not return.
+# Rank, world size, master address and port are found by `mser` itself from SLURM's variables.
+run_on_all() {
+  local verb=$1 config=$2 code=0
+  shift 2
   if [[ $# -gt 0 && $1 != *=* ]]; then
     config=$1
     shift
   fi
-  command -v "$MSER" >/dev/null || {
-    echo "${SLURM_JOB_NAME:-mser}: no command $MSER: run 'make install' in $MSER_HOME, or export MSER=/path/to/mser" >&2
-    exit 2
-  }
-  # sbatch hands on the submitting shell's environment: ranks left there by torchrun would contradict SLURM's.
-  unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
-  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-  # Compiled kernels are cached on the node and per job: jobs that share one cache, mostly on NFS, corrupt each other's.
-  local cache=${TMPDIR:-/tmp}/mser-${SLURM_JOB_ID:-$$}
+  local start=${SLURM_JOB_ID:-$$}-${SLURM_RESTART_COUNT:-0}
+  # Compiled kernels are cached on the node and per start: jobs that share one cache, mostly on NFS, corrupt each other's,
+  # and a start that was killed while it compiled leaves a lock that the next one would wait on for ever.
+  local cache=${TMPDIR:-/tmp}/mser-$start
   export TRITON_CACHE_DIR=$cache/triton TORCH_EXTENSIONS_DIR=$cache/torch_extensions
+  export MSER_FIRST_CODE=$PWD/.mser-$start.code
+  # At scancel and at the time limit SLURM sends TERM to this shell too. With a trap (even an empty one, but not '', which
+  # srun would inherit) it waits for srun and keeps its exit code; without one it would die first.
+  trap : TERM INT USR1 USR2
   # From SLURM 22.05 on srun does not inherit --cpus-per-task. One rank's death ends the step, or its peers would hang.
-  exec srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" "${SRUN_ARGS[@]}" "$MSER" train "$config" "$@"
+  srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" "${SRUN_ARGS[@]}" \
+    bash "$MSER_HOME/slurm/task.sh" "$MSER" "$verb" "$config" "$@" || code=$?
+  if [ -f "$MSER_FIRST_CODE" ]; then
+    code=$(<"$MSER_FIRST_CODE")
+    rm -f "$MSER_FIRST_CODE"
+  fi
+  clean "$cache"
+  ((code == 0 || code == 2)) || "$MSER" requeue "$code" "$config" "$@" || code=$?
+  exit "$code"
+}
+
+# clean FOLDER: remove it on every node of the job. It is no loss if that fails: a node's /tmp is not for ever.
+clean() {
+  rm -rf "$1"
+  if ((${SLURM_JOB_NUM_NODES:-1} > 1)); then
+    timeout 30 srun --quiet --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 rm -rf "$1" || true
+  fi
 }

@@ -16,10 +16,12 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+# Three minutes before the time limit every rank gets USR2, saves, and the job is queued again. More for a slow disk.
+#SBATCH --signal=USR2@180
 set -euo pipefail
 
 # SLURM runs a copy of this file from a spool folder, so the repository is looked for where the job was submitted.
 MSER_HOME=${MSER_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$MSER_HOME/slurm/common.sh" ] || { echo "stage1.sh: no slurm/common.sh in $MSER_HOME: submit from the repository, or export MSER_HOME" >&2; exit 2; }
 source "$MSER_HOME/slurm/common.sh"
-run_training whisper-large-v3_llama3-8b_stage1 "$@"
+run_on_all train whisper-large-v3_llama3-8b_stage1 "$@"

@@ -16,6 +16,8 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+# Three minutes before the time limit every rank gets USR2, saves, and the job is queued again. More for a slow disk.
+#SBATCH --signal=USR2@180
 # A job whose dependency failed can never start: without this it would wait in the queue for ever.
 #SBATCH --kill-on-invalid-dep=yes
 set -euo pipefail
@@ -24,4 +26,4 @@ set -euo pipefail
 MSER_HOME=${MSER_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$MSER_HOME/slurm/common.sh" ] || { echo "stage2.sh: no slurm/common.sh in $MSER_HOME: submit from the repository, or export MSER_HOME" >&2; exit 2; }
 source "$MSER_HOME/slurm/common.sh"
-run_training whisper-large-v3_llama3-8b_stage2 "$@"
+run_on_all train whisper-large-v3_llama3-8b_stage2 "$@"

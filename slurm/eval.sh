@@ -1,0 +1,27 @@
+#!/bin/bash
+# Zero-shot evaluation as a SLURM job; after a training: --dependency=afterok:JOBID
+#   sbatch slurm/eval.sh [CONFIG] [key=value …]
+# CONFIG is a preset's name or a YAML file, and names the runs. What sbatch is told on its command line overrides the lines below.
+
+# ---- SITE SETTINGS: the scheduler (modules, environment, network: top of slurm/common.sh) ----------------------------
+##SBATCH --partition=gpu
+##SBATCH --account=my-project
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=4:00:00
+# ---- the same at every site ------------------------------------------------------------------------------------------
+#SBATCH --job-name=mser-eval
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# A job whose dependency failed can never start: without this it would wait in the queue for ever.
+#SBATCH --kill-on-invalid-dep=yes
+set -euo pipefail
+
+# SLURM runs a copy of this file from a spool folder, so the repository is looked for where the job was submitted.
+MSER_HOME=${MSER_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+[ -f "$MSER_HOME/slurm/common.sh" ] || { echo "eval.sh: no slurm/common.sh in $MSER_HOME: submit from the repository, or export MSER_HOME" >&2; exit 2; }
+source "$MSER_HOME/slurm/common.sh"
+run_on_all eval whisper-large-v3_llama3-8b_eval "$@"

@@ -1,0 +1,282 @@
+"""Submission: what sbatch would get, what is refused at once, and submitit's local executor for real."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import submitit
+
+from mser_dist import launch, task
+from mser_dist.config import Stage1
+from mser_dist.config_file import load_training, to_yaml
+from mser_dist.distributed import free_port
+from mser_dist.errors import UserError
+from mser_dist.job import Job
+from mser_dist.preempt import Stopped
+from mser_dist.task import Task
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ["data.sets=shards", "train.global_batch=8", "tracking.enabled=false"]
+
+
+def config(*words: str) -> Stage1:
+    loaded = load_training("demo_stage1", [*WORDS, *words])
+    assert isinstance(loaded, Stage1)
+    return loaded
+
+
+def script(after: Any = None, parallel: int | None = None, copies: int = 1, **resources: Any) -> str:
+    need = launch.Resources(**resources)
+    return launch.script([config()] * copies, need, name="mser-stage1", after=after, parallel=parallel)
+
+
+# ---- resources and the text for sbatch
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30", 30), (30, 30), ("30:01", 31), ("1:30:00", 90), ("1-0", 1440), ("2-1:30", 2970), ("1-00:00:30", 1441)],
+)
+def test_wall_times_are_read_as_slurm_reads_them(text: str | int, expected: int) -> None:
+    assert launch.minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "-5", "0", "1h"])
+def test_what_is_no_wall_time_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="wall time"):
+        launch.minutes(text)
+
+
+@pytest.mark.parametrize(
+    ("resources", "says"),
+    [
+        ({"nodes": 0}, "nodes must be 1 or more"),
+        ({"gpus_per_node": -1}, "gpus_per_node must not be negative"),
+        ({"time": 3, "signal_seconds": 180}, "ask for more time"),
+    ],
+)
+def test_impossible_resources_are_refused(resources: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        launch.Resources(**resources)
+
+
+def test_one_task_is_one_gpu_unless_told_otherwise() -> None:
+    assert launch.Resources(nodes=2, gpus_per_node=4).world_size == 8
+    assert launch.Resources(nodes=2, gpus_per_node=4, tasks_per_node=1).world_size == 2
+    assert launch.Resources(nodes=2).world_size == 2
+
+
+def test_the_text_for_sbatch() -> None:
+    text = script(
+        after="12:13", nodes=2, gpus_per_node=4, cpus_per_task=6, time="1-00:00:00", partition="gpu", account="us",
+        signal_seconds=240, setup=["module load cuda"], slurm={"mem": "64G", "exclusive": True},
+    )  # fmt: skip
+    options = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
+    expected = {"nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "cpus-per-task=6", "time=1440", "partition=gpu"}
+    expected |= {"account=us", "signal=USR2@240", "requeue", "mem=64G", "exclusive", "dependency=afterok:12:13"}
+    assert options >= expected | {"kill-on-invalid-dep=yes", "job-name=mser-stage1"}
+    (srun,) = (line for line in text.splitlines() if line.startswith("srun"))
+    assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=6" in srun
+    assert text.index("module load cuda") < text.index("unset RANK") < text.index("srun")
+    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_without_gpus_and_dependencies_sbatch_is_told_of_none() -> None:
+    text = script()
+    assert "gpus" not in text and "dependency" not in text and "wckey" not in text and "open-mode=append" in text
+    assert "--array=0-4%2" in script(copies=5, parallel=2)
+
+
+def test_ranks_left_in_the_shell_and_the_exit_code_of_srun() -> None:
+    """The lines around srun, run by bash: no rank of a torchrun reaches the job, its cache goes, its code stays."""
+    lines = [*launch._SETUP, 'mkdir -p "$cache"; env; (exit 3)']
+    shell = {**os.environ, "RANK": "1", "SLURM_JOB_ID": "x"}
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, env=shell)
+    assert done.returncode == 3
+    environment = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert "RANK" not in environment and environment["OMP_NUM_THREADS"] == "1"
+    assert not Path(environment["TRITON_CACHE_DIR"]).parent.exists()
+
+
+# ---- what is refused before a job exists
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "how", "says"),
+    [
+        ("demo_stage1", ["train.lrr=1"], {}, "did you mean train.lr?"),
+        ("demo_stage1", WORDS, {"nodes": 3, "cluster": "slurm"}, "does not divide by the world size 3"),
+        ("demo_stage1", WORDS, {"nodes": 2, "cluster": "local"}, "2 nodes need SLURM"),
+        ("demo_stage1", WORDS, {"cluster": "moon"}, "use slurm or local"),
+        ("demo_stage1", WORDS, {"cluster": "local", "after": "12"}, "needs SLURM"),
+        ("no_such", [], {}, "no config file or preset"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_submitted(
+    name: str, words: list[str], how: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as refused:
+        launch.submit(name, words, folder=tmp_path / "jobs", **how)
+    assert says in str(refused.value)
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    other = config(f"out={tmp_path}", "seed=7")
+    (tmp_path / "config.yaml").write_text(to_yaml(other))
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"another config \(seed=7, now 0\)"):
+        launch.submit(config(f"out={tmp_path}"), cluster="local", folder=tmp_path / "jobs")
+
+
+def test_a_config_object_takes_no_overrides() -> None:
+    with pytest.raises(UserError, match="change the config object"):
+        launch.submit(config(), ["seed=1"], cluster="local")
+
+
+@pytest.mark.parametrize("after", ["x", "12:", "afterok:12"])
+def test_what_is_no_job_cannot_be_waited_for(after: str) -> None:
+    with pytest.raises(UserError, match="is no SLURM job"):
+        script(after=after)
+
+
+def test_without_sbatch_jobs_run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch.where() == "local"
+    with pytest.raises(UserError, match="there is no sbatch here"):
+        launch.submit(config(), cluster="slurm", folder=tmp_path / "jobs")
+
+
+# ---- real jobs on this machine
+
+
+class Quick(Task):
+    """A task whose work takes no training; each of the ways in which a rank can end."""
+
+    def __init__(self, way: str, folder: Path) -> None:
+        super().__init__(config(f"out={folder}/run"), free_port(), 1)
+        self.way, self.folder = way, folder
+
+    def _run(self) -> dict[str, Any]:
+        rank = int(os.environ["RANK"])
+        (self.folder / f"pid{rank}").write_text(str(os.getpid()))
+        if self.way == "goes on" and len(self.stops) < 5:  # more often than submitit's own limit of three
+            raise Stopped("SIGUSR2", len(self.stops))
+        if self.way == "never goes on":
+            raise Stopped("SIGUSR2", 5)
+        if self.way == "one fails" and rank == 1:
+            raise UserError("rank 1 has\nno data: give it some")
+        if self.way == "one fails":
+            time.sleep(600)  # in a collective, waiting for rank 1
+        if self.way == "crashes":
+            raise ZeroDivisionError("of all things")
+        return {"rank": rank, "stops": self.stops, "world": os.environ["WORLD_SIZE"]}
+
+
+def quick(way: str, folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int = 2) -> Job:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    executor = submitit.LocalExecutor(folder=folder / "jobs", max_num_timeout=launch._TIMEOUTS)
+    executor.update_parameters(timeout_min=10, tasks_per_node=ranks, gpus_per_node=0, signal_delay_s=30)
+    return Job(executor.submit(Quick(way, folder)), f"{folder}/run")
+
+
+def test_the_result_is_that_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = quick("well", tmp_path, monkeypatch)
+    assert job.result() == {"rank": 0, "stops": [0], "world": "2"}
+    assert job.done() and job.state == "COMPLETED"
+    assert "Job completed" in job.stdout(1) and job.logs[0].read_text() == job.stdout()
+
+
+def test_a_stopped_job_is_started_again_as_long_as_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = quick("goes on", tmp_path, monkeypatch)
+    assert job.result()["stops"] == [0, 1, 2, 3, 4]
+    for rank in (0, 1):
+        assert job.stdout(rank).count("the same command continues from there") == 4
+        assert "Traceback" not in job.stderr(rank)
+
+
+def test_a_job_that_does_not_go_on_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = quick("never goes on", tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="3 starts did not get beyond step 5"):
+        job.result()
+    assert job.state == "FAILED" and job.stdout().count("Starting with") == 4
+
+
+def test_a_failed_rank_says_why_in_one_line_and_ends_its_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = quick("one fails", tmp_path, monkeypatch)
+    with pytest.raises(UserError) as failed:
+        job.result()
+    assert str(failed.value) == f"job {job.job_id}: rank 1 has no data: give it some"
+    assert "Traceback" in str(failed.value.__cause__)
+    for rank in (0, 1):
+        assert not psutil.pid_exists(int((tmp_path / f"pid{rank}").read_text()))
+
+
+def test_a_crash_names_the_error_and_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = quick("crashes", tmp_path, monkeypatch, ranks=1)
+    with pytest.raises(UserError, match=rf"ZeroDivisionError: of all things: see {job.logs[1]}"):
+        job.result()
+
+
+def test_a_cancelled_job_ends_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = quick("one fails", tmp_path, monkeypatch, ranks=1)
+    while not (tmp_path / "pid0").exists():
+        time.sleep(0.1)
+    job.cancel()
+    with pytest.raises(UserError, match="without a result: see"):
+        job.result()
+
+
+def test_halves_of_an_earlier_start_are_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit refuses to write a file whose ``.save_tmp`` a kill has left behind."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "5")
+    names = [
+        "5_submitted.pkl",
+        "5_submitted.pkl.save_tmp",
+        "5_0_result.pkl",
+        "5_0_result.pkl.save_tmp",
+        "5_1_result.pkl",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    task._clear_leftovers(submitit.JobEnvironment())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5_1_result.pkl", "5_submitted.pkl"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_a_training_signalled_at_one_rank_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real ranks: USR2 to rank 1 alone; the summary is that of the run that went on."""
+    from mser_dist.data.synth import SynthConfig
+    from mser_dist.data.synth_set import write_set
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    small = SynthConfig(
+        languages=("en",), unseen_languages=(), train_sentences=4, val_sentences=1, test_sentences=1,
+        train_takes=1, val_takes=1, test_takes=1, val_voices=2, test_voices=2,
+    )  # fmt: skip
+    write_set(tmp_path / "shards", small)
+    encoder = "encoder.arch={d_model: 32, encoder_layers: 1, encoder_attention_heads: 2, encoder_ffn_dim: 64}"
+    more = [encoder, "qformer.width=32", "qformer.heads=2", "data.val_split=null", "data.workers=1", "out=run"]
+    more += ["train.steps=60", "train.log_every=1", "data.labels=[anger, happy, neutral, sad]"]
+    job = launch.submit("demo_stage1", [*WORDS, *more], tasks_per_node=2, cluster="local", time=60)
+    log = tmp_path / "run" / "log.jsonl"
+    while not job.done() and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    ranks = psutil.Process(job._job._process.pid).children()
+    next(rank for rank in ranks if rank.environ()["SUBMITIT_LOCAL_GLOBALID"] == "1").send_signal(12)
+    summary = job.result()
+    assert summary["steps"] == 60 and summary["world_size"] == 2
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "continuing from step" in job.stdout()
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 61))
