@@ -5,6 +5,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mser_dist.boundary import time_to_save
 from mser_dist.preempt import SAVED
 from mser_dist.seal import read_seal, seal_fault
 from mser_dist.watchdog import LOST
@@ -160,6 +162,28 @@ def test_a_frozen_rank_is_named_and_the_job_ends(work: Path, rank: int) -> None:
     error = drilled(f"{rank}|step 3|STOP", *words, cwd=work, code=LOST)
     assert f"rank {rank} " in error and "dead or frozen" in error
     no_orphan(work)
+
+
+@pytest.mark.drill("peer-frozen")
+def test_a_rank_that_hangs_is_named_although_its_process_lives(work: Path) -> None:
+    words = stage1("runs/stuck", *PLAIN, "engine.timeout_minutes=0.2")
+    error = drilled("1|step 3, data|HANG", *words, cwd=work, code=LOST)
+    assert "rank 1 on " in error and "(at: step 3, data)" in error and "stuck" in error
+    no_orphan(work)
+
+
+@pytest.mark.drill("time-limit")
+def test_a_job_stops_and_saves_before_its_time_is_over(work: Path) -> None:
+    words = stage1("runs/late", "train.steps=5000", "train.val_every=0", "tracking.enabled=false")
+    job = {"SLURM_JOB_ID": "1"}
+    ends = str(time.time() + time_to_save(0) + 45)
+    error = mser(*words, *TWO, cwd=work, code=SAVED, SLURM_JOB_END_TIME=ends, **job)
+    assert "the job's time is almost over: stopped at step" in error
+    saved = checkpoints(work / "runs/late")
+    assert len(saved) == 1 and time.time() < float(ends)
+    error = mser(*words, *TWO, cwd=work, code=2, SLURM_JOB_END_TIME=str(time.time() + 5), **job)
+    assert "a save alone may take" in error and "--time" in error
+    assert checkpoints(work / "runs/late") == saved
 
 
 @pytest.mark.drill("nonfinite-one-rank")

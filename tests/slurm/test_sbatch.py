@@ -148,7 +148,7 @@ def test_a_preempted_training_saves_in_the_grace_time_and_goes_on(
 def test_a_node_that_dies_takes_the_job_back_to_its_last_checkpoint(cluster: Cluster, folder: Path) -> None:
     """All processes of one node's step are killed, SLURM's own among them; the rest ends, and the job starts again."""
     run = folder / "runs/node"
-    words = [*STAGE1, "out=runs/node", f"train.steps={LONG}", "train.save_every=4"]
+    words = [*STAGE1, "out=runs/node", f"train.steps={LONG}", "train.save_every=4", "engine.peer_seconds=10"]
     job = cluster.sbatch(*TWO_NODES, script("stage1"), *words, cwd=folder)
     wait_for('"step": 6', run / "log.jsonl")
     name = f"slurmstepd: [{job}.0]"

@@ -1,14 +1,15 @@
 """Runs at the start of each rank of a drill and does to one rank what MSER_DRILL says: ``RANK|POINT|WHAT[|WHAT …]``.
 
 POINT: where the watchdog was told that the rank is ("step 3", "step 3, data", "step 3, saving", "validating"), or a
-point of a save (half-written, written, sealed, published, mid-prune). WHAT: a signal that the rank sends itself, or
-NAN: its speech in that step is not a number. Several drills are separated by ";". RANK is SLURM's too, and "single"
-where there is none.
+point of a save (half-written, written, sealed, published, mid-prune). WHAT: a signal that the rank sends itself,
+HANG, or NAN: its speech in that step is not a number. Several drills are separated by ";". RANK is SLURM's too, and
+"single" where there is none.
 """
 
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def _install(drills: dict[str, list[str]]) -> None:
         for what in drills.pop(point, []):
             if what == "NAN":
                 poisoned = True
+            elif what == "HANG":
+                time.sleep(10_000)
             else:
                 os.kill(os.getpid(), signal.Signals[f"SIG{what}"])
 

@@ -1,0 +1,56 @@
+"""What one process decides between two steps; that several agree is in tests/faults."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from mser_dist.boundary import Boundary, time_to_save
+from mser_dist.checkpoint import Checkpoints
+from mser_dist.config import Train
+from mser_dist.distributed import World
+from mser_dist.preempt import Flag, listen
+
+
+def boundary(tmp_path: Path, ends: float | None = None, rank: int = 0, **train: float) -> Boundary:
+    return Boundary(Flag(), Checkpoints(tmp_path, World(rank, 2), keep=1), Train(**train), ends)  # type: ignore[arg-type]
+
+
+def test_nothing_happens_until_something_does(tmp_path: Path) -> None:
+    quiet = boundary(tmp_path, ends=time.time() + 3600, save_minutes=60.0)
+    quiet.poll()
+    assert quiet.stop is None and not quiet.save_due
+    quiet.flag.number = 12
+    quiet.poll()
+    assert quiet.stop == "SIGUSR2"
+
+
+def test_minutes_count_from_the_last_save_and_on_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    main, other = (boundary(tmp_path, rank=rank, save_minutes=1.0) for rank in (0, 1))
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    for one, due in ((main, True), (other, False)):
+        one.poll()
+        assert one.save_due is due
+    main.saved()
+    main.poll()
+    assert not main.save_due
+
+
+def test_it_stops_while_there_is_time_to_save(tmp_path: Path) -> None:
+    for left, stops in ((time_to_save(0) + 5, False), (time_to_save(0) - 5, True)):
+        short = boundary(tmp_path, ends=time.time() + left)
+        short.poll()
+        assert (short.stop is not None) is stops
+    slow = boundary(tmp_path, ends=time.time() + 100)
+    slow.checkpoints.seconds = 70.0
+    slow.poll()
+    assert slow.stop == "the job's time is almost over"
+
+
+def test_a_block_that_listens_within_another_shares_its_flag() -> None:
+    with listen() as outer:
+        with listen() as inner:
+            assert inner is outer
+        outer.up(15, None)
+    assert outer.number == 15
