@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from mser_dist import __version__, cli_cluster, preempt
+from mser_dist import __version__, cli_cluster
+from mser_dist.cluster import preempt
 from mser_dist.errors import UserError
 from mser_dist.quiet import hush
 
@@ -213,7 +214,7 @@ def _ranks(options: argparse.Namespace, verb: str) -> int | None:
         return None
     if options.nproc < 1:
         raise UserError(f"--nproc must be 1 or more, not {options.nproc}")
-    from mser_dist.local_ranks import local
+    from mser_dist.cluster.local_ranks import local
 
     debug = ["--debug"] if options.debug else []
     return local(options.nproc, [verb, options.config, *options.words, *debug])

@@ -127,7 +127,8 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from mser_dist import launch, sweep
+    from mser_dist import launch
+    from mser_dist.cluster import sweep
 
     planned = sweep.trials(options.config, options.words)
     need = launch.Resources(**_resources(options))
@@ -198,13 +199,13 @@ def _sync(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from mser_dist.doctor import run
+    from mser_dist.cluster.doctor import run
 
     return int(run(options.out, not options.no_ranks, options.json))
 
 
 def _requeue(options: argparse.Namespace) -> int:
+    from mser_dist.cluster.requeue import requeue
     from mser_dist.config_file import load_any
-    from mser_dist.requeue import requeue
 
     return int(requeue(options.code, load_any(options.config, options.words)))

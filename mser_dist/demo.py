@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mser_dist import local_ranks
+from mser_dist.cluster import local_ranks
 from mser_dist.config import batch_shape
 from mser_dist.config_file import load_evaluation, load_training
 from mser_dist.errors import UserError

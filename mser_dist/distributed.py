@@ -162,7 +162,7 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
     limit = timedelta(minutes=timeout_minutes)
     try:
         if world.launcher == "srun":
-            from mser_dist import rendezvous
+            from mser_dist.cluster import rendezvous
 
             with rendezvous.meet(world) as store:
                 torch.distributed.init_process_group(

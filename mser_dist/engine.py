@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mser_dist import config as cfg
-from mser_dist import engine_state, partitions
 from mser_dist.distributed import World
 from mser_dist.errors import UserError
+from mser_dist.state import engine_state, partitions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mser_dist import __version__, distributed, exported, plots, run_folder
 from mser_dist import config as cfg
+from mser_dist.cluster.watchdog import Watchdog
 from mser_dist.config_file import flatten, to_yaml
 from mser_dist.data import stream
 from mser_dist.data.shards import ShardSet
@@ -28,7 +29,6 @@ from mser_dist.models.scoring import AnswerScorer, PromptScorer
 from mser_dist.models.text import TextTower
 from mser_dist.progress import bar
 from mser_dist.tracking import Tracker, tracked
-from mser_dist.watchdog import Watchdog
 
 
 def predict(

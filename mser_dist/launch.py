@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist import run_folder
+from mser_dist.cluster.job import Job
+from mser_dist.cluster.task import Task
 from mser_dist.config import Evaluation, Stage1, Stage2, batch_shape
 from mser_dist.config_file import load_any
 from mser_dist.distributed import free_port
 from mser_dist.errors import UserError
-from mser_dist.job import Job
-from mser_dist.task import Task
 
 Config = Stage1 | Stage2 | Evaluation
 

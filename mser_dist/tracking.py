@@ -16,8 +16,8 @@ from typing import Any
 
 from mser_dist import __version__
 from mser_dist import config as cfg
+from mser_dist.cluster.preempt import Stopped
 from mser_dist.files import write_json
-from mser_dist.preempt import Stopped
 from mser_dist.tracking_record import NOT_NUMBERS, Record, lock, now_ms, tracking_uri, unlock
 from mser_dist.tracking_record import run_id_of as run_id_of  # callers have it from here
 from mser_dist.tracking_sync import Sender, prepare_mlflow, refused, say, trouble

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from mser_dist import __version__, distributed, exported, preempt, run_folder, stages
+from mser_dist import __version__, distributed, exported, run_folder, stages
 from mser_dist import config as cfg
-from mser_dist.boundary import Boundary, time_to_save
-from mser_dist.checkpoint import Checkpoints
+from mser_dist.cluster import preempt
+from mser_dist.cluster.boundary import Boundary, time_to_save
+from mser_dist.cluster.watchdog import Watchdog
 from mser_dist.config_file import flatten, to_yaml
 from mser_dist.data import stream
 from mser_dist.data.shards import ShardSet
@@ -25,8 +26,8 @@ from mser_dist.models.attention import choose
 from mser_dist.nonfinite import Buffers, SkippedSteps, poison
 from mser_dist.plots import curves
 from mser_dist.progress import Clock, bar
+from mser_dist.state.checkpoint import Checkpoints
 from mser_dist.tracking import Tracker, run_id_of, tracked
-from mser_dist.watchdog import Watchdog
 
 
 def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:

@@ -42,7 +42,14 @@ run_on_all() {
   trap : TERM INT USR1 USR2
   # From SLURM 22.05 on srun does not inherit --cpus-per-task. One rank's death ends the step, or its peers would hang.
   srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" "${SRUN_ARGS[@]}" \
-    bash "$MSER_HOME/slurm/task.sh" "$MSER" "$verb" "$config" "$@" || code=$?
+    bash "$MSER_HOME/slurm/task.sh" "$MSER" "$verb" "$config" "$@" &
+  local srun=$!
+  # srun waits for ever for a task whose node does not answer any more: not so once another task has failed.
+  { until [ -f "$MSER_FIRST_CODE" ]; do sleep 5; done; sleep "${MSER_LINGER:-120}"; kill -KILL "$srun"; } &
+  local watch=$!
+  while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a signal to this shell ends `wait`, not srun
+  wait "$srun" || code=$? # bash remembers it
+  kill "$watch" 2>/dev/null || true
   if [ -f "$MSER_FIRST_CODE" ]; then
     code=$(<"$MSER_FIRST_CODE")
     rm -f "$MSER_FIRST_CODE"

@@ -22,10 +22,10 @@ from torch import nn
 
 from mser_dist import config as cfg
 from mser_dist import distributed
-from mser_dist.checkpoint import Checkpoints
 from mser_dist.engine import Engine
 from mser_dist.files import fsync_tree
 from mser_dist.quiet import hush
+from mser_dist.state.checkpoint import Checkpoints
 
 
 class Stack(nn.Module):

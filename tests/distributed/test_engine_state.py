@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mser_dist import engine_state
 from mser_dist.errors import UserError
-from mser_dist.partitions import check_supported
+from mser_dist.state import engine_state
+from mser_dist.state.partitions import check_supported
 from tests.distributed.spawn import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mser_dist.boundary import time_to_save
-from mser_dist.preempt import SAVED
-from mser_dist.seal import read_seal, seal_fault
-from mser_dist.watchdog import LOST
+from mser_dist.cluster.boundary import time_to_save
+from mser_dist.cluster.preempt import SAVED
+from mser_dist.cluster.watchdog import LOST
+from mser_dist.state.seal import read_seal, seal_fault
 from tests.tiny_runs import LLM, TWO, losses, mser, stage1, stage2
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed, pytest.mark.timeout(600)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.seal import read_seal, seal_fault
+from mser_dist.state.seal import read_seal, seal_fault
 from tests.tiny_runs import mser, stage1
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.timeout(600)]

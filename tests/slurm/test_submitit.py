@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from mser_dist import launch, sweep
+from mser_dist import launch
+from mser_dist.cluster import sweep
+from mser_dist.cluster.job import Job
 from mser_dist.data.synth import SynthConfig
 from mser_dist.data.synth_set import write_set
 from mser_dist.errors import UserError
-from mser_dist.job import Job
 from tests.slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]

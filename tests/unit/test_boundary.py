@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.boundary import Boundary, time_to_save
-from mser_dist.checkpoint import Checkpoints
+from mser_dist.cluster.boundary import Boundary, time_to_save
+from mser_dist.cluster.preempt import Flag, listen
 from mser_dist.config import Train
 from mser_dist.distributed import World
-from mser_dist.preempt import Flag, listen
+from mser_dist.state.checkpoint import Checkpoints
 
 
 def boundary(tmp_path: Path, ends: float | None = None, rank: int = 0, **train: float) -> Boundary:

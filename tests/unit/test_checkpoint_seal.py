@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.checkpoint import Checkpoints, publish
 from mser_dist.distributed import World
 from mser_dist.errors import UserError
-from mser_dist.seal import read_seal, seal_fault
+from mser_dist.state.checkpoint import Checkpoints, publish
+from mser_dist.state.seal import read_seal, seal_fault
 
 PART = "rank-00000.safetensors"
 

@@ -11,14 +11,15 @@ import psutil
 import pytest
 import submitit
 
-from mser_dist import launch, task
+from mser_dist import launch
+from mser_dist.cluster import task
+from mser_dist.cluster.job import Job
+from mser_dist.cluster.preempt import Stopped
+from mser_dist.cluster.task import Task
 from mser_dist.config import Stage1
 from mser_dist.config_file import load_training, to_yaml
 from mser_dist.distributed import free_port
 from mser_dist.errors import UserError
-from mser_dist.job import Job
-from mser_dist.preempt import Stopped
-from mser_dist.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["data.sets=shards", "train.global_batch=8", "tracking.enabled=false"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist import rendezvous
+from mser_dist.cluster import rendezvous
+from mser_dist.cluster.rendezvous import meet
 from mser_dist.distributed import World, free_port
 from mser_dist.errors import UserError
-from mser_dist.rendezvous import meet
 
 
 def join(rank: int, job: str, port: int, found: "Queue[tuple[str, int, str]]") -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mser_dist.cluster.requeue import requeue
 from mser_dist.config import Stage1
-from mser_dist.requeue import requeue
 
 
 @pytest.fixture(autouse=True)

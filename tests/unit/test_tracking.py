@@ -13,8 +13,8 @@ import pytest
 
 from mser_dist import config as cfg
 from mser_dist import tracking
+from mser_dist.cluster.preempt import Stopped
 from mser_dist.errors import UserError
-from mser_dist.preempt import Stopped
 from mser_dist.tracking import Tracker, run_id_of, tracked, tracking_uri
 from mser_dist.tracking_sync import sync
 from tests.unit.mlflow_runs import Silent, client_of, files_of, history, log_lines, run_of, start

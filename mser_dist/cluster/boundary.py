@@ -5,8 +5,8 @@ import time
 
 from mser_dist import config as cfg
 from mser_dist import distributed
-from mser_dist.checkpoint import Checkpoints
-from mser_dist.preempt import Flag
+from mser_dist.cluster.preempt import Flag
+from mser_dist.state.checkpoint import Checkpoints
 
 
 class Boundary:

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from typing import Any, NoReturn
 
+from mser_dist.cluster.preempt import SAVED, Stopped
 from mser_dist.config import Evaluation, Stage1, Stage2
 from mser_dist.errors import UserError
-from mser_dist.preempt import SAVED, Stopped
 from mser_dist.quiet import hush
 
 _TRIES = 3  # starts without a step forward before the job leaves the queue

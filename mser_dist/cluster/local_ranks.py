@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
+from mser_dist.cluster.preempt import SAVED
 from mser_dist.distributed import free_port
-from mser_dist.preempt import SAVED
 
 _GRACE = 5.0  # seconds between TERM and KILL, once a rank has failed
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

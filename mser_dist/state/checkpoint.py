@@ -19,11 +19,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mser_dist import distributed, engine_state
+from mser_dist import distributed
 from mser_dist.engine import Engine
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
-from mser_dist.seal import Sealed, folder_fault, read_seal, seal_fault
+from mser_dist.state import engine_state
+from mser_dist.state.seal import Sealed, folder_fault, read_seal, seal_fault
 
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has a name in every library
 

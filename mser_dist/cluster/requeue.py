@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from mser_dist.cluster.preempt import SAVED
 from mser_dist.config import Evaluation, Stage1, Stage2
-from mser_dist.preempt import SAVED
 
 _TRIES = 3
 # What a run that saved ends with, and one that USR1 or USR2 ended before it listened to them (128 + their number).

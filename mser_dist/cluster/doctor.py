@@ -26,9 +26,9 @@ from json import dumps, loads
 from pathlib import Path
 
 from mser_dist import distributed
-from mser_dist import doctor_checks as checks
+from mser_dist.cluster import doctor_checks as checks
+from mser_dist.cluster.doctor_checks import GIB, Finding, Status, existing, file_system
 from mser_dist.distributed import World
-from mser_dist.doctor_checks import GIB, Finding, Status, existing, file_system
 from mser_dist.errors import UserError
 from mser_dist.files import fsync_tree, write_json, write_text
 
@@ -228,7 +228,7 @@ def two_processes(limit: float = _PATIENCE) -> Finding:
     """An all-reduce between two new processes on this machine, which are ended after `limit` seconds at the latest."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
     deadline, pipe, said = time.monotonic() + limit, subprocess.PIPE, subprocess.STDOUT
-    command = [sys.executable, "-c", "from mser_dist.doctor import _local_rank; _local_rank()"]
+    command = [sys.executable, "-c", "from mser_dist.cluster.doctor import _local_rank; _local_rank()"]
     ranks: list[subprocess.Popen[str]] = []
     try:
         for rank in ("0", "1"):

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mser_dist import distributed, partitions
+from mser_dist import distributed
 from mser_dist.errors import UserError
-from mser_dist.partitions import Part
+from mser_dist.state import partitions
+from mser_dist.state.partitions import Part
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

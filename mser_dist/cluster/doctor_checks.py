@@ -1,6 +1,6 @@
 """What this machine can do: one small function a check, which changes and compiles nothing.
 
-A check returns a `Finding`; `mser_dist.doctor` names, guards and prints it. A crash in a check is its "fail" line.
+A check returns a `Finding`; `doctor` names, guards and prints it. A crash in a check is its "fail" line.
 """
 
 import importlib.util

@@ -1,0 +1,1 @@
+"""Ranks of a job: how they meet, stop, fail and start again."""

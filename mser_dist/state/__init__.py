@@ -1,0 +1,1 @@
+"""The training state on disk: sharded, sealed, published at once."""
