@@ -167,7 +167,7 @@ def start(
     except submitit.core.utils.FailedJobError as error:
         shutil.rmtree(place)
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
-        raise UserError(f"sbatch refused the job: {said}") from error
+        raise UserError(f"sbatch refused the job: {said} (mser doctor looks at SLURM; --local runs it here)") from error
     return [Job(job, config.out) for job, config in zip(jobs, configs, strict=True)]
 
 
