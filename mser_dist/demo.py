@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist.cluster import local_ranks
+from mser_dist.cluster.preempt import SAVED
 from mser_dist.config import batch_shape
 from mser_dist.config_file import load_evaluation, load_training
 from mser_dist.errors import UserError
@@ -102,8 +103,8 @@ def _synthesise(folder: Path, seed: int) -> None:
 
 def _run(nproc: int, words: list[str]) -> None:
     code = local_ranks.local(nproc, words)
-    if code == 2:
-        sys.exit(2)  # the rank has said what is wrong
+    if code in (2, SAVED):
+        sys.exit(code)  # the rank has said why
     if code:
         raise UserError(
             f"`mser {words[0]} {words[1]}` ended with code {code} (see above); `mser demo` again goes on from there"

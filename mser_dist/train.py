@@ -203,9 +203,12 @@ class _Training:
             if self.engine.step_applied:
                 self.buffers.keep()
                 self.skipped.in_a_row = 0
-            elif config.engine.dtype != "float16" or not all(map(math.isfinite, losses)):
+            else:
                 self.buffers.restore()
-                self.skipped.add(step, losses, data.batches)
+                # Under fp16 a gradient overflows now and then, and DeepSpeed lowers its loss scale.
+                odd = distributed.most([not all(map(math.isfinite, losses))])[0]
+                if config.engine.dtype != "float16" or odd:
+                    self.skipped.add(step, losses, data.batches)
 
             # Once in a while: log.
             if step % every.log_every == 0 or step == total:

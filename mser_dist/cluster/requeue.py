@@ -53,7 +53,8 @@ def _note_failure(out: Path, code: int, job: str) -> int | None:
     file = out / "failures.jsonl"
     with file.open("a", encoding="utf-8") as log:
         log.write(json.dumps({**line, "time": round(time.time())}) + "\n")
-    steps = [json.loads(text)["step"] for text in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+    steps = [row["step"] for row in rows if row["job"] == job]  # who submits it anew has perhaps mended something
     return step if steps[-_TRIES:] == [step] * _TRIES else None
 
 

@@ -15,7 +15,9 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no squeue: what would be asked of it counts as unknown
 
 
-def test_three_failures_at_one_step_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_failures_at_one_step_are_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = Stage1(out=str(tmp_path / "run"))
     for checkpoint, code, again in [
         (None, 1, True), (None, 1, True), ("step-000010", 1, True), (None, 139, True), (None, 70, False),
@@ -26,8 +28,13 @@ def test_three_failures_at_one_step_are_enough(tmp_path: Path, capsys: pytest.Ca
         assert requeue(code, config) == code
         said = capsys.readouterr().err
         assert ("failed 3 times at step 10 (exit code 70)" in said) is not again, said
+    requeue(1, config)
+    assert "failed 3 times" in capsys.readouterr().err, "it stays so for this job"
+    monkeypatch.setenv("SLURM_JOB_ID", "124")
+    requeue(1, config)
+    assert "failed 3 times" not in capsys.readouterr().err, "who submits it anew has perhaps mended something"
     rows = [json.loads(line) for line in (tmp_path / "run/failures.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 0, 10, 10, 10]
+    assert [row["step"] for row in rows] == [0, 0, 10, 10, 10, 10, 10]
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 138, 140])
