@@ -164,7 +164,7 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
         if world.launcher == "srun":
             from mser_dist.cluster import rendezvous
 
-            with rendezvous.meet(world) as store:
+            with rendezvous.meet(world.rank, world.master_addr, world.master_port) as store:
                 torch.distributed.init_process_group(
                     backend, store=store, rank=world.rank, world_size=world.world_size, timeout=limit
                 )

@@ -15,25 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from mser_dist.distributed import World
 from mser_dist.errors import UserError
 
 _DOORS = 32  # ports in the list
 
 
 @contextmanager
-def meet(world: World, seconds: float = 600.0) -> Iterator[Any]:
+def meet(rank: int, host: str, port: int, seconds: float = 600.0) -> Iterator[Any]:
     """Rank 0's `TCPStore`, for `torch.distributed.init_process_group` within the block.
 
-    Raises `UserError` after `seconds`, or when every port of the list is taken.
+    `host` is where rank 0 is, `port` where the list of doors begins. Raises `UserError` after `seconds`, or when every
+    port of the list is taken.
     """
     from torch.distributed import TCPStore
 
     # A requeued job has the same id, while ranks of its last start may still be about.
     job = "/".join(os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    doors = [1024 + (world.master_port - 1024 + 97 * i) % (65536 - 1024) for i in range(_DOORS)]
-    if not world.is_main:
-        yield TCPStore(world.master_addr, _ask(world, doors, job, seconds), is_master=False)
+    doors = [1024 + (port - 1024 + 97 * i) % (65536 - 1024) for i in range(_DOORS)]
+    if rank:
+        yield TCPStore(host, _ask(rank, host, doors, job, seconds), is_master=False)
         return
     store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
     with _open(doors) as door:
@@ -58,20 +58,20 @@ def _answer(door: socket.socket, sign: bytes) -> None:
                 guest.sendall(sign)
 
 
-def _ask(world: World, doors: list[int], job: str, seconds: float) -> int:
+def _ask(rank: int, host: str, doors: list[int], job: str, seconds: float) -> int:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for port in doors:
             # What is no door of ours refuses, says something else, or says nothing.
             with (
                 suppress(OSError, ValueError, TypeError, KeyError),
-                socket.create_connection((world.master_addr, port), timeout=2) as door,
+                socket.create_connection((host, port), timeout=2) as door,
             ):
                 sign = json.loads(door.makefile("rb").read(4096))
                 if sign["mser"] == job:
                     return int(sign["port"])
         time.sleep(0.5)
     raise UserError(
-        f"rank {world.rank} of {world.world_size} did not find rank 0 at {world.master_addr} in {seconds:.0f} s: check "
+        f"rank {rank} did not find rank 0 at {host} in {seconds:.0f} s: check "
         "that every rank started, and that the address is reachable; if it is not, set MASTER_ADDR"
     )

@@ -10,13 +10,13 @@ import pytest
 
 from mser_dist.cluster import rendezvous
 from mser_dist.cluster.rendezvous import meet
-from mser_dist.distributed import World, free_port
+from mser_dist.distributed import free_port
 from mser_dist.errors import UserError
 
 
 def join(rank: int, job: str, port: int, found: "Queue[tuple[str, int, str]]") -> None:
     os.environ.update(SLURM_JOB_ID=job, SLURM_STEP_ID="0")
-    with meet(World(rank, 2, rank, "127.0.0.1", port, "srun"), seconds=60) as store:
+    with meet(rank, "127.0.0.1", port, seconds=60) as store:
         store.set(f"rank {rank}", job)
         found.put((job, rank, store.get(f"rank {1 - rank}").decode()))
         store.set(f"done {rank}", "")
@@ -41,8 +41,8 @@ def test_two_jobs_that_begin_at_one_port_do_not_meet() -> None:
 
 def test_nobody_there_is_an_error_that_says_what_to_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=r"rank 1 of 2 did not find rank 0 at 127.0.0.1 in 1 s: .*MASTER_ADDR"),
-        meet(World(1, 2, 1, "127.0.0.1", free_port(), "srun"), seconds=1),
+        pytest.raises(UserError, match=r"rank 1 did not find rank 0 at 127.0.0.1 in 1 s: .*MASTER_ADDR"),
+        meet(1, "127.0.0.1", free_port(), seconds=1),
     ):
         pass
 
@@ -52,6 +52,6 @@ def test_no_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         socket.create_server(("", 0)) as taken,
         pytest.raises(UserError, match="set MASTER_PORT"),
-        meet(World(0, 2, 0, "127.0.0.1", taken.getsockname()[1], "srun")),
+        meet(0, "127.0.0.1", taken.getsockname()[1]),
     ):
         pass
