@@ -55,21 +55,26 @@ class Drills:
 def main() -> int:
     """Run the drills and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="write the results here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these drills (default: all)")
     parser.add_argument("--list", action="store_true", help="print the drills' tests and run none")
+    parser.add_argument("--tests", type=Path, default=ROOT / "tests", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     drills = Drills(options.only)
-    arguments = ["-q", "--no-header", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests")]
-    code = pytest.main([*arguments, *(["--collect-only"] if options.list else [])], plugins=[drills])
+    arguments = ["-q", "--no-header", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(options.tests)]
+    code = pytest.main([*arguments, *(["--collect-only", "-qq"] if options.list else [])], plugins=[drills])
     unknown = set(options.only) - set(drills.names.values())
     if unknown:
         print(f"no such drill: {', '.join(sorted(unknown))}; --list shows them", file=sys.stderr)
         return 2
     if options.list:
+        for test, name in sorted(drills.names.items(), key=lambda pair: pair[1]):
+            print(f"{name}\t{test}")
         return 0
     results = list(drills.results())
-    options.json.write_text(json.dumps({"drills": results}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.json:
+        text = json.dumps({"drills": results}, indent=1, ensure_ascii=False)
+        options.json.write_text(text + "\n", encoding="utf-8")
     for drill in results:
         outcome = "passed" if drill["passed"] else "FAILED"
         print(f"{outcome}  {drill['seconds']:7.1f} s  {drill['name']}  {drill['detail']}")

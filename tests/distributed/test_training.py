@@ -39,6 +39,7 @@ def trained(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.drill("bitwise-resume")
 def test_a_resumed_run_continues_bit_for_bit(trained: Path) -> None:
     """Six steps, against three steps that went on for three more from their checkpoint, dropout on."""
     whole, resumed = trained / "runs/whole", trained / "runs/resumed"
@@ -148,6 +149,7 @@ def test_no_rank_ever_holds_the_whole_pretrained_llm(trained: Path) -> None:
     assert run(whole_copies, 2, str(export), ds_json) == [0, 0]
 
 
+@pytest.mark.drill("bitwise-resume")
 def test_stage_2_resumes_bit_for_bit_too(trained: Path) -> None:
     """Four steps of the whole LLM, against two that went on for two more, Q-Former dropout on."""
     words = ["train.steps=4", "train.save_every=2", "train.keep=5"]

@@ -60,6 +60,7 @@ def wait_for_steps(job: Job, run: Path, steps: int) -> None:
     assert not job.done(), job.stderr()
 
 
+@pytest.mark.drill("submitit-timeout-requeue")
 def test_a_run_out_of_time_saves_goes_back_in_the_queue_and_ends_like_an_undisturbed_one(
     here: Path, cluster: Cluster
 ) -> None:

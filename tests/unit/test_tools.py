@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +24,13 @@ def script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_tool(name: str, *words: object) -> "subprocess.CompletedProcess[str]":
+    """Run a tool in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
+    command = [sys.executable, TOOLS / f"{name}.py", *map(str, words)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
 
 
 def test_bench_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,3 +93,44 @@ def test_bench_stream_keeps_peers_that_fail(tmp_path: Path, monkeypatch: pytest.
     assert "differ" in rows["plain-files", "flac"]["error"]
     assert "cannot be installed" in rows["lhotse-shar", "wav"]["error"]
     assert rows["ours", "wav"]["ratio"] == 1
+
+
+def test_bench_checkpoint(tmp_path: Path) -> None:
+    words = ["--width", "64", "--depth", "2", "--rounds", "1", "--folder", tmp_path, "--json", tmp_path / "rows.json"]
+    done = run_tool("bench_checkpoint", *words)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in rows] == ["ours", "torch.save", "deepspeed"]
+    assert all(row["stall_s_per_gib"] > 0 and row["durable_s_per_gib"] >= row["stall_s_per_gib"] for row in rows)
+
+
+DRILLS = {
+    "bitwise-resume", "kill9", "two-generations", "corrupt-checkpoint", "signal-one-rank", "slurm-preempt-requeue",
+    "slurm-node-death", "submitit-timeout-requeue", "peer-killed", "peer-frozen", "nonfinite-one-rank", "disk-full",
+    "tracker-killed", "elastic-2-1-2", "time-limit",
+}  # fmt: skip
+
+
+def test_fault_drill_knows_every_drill(tmp_path: Path) -> None:
+    done = run_tool("fault_drill", "--list")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split("\t")[0] for line in done.stdout.splitlines() if "\ttests/" in line} == DRILLS
+    assert run_tool("fault_drill", "--list", "--only", "no-such-drill").returncode == 2
+
+
+def test_fault_drill_reports_what_failed_and_what_could_not_run(tmp_path: Path) -> None:
+    (tmp_path / "test_three.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.drill('good')\ndef test_good(record_property): record_property('seen', 3)\n"
+        "@pytest.mark.drill('bad')\ndef test_bad(): assert 1 == 2, 'why'\n"
+        "@pytest.mark.drill('absent')\ndef test_absent(): pytest.skip('no such thing here')\n"
+        "def test_no_drill(): assert False\n"
+    )
+    out = tmp_path / "drills.json"
+    done = run_tool("fault_drill", "--json", out, "--tests", tmp_path)
+    assert done.returncode == 1
+    drills = {drill.pop("name"): drill for drill in json.loads(out.read_text())["drills"]}
+    assert drills.keys() == {"good", "bad", "absent"}
+    assert [drills[name]["passed"] for name in ("good", "bad", "absent")] == [True, False, False]
+    assert drills["good"]["detail"] == "seen: 3"
+    assert "test_bad" in drills["bad"]["detail"] and "no such thing here" in drills["absent"]["detail"]
