@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any
 
 from mser_dist.errors import UserError
@@ -150,7 +149,13 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
 
     if device == "cuda":
         # A launcher that shows each task its own GPU only has local ranks beyond what the task sees.
-        local = world.local_rank % torch.cuda.device_count()
+        count = torch.cuda.device_count()
+        if count > 1 and world.local_rank >= count:
+            raise UserError(
+                f"rank {world.rank} is number {world.local_rank} on a node where it sees {count} GPUs: start as many "
+                "tasks on a node as it has GPUs (--ntasks-per-node and --gpus-per-node are equal)"
+            )
+        local = world.local_rank % count
         os.environ["LOCAL_RANK"] = str(local)  # DeepSpeed reads it
         torch.cuda.set_device(local)
     else:
@@ -164,11 +169,13 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
         if world.launcher == "srun":
             from mser_dist.cluster import rendezvous
 
-            with rendezvous.meet(world.rank, world.master_addr, world.master_port) as store:
+            with rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port) as store:
                 torch.distributed.init_process_group(
                     backend, store=store, rank=world.rank, world_size=world.world_size, timeout=limit
                 )
         deepspeed.init_distributed(backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
+        global _control
+        _control = None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {world.rank} of {world.world_size} could not join {world.master_addr}:{world.master_port} "
@@ -204,16 +211,11 @@ def most(values: list[int]) -> list[int]:
     if not dist.is_initialized():
         return values
     found = torch.tensor(values)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_control_group())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_control)
     return found.tolist()
 
 
-@cache
-def _control_group() -> Any:
-    """A gloo group beside NCCL's; gloo's own default group where that is it. Collective when it is first called."""
-    import torch.distributed as dist
-
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+_control: Any = None  # a gloo group beside NCCL's; None: gloo's own default group
 
 
 def all_sum(values: list[float], device: Any = "cpu") -> list[float]:

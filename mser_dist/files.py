@@ -1,8 +1,10 @@
 """Files that are whole or not there: hashes, fsync, atomic replacement."""
 
+import fcntl
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,23 @@ def fsync_tree(folder: Path, below: bool = True) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def lock_file(path: Path) -> int | None:
+    """Take a file for this process, or None if another one has it; `unlock_file` frees it, and so does the end."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        pass  # a file system without locks: then they cannot protect, and must not stop
+    return handle
+
+
+def unlock_file(handle: int) -> None:
+    """Give a `lock_file` back. Not by closing alone: data workers, forked since, have the file open too."""
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)

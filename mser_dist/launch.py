@@ -39,7 +39,7 @@ _TIMEOUTS = 10_000
 _SETUP = [
     "unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE",
     "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
-    "cache=${TMPDIR:-/tmp}/mser-$SLURM_JOB_ID",
+    "cache=${TMPDIR:-/tmp}/mser-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}",
     "export TRITON_CACHE_DIR=$cache/triton TORCH_EXTENSIONS_DIR=$cache/torch_extensions",
     "trap 'rm -rf \"$cache\"' EXIT",
 ]

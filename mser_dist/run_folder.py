@@ -1,12 +1,17 @@
 """A run's folder: taken for one config, and given back to it alone."""
 
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mser_dist import config as cfg
+from mser_dist import distributed
 from mser_dist.config_file import flatten, read_yaml
 from mser_dist.errors import UserError
-from mser_dist.files import read_json, write_text
+from mser_dist.files import file_sha256, lock_file, read_json, unlock_file, write_text
 
 # Keys that may change between two starts of a run: they do not touch what is learned.
 _FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.timeout_minutes", "engine.peer_seconds")
@@ -51,3 +56,45 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
         write_text(out / "config.yaml", config_text)
     except OSError as error:
         raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
+
+
+@contextmanager
+def claimed(out: Path, patience: float) -> Iterator[None]:
+    """Hold the run folder for the block: two trainings in it would prune each other's checkpoints.
+
+    Waits `patience` seconds for a start that is just ending, e.g. of the same job before its requeue. `UserError` then.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        deadline = time.monotonic() + patience
+        while (handle := lock_file(out / ".lock")) is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"another process is training in {out}: wait for it to end, or choose another out=…")
+            time.sleep(0.5)
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
+    try:
+        yield
+    finally:
+        unlock_file(handle)
+
+
+def seen_by_all(out: Path, patience: float = 30.0) -> None:
+    """Check that every rank sees the config that rank 0 has just written; collective, `UserError` on all if not.
+
+    A file system that nodes share may be a moment late. On one that they do not share, no checkpoint would be whole.
+    """
+    wanted = distributed.agree(_digest(out / "config.yaml"))
+    deadline = time.monotonic() + patience
+    while (seen := _digest(out / "config.yaml") == wanted) is False and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [host for host, sees in distributed.gather((socket.gethostname(), seen)) if not sees]
+    if blind:
+        raise UserError(
+            f"{blind[0]} does not see the run folder {out} of rank 0: set out= to an absolute path on a file system "
+            "that all nodes share"
+        )
+
+
+def _digest(path: Path) -> str | None:
+    return file_sha256(path) if path.is_file() else None

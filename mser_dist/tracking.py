@@ -17,8 +17,8 @@ from typing import Any
 from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.cluster.preempt import Stopped
-from mser_dist.files import write_json
-from mser_dist.tracking_record import NOT_NUMBERS, Record, lock, now_ms, tracking_uri, unlock
+from mser_dist.files import unlock_file, write_json
+from mser_dist.tracking_record import NOT_NUMBERS, Record, lock, now_ms, tracking_uri
 from mser_dist.tracking_record import run_id_of as run_id_of  # callers have it from here
 from mser_dist.tracking_sync import Sender, prepare_mlflow, refused, say, trouble
 
@@ -140,7 +140,7 @@ class Tracker:
             self._record.save(self.out, status=status, ended=now_ms())
         if self._thread is None:
             if self._held is not None:
-                unlock(self._held)
+                unlock_file(self._held)
             return
         self._closing.set()
         patience = PATIENCE[status]
@@ -192,7 +192,7 @@ class Tracker:
             else:
                 self._closing.wait(pause)
         if self._held is not None:
-            unlock(self._held)
+            unlock_file(self._held)
 
 
 class _Machine:

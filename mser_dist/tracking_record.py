@@ -1,6 +1,5 @@
 """What a run folder knows of its MLflow run: ``log.jsonl`` has the numbers, ``mlflow.json`` (`Record`) all else."""
 
-import fcntl
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist import config as cfg
-from mser_dist.files import write_json
+from mser_dist.files import lock_file, write_json
 
 NOT_NUMBERS = frozenset({"step", "seconds", "time"})  # of a line of log.jsonl: when, not what
 _TAG_LENGTH = 8000  # characters; MLflow refuses longer ones
@@ -58,23 +57,8 @@ def numbers_of(line: bytes, started: int) -> Iterator[tuple[str, int, int, float
 
 
 def lock(run: Path) -> int | None:
-    """Take the run folder for sending, so that only one process does; None if another one has it. `unlock` frees it."""
-    handle = os.open(run / "log.jsonl", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    except OSError:
-        pass  # a file system without locks: then they cannot protect, and must not stop
-    return handle
-
-
-def unlock(handle: int) -> None:
-    """Give a `lock` back. Not by closing alone: data workers, forked since, have the file open too."""
-    with suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
+    """Take the run folder for sending, so that only one process does; None if another one has it."""
+    return lock_file(run / "log.jsonl")
 
 
 @dataclass

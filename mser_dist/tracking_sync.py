@@ -16,7 +16,8 @@ from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.config_file import build, flatten, read_yaml
 from mser_dist.errors import UserError
-from mser_dist.tracking_record import Record, lock, now_ms, numbers_of, redact, tracking_uri, unlock
+from mser_dist.files import unlock_file
+from mser_dist.tracking_record import Record, lock, now_ms, numbers_of, redact, tracking_uri
 
 _METRICS, _ENTRIES = 1000, 100  # what MLflow takes in one request: metrics; params or tags
 _PARAM_LENGTH = 6000  # characters; MLflow refuses longer ones
@@ -241,7 +242,7 @@ def sync(run: Path, uri: str | None = None) -> str:
         try:
             return _sync(run, config, tree, uri)
         finally:
-            unlock(handle)
+            unlock_file(handle)
     except OSError as error:
         raise UserError(
             f"{run} cannot be written ({error.strerror}): mlflow.json in it must say what was sent"

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,16 @@ class _Training:
         self.watchdog = Watchdog(world, config.engine.peer_seconds, config.engine.timeout_minutes * 60)
 
     def run(self) -> dict[str, Any]:
-        if self.world.is_main:
-            run_folder.prepare(self.out, to_yaml(self.config))
-        distributed.init(self.world, self.config.engine.timeout_minutes, self.device)
+        with ExitStack() as held:
+            if self.world.is_main:
+                held.enter_context(run_folder.claimed(self.out, self.config.engine.peer_seconds))
+                run_folder.prepare(self.out, to_yaml(self.config))
+            distributed.init(self.world, self.config.engine.timeout_minutes, self.device)
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         with self.watchdog.watch():
+            run_folder.seen_by_all(self.out)
             self._load()
             with tracked(
                 self.config.tracking,
@@ -135,9 +142,10 @@ class _Training:
         self.skipped = SkippedSteps(self.out, self.shards, config.train.max_skipped, world.is_main)
         self.skipped.in_a_row = int(state.get("skipped_in_a_row", 0))
         self.boundary = Boundary(self.flag, self.checkpoints, config.train, self.ends)
-        self._announce(float(state.get("save_seconds", 0)))
+        self.checkpoints.seconds = float(state.get("save_seconds", 0))
+        self._announce()
 
-    def _announce(self, save_seconds: float) -> None:
+    def _announce(self) -> None:
         """Say what runs; refuse a job too short to save, warn of a disk too small."""
         config, world = self.config, self.world
         size = sum(distributed.gather(self.engine.state_bytes()))
@@ -159,7 +167,7 @@ class _Training:
                     f"a checkpoint takes about {size / 2**30:.2f} GiB, and {self.out} has {free / 2**30:.2f} GiB free: "
                     "free space, or choose another disk with out="
                 )
-            needed = time_to_save(save_seconds)
+            needed = time_to_save(self.checkpoints.seconds)
             left = max(0.0, self.ends - time.time()) if self.ends else math.inf
             if left < needed:
                 problem = (

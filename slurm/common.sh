@@ -6,7 +6,7 @@
 MSER=${MSER:-$MSER_HOME/.venv/bin/mser}         # the command, on a file system that every node sees
 SRUN_ARGS=()                                    # e.g. (--container-image=/images/mser.sqsh --container-mounts=/data)
 # export NCCL_SOCKET_IFNAME=ib0                 # the network card for NCCL's set-up, where a node has several
-# export GLOO_SOCKET_IFNAME=ib0                 # the same for gloo (CPU runs)
+# export GLOO_SOCKET_IFNAME=ib0                 # the same for gloo, over which ranks also agree in GPU runs
 # export NCCL_IB_HCA=mlx5                       # the InfiniBand adapters to use
 # export HF_HOME=/shared/huggingface            # models fetched beforehand …
 # export HF_HUB_OFFLINE=1                       # … where compute nodes have no way out
@@ -36,7 +36,9 @@ run_on_all() {
   # and a start that was killed while it compiled leaves a lock that the next one would wait on for ever.
   local cache=${TMPDIR:-/tmp}/mser-$start
   export TRITON_CACHE_DIR=$cache/triton TORCH_EXTENSIONS_DIR=$cache/torch_extensions
-  export MSER_FIRST_CODE=$PWD/.mser-$start.code
+  local shared=$PWD # all nodes have to see it
+  [ -w "$shared" ] || shared=$HOME
+  export MSER_FIRST_CODE=$shared/.mser-$start.code
   # At scancel and at the time limit SLURM sends TERM to this shell too. With a trap (even an empty one, but not '', which
   # srun would inherit) it waits for srun and keeps its exit code; without one it would die first.
   trap : TERM INT USR1 USR2

@@ -34,7 +34,12 @@ class Flag:
         if self.number == 0:
             self.number = number
             # Not print: the handler may have interrupted one, and a buffered stream raises when it is entered twice.
-            os.write(2, f"mser: {signal.Signals(number).name}: stopping after this step\n".encode())
+            try:
+                os.write(2, f"mser: {signal.Signals(number).name}: stopping after this step\n".encode())
+            except OSError:  # Ctrl-C has ended `| tee log` too: what is said on the way to the save must not end it
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
         elif number == self.number == signal.SIGINT:
             raise KeyboardInterrupt  # Ctrl-C twice: someone at the keyboard does not want to wait for a save
 

@@ -21,7 +21,7 @@ _DOORS = 32  # ports in the list
 
 
 @contextmanager
-def meet(rank: int, host: str, port: int, seconds: float = 600.0) -> Iterator[Any]:
+def meet(rank: int, ranks: int, host: str, port: int, seconds: float = 600.0) -> Iterator[Any]:
     """Rank 0's `TCPStore`, for `torch.distributed.init_process_group` within the block.
 
     `host` is where rank 0 is, `port` where the list of doors begins. Raises `UserError` after `seconds`, or when every
@@ -33,14 +33,22 @@ def meet(rank: int, host: str, port: int, seconds: float = 600.0) -> Iterator[An
     job = "/".join(os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     doors = [1024 + (port - 1024 + 97 * i) % (65536 - 1024) for i in range(_DOORS)]
     if rank:
-        yield TCPStore(host, _ask(rank, host, doors, job, seconds), is_master=False)
+        store = TCPStore(host, _ask(rank, host, doors, job, seconds), is_master=False)
+        store.add("arrived", 1)
+        yield store
         return
     store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
     with _open(doors) as door:
         sign = json.dumps({"mser": job, "port": store.port}).encode()
         threading.Thread(target=_answer, args=(door, sign), daemon=True).start()
-        yield store
+        # Starting a process group does not wait for the others under NCCL: the door stays open until all have come.
+        deadline = time.monotonic() + seconds
+        while (missing := ranks - 1 - store.add("arrived", 0)) > 0:
+            if time.monotonic() > deadline:
+                raise UserError(f"{missing} of {ranks} ranks did not come to {host} in {seconds:.0f} s: see their log")
+            time.sleep(0.05)
         door.shutdown(socket.SHUT_RDWR)  # wakes the thread
+    yield store
 
 
 def _open(doors: list[int]) -> socket.socket:

@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from mser_dist.cluster.preempt import SAVED
 from mser_dist.config import Evaluation, Stage1, Stage2
 
-_TRIES = 3
+_FAILURES, _STARTS = 3, 10  # failures, and starts of any kind, without a step forward
 # What a run that saved ends with, and one that USR1 or USR2 ended before it listened to them (128 + their number).
 _NO_FAULT = (SAVED, 128 + 10, 128 + 12)
 
@@ -19,19 +23,15 @@ def requeue(code: int, config: Stage1 | Stage2 | Evaluation) -> int:
     """Ask SLURM to start this job again if that is of use, and return the exit code to end with.
 
     It is of use after a preemption or a crash; not after a mistake that the user must mend (2), not where the job was
-    cancelled, and not when it has failed three times at one step.
+    cancelled, and not when it has failed three times, or was stopped ten times, at one step.
     """
-    out, job = Path(config.out), os.environ.get("SLURM_JOB_ID")
+    out, job = Path(config.out), _job()
     if code in (0, 2) or job is None:
         return code
-    if code not in _NO_FAULT:
-        step = _note_failure(out, code, job)
-        if step is not None:
-            _say(
-                f"failed {_TRIES} times at step {step} (exit code {code}), so it is not started again: see "
-                f"{out / 'failures.jsonl'}"
-            )
-            return code
+    why = _no_step_forward(out, code, job)
+    if why:
+        _say(f"exit code {code}; {why}, so the job is not started again: see {out / 'ends.jsonl'}")
+        return code
     state = _ask("squeue", "--noheader", "--job", job, "--format=%T")
     if state != "RUNNING":  # cancelled, out of time, or put back into the queue by SLURM itself
         _say(f"exit code {code}; job {job} is {state or 'unknown to squeue'}: not started again from here")
@@ -44,18 +44,37 @@ def requeue(code: int, config: Stage1 | Stage2 | Evaluation) -> int:
     return code
 
 
-def _note_failure(out: Path, code: int, job: str) -> int | None:
-    """Write the failure down; the step, if the last three were all there."""
+def _job() -> str | None:
+    """The job's id; of one task of an array, for the array's own id would mean all of them."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def _no_step_forward(out: Path, code: int, job: str) -> str | None:
+    """Write the end of this start down; why there should be no other one, if the last ones were all at one step."""
     found = [p.name[5:] for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
     step = max(map(int, found), default=0)
-    line = {"step": step, "code": code, "job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = out / "failures.jsonl"
-    with file.open("a", encoding="utf-8") as log:
-        log.write(json.dumps({**line, "time": round(time.time())}) + "\n")
-    rows = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-    steps = [row["step"] for row in rows if row["job"] == job]  # who submits it anew has perhaps mended something
-    return step if steps[-_TRIES:] == [step] * _TRIES else None
+    end = {"step": step, "code": code, "job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
+    file = out / "ends.jsonl"
+    ends = [end]
+    with suppress(OSError):  # a full disk, say: then there is nothing to count by
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({**end, "time": round(time.time())}) + "\n")
+        ends = list(_ends(file, job))  # who submits it anew has perhaps mended something
+    here = list(takewhile(lambda row: row["step"] == step, reversed(ends)))
+    failures = sum(row["code"] not in _NO_FAULT for row in here)
+    if failures >= _FAILURES:
+        return f"failed {failures} times at step {step}"
+    return f"{len(here)} starts did not get beyond step {step}" if len(here) >= _STARTS else None
+
+
+def _ends(file: Path, job: str) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, TypeError, KeyError):  # a line that was cut
+            row = json.loads(line)
+            if row["job"] == job:
+                yield {"step": row["step"], "code": row["code"]}
 
 
 def _ask(*command: str) -> str | None:

@@ -15,6 +15,7 @@ from mser_dist import config as cfg
 from mser_dist import launch
 from mser_dist.config_file import find_config, load_any, read_yaml
 from mser_dist.errors import UserError
+from mser_dist.files import unlock_file
 
 _UNFIT = re.compile(r"[^\w.+-]+")  # for a folder's name
 
@@ -190,7 +191,7 @@ def join(planned: Sequence[Trial]) -> None:
         return
     finally:
         if handle is not None:
-            records.unlock(handle)
+            unlock_file(handle)
     for trial in planned:
         trial.config.tracking.parent = record.run_id
 

@@ -8,6 +8,7 @@ Nothing in a checkpoint is a pickle.
 """
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -26,6 +27,8 @@ from mser_dist.files import file_sha256, fsync_tree, write_json
 from mser_dist.state import engine_state
 from mser_dist.state.seal import Sealed, folder_fault, read_seal, seal_fault
 
+_LATE = 30.0  # seconds that a shared file system may take to show another node's files
+_FULL = re.compile(r"no space left|disk quota|os error (28|122)\b", re.IGNORECASE)
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has a name in every library
 
 
@@ -121,14 +124,16 @@ class Checkpoints:
             self._publishing.join()
         self._publishing = _Task(publish_and_prune) if self.world.is_main else None
 
-    def _cannot(self, failures: list[str]) -> UserError:
+    def _cannot(self, failures: list[str]) -> Exception:
+        """A full disk is the user's to mend; any other failure may pass, and the job may be started again."""
         if self.world.is_main:
             shutil.rmtree(self._staging(), ignore_errors=True)
         free = shutil.disk_usage(self.folder.parent).free / 2**30
-        return UserError(
-            f"cannot write the checkpoint {self._staging().with_suffix('')} ({failures[0]}; {free:.1f} GiB free): "
-            "free space and start the same command again; earlier checkpoints are untouched"
-        )
+        what = f"cannot write the checkpoint {self._staging().with_suffix('')} ({failures[0]}; {free:.1f} GiB free)"
+        again = "start the same command again; earlier checkpoints are untouched"
+        if any(map(_FULL.search, failures)):
+            return UserError(f"{what}: free space and {again}")
+        return OSError(f"{what}: {again}")
 
     def _staging(self) -> Path:
         return self.folder / f"step-{self._state['step']:06d}.partial"
@@ -182,6 +187,10 @@ class Checkpoints:
                 continue
             if broken and self.world.is_main:
                 distributed.warn(f"falling back to {folder}: {'; '.join(broken)}")
+                for damaged in found[found.index(folder) + 1 :]:  # else they would count as the newest, and be kept
+                    aside = damaged.with_suffix(".damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    damaged.rename(aside)
             return folder
         if broken:
             raise UserError(
@@ -204,7 +213,7 @@ class Checkpoints:
             return [], f"{fault}: make sure of what is in it, then set train.trust_checkpoints=true"
         for staging in self.folder.glob("step-*.partial"):
             why = "" if found else "; no checkpoint was finished, so the run starts from step 0"
-            distributed.warn(f"removing {staging.name}, which was never finished{why}")
+            distributed.warn(f"removing {staging.name}, half written or half removed{why}")
             shutil.rmtree(staging, ignore_errors=True)
         return found, None
 
@@ -250,7 +259,13 @@ def write_part(
 
 
 def publish(staging: Path, files: Sealed, state: dict[str, Any]) -> None:
-    """Seal what all ranks have written and give it its name."""
+    """Seal what all ranks have written and give it its name. Raises `OSError` where a file is not to be seen here."""
+    deadline = time.monotonic() + _LATE
+    for name, (size, _) in files.items():
+        while not ((staging / name).is_file() and (staging / name).stat().st_size == size):
+            if time.monotonic() > deadline:
+                raise OSError(f"{name} is not to be seen by rank 0: out= must be on a file system that all nodes share")
+            time.sleep(0.2)
     seal(staging, files, state)
     final = staging.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)

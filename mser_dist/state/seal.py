@@ -21,10 +21,17 @@ def read_seal(folder: Path) -> tuple[Sealed, str | None]:
 
 def seal_fault(folder: Path, sealed: Sealed, rank: int = 0, ranks: int = 1) -> str | None:
     """The first fault in one of `ranks` shares of a checkpoint's files, or None. A file not in the seal is one."""
+    try:
+        return _fault(folder, sealed, sorted(sealed)[rank::ranks])
+    except OSError as error:  # on one rank alone, perhaps: its peers wait for an answer
+        return f"{folder.name} cannot be read ({error.strerror})"
+
+
+def _fault(folder: Path, sealed: Sealed, share: list[str]) -> str | None:
     strangers = sorted({path.name for path in folder.iterdir()} - sealed.keys() - {"seal.json"})
     if strangers:
         return f"{folder.name}/{strangers[0]} is not in the seal"
-    for name in sorted(sealed)[rank::ranks]:
+    for name in share:
         path, (size, digest) = folder / name, sealed[name]
         if not path.is_file():
             return f"{folder.name}/{name} is missing"

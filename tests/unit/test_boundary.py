@@ -1,5 +1,8 @@
 """What one process decides between two steps; that several agree is in tests/faults."""
 
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from mser_dist.cluster.preempt import Flag, listen
 from mser_dist.config import Train
 from mser_dist.distributed import World
 from mser_dist.state.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[2]
 
 
 def boundary(tmp_path: Path, ends: float | None = None, rank: int = 0, **train: float) -> Boundary:
@@ -54,3 +59,18 @@ def test_a_block_that_listens_within_another_shares_its_flag() -> None:
             assert inner is outer
         outer.up(15, None)
     assert outer.number == 15
+
+
+def test_a_signal_is_heard_when_nobody_reads_what_is_said_any_more() -> None:
+    """Ctrl-C ends `mser train 2>&1 | tee log` as a whole: the other end of the pipe is gone first."""
+    code = (
+        "import os, signal, sys\n"
+        "from mser_dist.cluster.preempt import listen\n"
+        "reader, writer = os.pipe()\n"
+        "os.close(reader); os.dup2(writer, 1); os.dup2(writer, 2)\n"
+        "with listen() as flag:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('on the way to the save', flush=True); print('and', file=sys.stderr, flush=True)\n"
+        "    os._exit(flag.number)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}).returncode == signal.SIGINT

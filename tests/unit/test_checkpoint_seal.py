@@ -8,6 +8,8 @@ import pytest
 
 from mser_dist.distributed import World
 from mser_dist.errors import UserError
+from mser_dist.run_folder import claimed, seen_by_all
+from mser_dist.state import checkpoint
 from mser_dist.state.checkpoint import Checkpoints, publish
 from mser_dist.state.seal import read_seal, seal_fault
 
@@ -149,3 +151,31 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
         os.chown(tmp_path / "checkpoints", 12345, -1)
         with pytest.raises(UserError, match="belongs to user 12345"):
             choose(tmp_path)
+
+
+def test_what_is_damaged_is_put_aside_and_never_kept_instead_of_what_is_whole(tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 2), save(tmp_path, 10)
+    flip(newer / PART)
+    assert choose(tmp_path) == older
+    save(tmp_path, 4, keep=1)
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step-000004", "step-000010.damaged"]
+    assert choose(tmp_path) == tmp_path / "checkpoints" / "step-000004"
+
+
+def test_what_rank_0_cannot_see_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that the nodes do not share."""
+    monkeypatch.setattr(checkpoint, "_LATE", 0.1)
+    staging = tmp_path / "step-000001.partial"
+    staging.mkdir()
+    with pytest.raises(OSError, match=r"rank-00001.safetensors is not to be seen by rank 0: out= must be"):
+        publish(staging, {"rank-00001.safetensors": (3, "abc")}, {"step": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001.partial"]
+
+
+def test_a_folder_is_held_by_one_training(tmp_path: Path) -> None:
+    held = claimed(tmp_path, patience=0.0)
+    with held, pytest.raises(UserError, match="another process is training in"), claimed(tmp_path, patience=0.6):
+        pass
+    with claimed(tmp_path, patience=0.0):
+        seen_by_all(tmp_path)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -14,9 +15,31 @@ from mser_dist.distributed import free_port
 from mser_dist.errors import UserError
 
 
+def late(port: int) -> None:
+    time.sleep(3)
+    with meet(1, 2, "127.0.0.1", port, seconds=30):
+        pass
+
+
+def test_rank_0_waits_for_who_comes_late() -> None:
+    """What is done within the block may return at once, as starting NCCL does."""
+    port = free_port()
+    process = multiprocessing.get_context("spawn").Process(target=late, args=(port,))
+    process.start()
+    with meet(0, 2, "127.0.0.1", port, seconds=60):
+        pass
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_rank_that_never_comes_is_an_error() -> None:
+    with pytest.raises(UserError, match="1 of 2 ranks did not come"), meet(0, 2, "127.0.0.1", free_port(), seconds=1):
+        pass
+
+
 def join(rank: int, job: str, port: int, found: "Queue[tuple[str, int, str]]") -> None:
     os.environ.update(SLURM_JOB_ID=job, SLURM_STEP_ID="0")
-    with meet(rank, "127.0.0.1", port, seconds=60) as store:
+    with meet(rank, 2, "127.0.0.1", port, seconds=60) as store:
         store.set(f"rank {rank}", job)
         found.put((job, rank, store.get(f"rank {1 - rank}").decode()))
         store.set(f"done {rank}", "")
@@ -42,7 +65,7 @@ def test_two_jobs_that_begin_at_one_port_do_not_meet() -> None:
 def test_nobody_there_is_an_error_that_says_what_to_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"rank 1 did not find rank 0 at 127.0.0.1 in 1 s: .*MASTER_ADDR"),
-        meet(1, "127.0.0.1", free_port(), seconds=1),
+        meet(1, 2, "127.0.0.1", free_port(), seconds=1),
     ):
         pass
 
@@ -52,6 +75,6 @@ def test_no_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         socket.create_server(("", 0)) as taken,
         pytest.raises(UserError, match="set MASTER_PORT"),
-        meet(0, "127.0.0.1", taken.getsockname()[1]),
+        meet(0, 2, "127.0.0.1", taken.getsockname()[1]),
     ):
         pass

@@ -20,24 +20,44 @@ def test_three_failures_at_one_step_are_enough(
 ) -> None:
     config = Stage1(out=str(tmp_path / "run"))
     for checkpoint, code, again in [
-        (None, 1, True), (None, 1, True), ("step-000010", 1, True), (None, 139, True), (None, 70, False),
+        (None, 1, True), (None, 1, True), ("step-000010", 1, True), (None, 75, True), (None, 139, True),
+        (None, 70, False),
     ]:  # fmt: skip
         if checkpoint:
             (tmp_path / "run/checkpoints" / checkpoint).mkdir(parents=True)
             (tmp_path / "run/checkpoints/step-000020.partial").mkdir()
         assert requeue(code, config) == code
         said = capsys.readouterr().err
-        assert ("failed 3 times at step 10 (exit code 70)" in said) is not again, said
+        assert ("exit code 70; failed 3 times at step 10" in said) is not again, said
     requeue(1, config)
-    assert "failed 3 times" in capsys.readouterr().err, "it stays so for this job"
+    assert "failed 4 times" in capsys.readouterr().err, "it stays so for this job"
     monkeypatch.setenv("SLURM_JOB_ID", "124")
     requeue(1, config)
-    assert "failed 3 times" not in capsys.readouterr().err, "who submits it anew has perhaps mended something"
-    rows = [json.loads(line) for line in (tmp_path / "run/failures.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 0, 10, 10, 10, 10, 10]
+    assert "failed" not in capsys.readouterr().err, "who submits it anew has perhaps mended something"
+    rows = [json.loads(line) for line in (tmp_path / "run/ends.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 0, 10, 10, 10, 10, 10, 10]
 
 
-@pytest.mark.parametrize("code", [0, 2, 75, 138, 140])
-def test_what_is_no_failure_does_not_count(code: int, tmp_path: Path) -> None:
+def test_ten_stops_at_one_step_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Stage1(out=str(tmp_path))
+    (tmp_path / "ends.jsonl").write_text('{"step": 0, "co\n')  # a line that was cut
+    for start in range(1, 11):
+        assert requeue([75, 138, 140][start % 3], config) in (75, 138, 140)
+        assert ("10 starts did not get beyond step 0" in capsys.readouterr().err) is (start == 10)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_what_is_done_or_a_mistake_is_not_asked_about(
+    code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert requeue(code, Stage1(out=str(tmp_path / "run"))) == code
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not capsys.readouterr().err
+
+
+def test_a_task_of_an_array_is_asked_about_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    requeue(75, Stage1(out=str(tmp_path)))
+    assert "job 100_7 is unknown to squeue" in capsys.readouterr().err

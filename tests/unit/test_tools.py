@@ -29,7 +29,7 @@ def script(name: str) -> ModuleType:
 def run_tool(name: str, *words: object) -> "subprocess.CompletedProcess[str]":
     """Run a tool in a process of its own."""
     env = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
-    command = [sys.executable, TOOLS / f"{name}.py", *map(str, words)]
+    command = [sys.executable, str(TOOLS / f"{name}.py"), *map(str, words)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
 
 
