@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except UserError as error:
-        return _leave(options.debug, f"error: {error}", 2)
+        return _leave(options.debug, f"error: {error}", error.code)
     except preempt.Stopped as stop:
         return _leave(options.debug, str(stop), preempt.SAVED)
     except OSError as error:
@@ -97,7 +97,7 @@ def _leave(debug: bool, message: str, code: int) -> int:
         time.sleep(10)
     if several:  # a launcher that ends its ranks should see the code of one that has spoken, not the signal's
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if rank == "0" or code == 2:
+    if rank == "0" or message.startswith("error"):
         text = message if rank == "0" else message.replace("error:", f"error (rank {rank}):", 1)
         print(f"mser: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from mser_dist.errors import UserError
+from mser_dist.errors import PassingError, UserError
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
         global _control
         _control = None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=limit)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        raise PassingError(
             f"rank {world.rank} of {world.world_size} could not join {world.master_addr}:{world.master_port} "
             f"({str(error).splitlines()[0]}): check that every rank started and that MASTER_ADDR is reachable"
         ) from error

@@ -1,5 +1,6 @@
 """A run's folder: taken for one config, and given back to it alone."""
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -62,21 +63,33 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
 def claimed(out: Path, patience: float) -> Iterator[None]:
     """Hold the run folder for the block: two trainings in it would prune each other's checkpoints.
 
-    Waits `patience` seconds for a start that is just ending, e.g. of the same job before its requeue. `UserError` then.
+    Waits `patience` seconds for a start that is just ending. `UserError` then; but a lock of an earlier start of this
+    SLURM job is that of a dead node, which some network file systems keep, and is passed over.
     """
+    job, lock = os.environ.get("SLURM_JOB_ID", ""), out / ".lock"
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
         deadline = time.monotonic() + patience
-        while (handle := lock_file(out / ".lock")) is None:
+        while (handle := lock_file(lock)) is None:
+            holder = lock.read_text(encoding="utf-8")
             if time.monotonic() > deadline:
-                raise UserError(f"another process is training in {out}: wait for it to end, or choose another out=…")
+                if job and holder.startswith(f"job {job} "):
+                    distributed.warn(f"{lock} is still held by {holder}, an earlier start of this job: going on")
+                    break
+                raise UserError(
+                    f"another process is training in {out} ({holder}): wait for it to end, or choose another out=…"
+                )
             time.sleep(0.5)
+        if handle is not None:
+            os.truncate(handle, 0)
+            os.write(handle, f"job {job or 'none'} on {socket.gethostname()}, process {os.getpid()}".encode())
     except OSError as error:
         raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
     try:
         yield
     finally:
-        unlock_file(handle)
+        if handle is not None:
+            unlock_file(handle)
 
 
 def seen_by_all(out: Path, patience: float = 30.0) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from mser_dist.errors import UserError
+from mser_dist.errors import PassingError, UserError
 
 _DOORS = 32  # ports in the list
 
@@ -79,7 +79,7 @@ def _ask(rank: int, host: str, doors: list[int], job: str, seconds: float) -> in
                 if sign["mser"] == job:
                     return int(sign["port"])
         time.sleep(0.5)
-    raise UserError(
+    raise PassingError(
         f"rank {rank} did not find rank 0 at {host} in {seconds:.0f} s: check "
         "that every rank started, and that the address is reachable; if it is not, set MASTER_ADDR"
     )

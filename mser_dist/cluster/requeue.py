@@ -15,8 +15,8 @@ from mser_dist.cluster.preempt import SAVED
 from mser_dist.config import Evaluation, Stage1, Stage2
 
 _FAILURES, _STARTS = 3, 10  # failures, and starts of any kind, without a step forward
-# What a run that saved ends with, and one that USR1 or USR2 ended before it listened to them (128 + their number).
-_NO_FAULT = (SAVED, 128 + 10, 128 + 12)
+# What a run that saved ends with, and one that does not listen to USR1, USR2 and TERM, such as an evaluation (128 + n).
+_NO_FAULT = (SAVED, 128 + 10, 128 + 12, 128 + 15)
 
 
 def requeue(code: int, config: Stage1 | Stage2 | Evaluation) -> int:

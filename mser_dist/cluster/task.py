@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Any, NoReturn
 
-from mser_dist.cluster.preempt import SAVED, Stopped
+from mser_dist.cluster.preempt import SAVED, SIGNALS, Stopped
 from mser_dist.config import Evaluation, Stage1, Stage2
 from mser_dist.errors import UserError
 from mser_dist.quiet import hush
@@ -81,6 +81,8 @@ class Task:
 
     def _stopped(self, stop: Stopped, env: Any, requeue: Any) -> NoReturn:
         """Every rank is here and has saved. Rank 0 puts the job back in the queue; no rank leaves a result behind."""
+        for number in SIGNALS:  # submitit's own handler is back, and one more signal would requeue twice
+            signal.signal(number, signal.SIG_IGN)
         self._step = stop.step
         print(f"mser: {stop}", flush=True)
         if env.global_rank:

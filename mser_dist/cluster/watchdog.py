@@ -37,7 +37,7 @@ class Watchdog:
         self.at_end: Callable[[], None] = lambda: None
         self._ticks = 0
         self._where = "starting"
-        self._last_answer = time.monotonic()
+        self._last_answer = self._last_look = self._last_beat = time.monotonic()
         self._over = threading.Event()
 
     def tick(self, where: str) -> None:
@@ -52,7 +52,7 @@ class Watchdog:
             yield
             return
         store = self._meet()
-        self._last_answer = time.monotonic()
+        self._last_answer = self._last_look = self._last_beat = time.monotonic()
         for work in (lambda: self._beat(store), self._guard):
             threading.Thread(target=work, name="watchdog", daemon=True).start()
         try:
@@ -83,6 +83,8 @@ class Watchdog:
         moved, ticks_then = time.monotonic(), -1
         count = 0
         while not self._over.wait(min(5.0, self.silence / 5)):
+            if self._was_paused():
+                seen, moved = {}, time.monotonic()
             count += 1
             try:
                 store.set(f"beat/{rank}", f"{count} {self._ticks} {socket.gethostname()} {self._where}")
@@ -118,9 +120,20 @@ class Watchdog:
     def _guard(self) -> None:
         """End the process where `_beat` itself hangs: rank 0 does not answer."""
         while not self._over.wait(1.0):
+            now = time.monotonic()
+            if now - self._last_look > self.silence / 2:  # this process itself was stopped, as SLURM's suspend does
+                self._last_answer = now
+            self._last_look = now
             if time.monotonic() - self._last_answer > self.silence + 5:
                 main = f"rank 0 ({self.world.master_addr})"
                 return self._end(f"{main}: no answer for {self.silence:g} s (dead or frozen)")
+
+    def _was_paused(self) -> bool:
+        """Whether all of this process was stopped for a while, after which nobody else's silence means a thing."""
+        now = time.monotonic()
+        long = now - self._last_beat > self.silence / 2 + 5
+        self._last_beat = now
+        return long
 
     def _end(self, verdict: str) -> None:
         if self._over.is_set():
@@ -147,4 +160,4 @@ def _named(ranks: list[int], seen: dict[int, tuple[str, float]]) -> str:
 
 def _is_of_a_collective(error: BaseException) -> bool:
     text = str(error).lower()
-    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "store"))
+    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "tcpstore"))

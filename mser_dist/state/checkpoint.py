@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mser_dist import distributed
 from mser_dist.engine import Engine
-from mser_dist.errors import UserError
+from mser_dist.errors import PassingError, UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
 from mser_dist.state import engine_state
 from mser_dist.state.seal import Sealed, folder_fault, read_seal, seal_fault
 
 _LATE = 30.0  # seconds that a shared file system may take to show another node's files
 _FULL = re.compile(r"no space left|disk quota|os error (28|122)\b", re.IGNORECASE)
-_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk has a name in every library
 
 
 class Checkpoints:
@@ -46,6 +44,7 @@ class Checkpoints:
         self.background = background
         self.saved_step: int | None = None  # the last step that `save` was called for
         self.seconds = 0.0  # how long the last save took until it was durable
+        self._damaged: set[str] = set()  # by the last `choose`: they must not be kept instead of whole ones
         self._buffers: dict[str, torch.Tensor] = {}
         self._writing: _Task | None = None
         self._publishing: _Task | None = None
@@ -118,13 +117,17 @@ class Checkpoints:
         def publish_and_prune() -> None:
             publish(staging, files, state)
             self.seconds = time.monotonic() - self._began
-            self._prune()
+            self._damaged.discard(staging.with_suffix("").name)
+            try:
+                self._prune()
+            except OSError as error:  # a file that something else has open, say: the new checkpoint is there
+                distributed.warn(f"an old checkpoint could not be removed ({error})")
 
         if self._publishing:
             self._publishing.join()
         self._publishing = _Task(publish_and_prune) if self.world.is_main else None
 
-    def _cannot(self, failures: list[str]) -> Exception:
+    def _cannot(self, failures: list[str]) -> UserError:
         """A full disk is the user's to mend; any other failure may pass, and the job may be started again."""
         if self.world.is_main:
             shutil.rmtree(self._staging(), ignore_errors=True)
@@ -133,7 +136,7 @@ class Checkpoints:
         again = "start the same command again; earlier checkpoints are untouched"
         if any(map(_FULL.search, failures)):
             return UserError(f"{what}: free space and {again}")
-        return OSError(f"{what}: {again}")
+        return PassingError(f"{what}: {again}")
 
     def _staging(self) -> Path:
         return self.folder / f"step-{self._state['step']:06d}.partial"
@@ -150,7 +153,7 @@ class Checkpoints:
             torch.cuda.synchronize()
 
     def _prune(self) -> None:
-        found = self.published()
+        found = [folder for folder in self.published() if folder.name not in self._damaged]
         kept = {*found[-self.keep :], *_best(found)}
         for old in found:
             if old not in kept:
@@ -187,10 +190,7 @@ class Checkpoints:
                 continue
             if broken and self.world.is_main:
                 distributed.warn(f"falling back to {folder}: {'; '.join(broken)}")
-                for damaged in found[found.index(folder) + 1 :]:  # else they would count as the newest, and be kept
-                    aside = damaged.with_suffix(".damaged")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    damaged.rename(aside)
+            self._damaged = {damaged.name for damaged in found[found.index(folder) + 1 :]}
             return folder
         if broken:
             raise UserError(
@@ -211,7 +211,11 @@ class Checkpoints:
         found = self.published()
         if found and not trust and (fault := folder_fault(self.folder)):
             return [], f"{fault}: make sure of what is in it, then set train.trust_checkpoints=true"
-        for staging in self.folder.glob("step-*.partial"):
+        partial = list(self.folder.glob("step-*.partial"))
+        others = [p.name for p in self.folder.glob("*") if p not in partial and not p.name.startswith(".")]
+        if others and not found:
+            return [], f"{self.folder} holds {others[0]} and no checkpoint: move it away to start anew"
+        for staging in partial:
             why = "" if found else "; no checkpoint was finished, so the run starts from step 0"
             distributed.warn(f"removing {staging.name}, half written or half removed{why}")
             shutil.rmtree(staging, ignore_errors=True)
@@ -230,7 +234,7 @@ class _Task:
     def _run(self, call: Callable[[], Any]) -> None:
         try:
             self.result = call()
-        except _WRITE_ERRORS as error:
+        except Exception as error:  # whatever it is, it must not look like a checkpoint
             self.error = (str(error).splitlines() or [type(error).__name__])[0]
 
     @property
@@ -249,7 +253,7 @@ def write_part(
     random: dict[str, torch.Tensor],
 ) -> Sealed:
     """Write one rank's files; their sizes and hashes."""
-    staging.mkdir(parents=True, exist_ok=True)  # another node may not see rank 0's folder yet
+    _make(staging)  # another node may not see rank 0's folder yet
     part, state = staging / f"rank-{rank:05d}.safetensors", staging / f"random-{rank:05d}.safetensors"
     engine_state.write(part, tensors, description)
     save_file(random, state)
@@ -308,7 +312,12 @@ def _best(found: list[Path]) -> list[Path]:
 
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _make(folder)
+
+
+def _make(folder: Path) -> None:
+    for one in (folder.parent, folder):  # not by `parents`, which would take the umask's mode
+        one.mkdir(mode=0o700, exist_ok=True)
 
 
 def _random_state() -> dict[str, torch.Tensor]:

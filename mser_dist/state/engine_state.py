@@ -23,7 +23,7 @@ from mser_dist.errors import UserError
 from mser_dist.state import partitions
 from mser_dist.state.partitions import Part
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 # How a group is stepped, not what the step is: it follows the device, not the checkpoint.
 _NOT_HYPER = {"params", "foreach", "fused", "capturable", "differentiable"}
@@ -278,3 +278,5 @@ def _restore_small(engine: Any, description: Description) -> None:
             setattr(scaler, key, value)
     for key, value in description["counters"].items():
         setattr(engine, key, value)
+    # Not as saved: another number of ranks accumulates over another number of micro-batches.
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

@@ -153,14 +153,21 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
             choose(tmp_path)
 
 
-def test_what_is_damaged_is_put_aside_and_never_kept_instead_of_what_is_whole(tmp_path: Path) -> None:
+def test_what_is_damaged_is_never_kept_instead_of_what_is_whole(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 2), save(tmp_path, 10)
     flip(newer / PART)
-    assert choose(tmp_path) == older
-    save(tmp_path, 4, keep=1)
-    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert found == ["step-000004", "step-000010.damaged"]
+    checkpoints = Checkpoints(tmp_path, World(), keep=1)
+    assert checkpoints.choose() == older
+    save(tmp_path, 4)
+    checkpoints._prune()
+    assert [path.name for path in checkpoints.published()] == ["step-000004", "step-000010"]
     assert choose(tmp_path) == tmp_path / "checkpoints" / "step-000004"
+
+
+def test_a_folder_with_something_else_in_it_is_not_a_fresh_start(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "global_step100").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds global_step100 and no checkpoint: move it away"):
+        choose(tmp_path)
 
 
 def test_what_rank_0_cannot_see_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
