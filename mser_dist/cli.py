@@ -94,6 +94,8 @@ def _leave(debug: bool, message: str, code: int) -> int:
     if srun and rank != "0" and code == 2:
         # Most mistakes are every rank's: rank 0 says it, srun then ends the others, and they need not say it again.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
+        if preempt.heard:  # srun was faster
+            os._exit(code)
         time.sleep(10)
     if several:  # a launcher that ends its ranks should see the code of one that has spoken, not the signal's
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

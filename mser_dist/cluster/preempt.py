@@ -31,6 +31,8 @@ class Flag:
 
     def up(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
+        global heard
+        heard = True
         if self.number == 0:
             self.number = number
             # Not print: the handler may have interrupted one, and a buffered stream raises when it is entered twice.
@@ -45,6 +47,7 @@ class Flag:
 
 
 _listening: Flag | None = None
+heard = False  # whether a signal has come while this process listened
 
 
 @contextmanager
