@@ -2,10 +2,17 @@
 
 import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and so would have every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read by the Hugging Face libraries when they are imported: a test that would download something fails at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,6 +43,17 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "shards"
     write_set(folder, SMALL_SET)
     return folder
+
+
+@pytest.fixture
+def no_child_left() -> Iterator[None]:
+    """Fails where a process outlives the test that started it; what earlier tests left is not its own."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    for child in left:
+        child.kill()
+    assert not left
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -35,17 +35,6 @@ signal.signal(signal.SIGUSR1, lambda *_: (Path("asleep").touch(), time.sleep(100
 if os.environ.get("RANK") == "1":
     threading.Thread(target=watch, daemon=True).start()
 """
-
-
-@pytest.fixture
-def no_child_left() -> Iterator[None]:
-    """Fails where a process outlives the test that started it; what earlier tests left is not its own."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    yield
-    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    for child in left:
-        child.kill()
-    assert not left
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -12,17 +12,6 @@ import pytest
 from mser_dist.cluster import local_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def no_child_left() -> Iterator[None]:
-    """Fails where a process outlives the test that started it."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    yield
-    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    for child in left:
-        child.kill()
-    assert not left
 
 
 @pytest.fixture
