@@ -5,6 +5,7 @@ Languages are never pooled: a mean over languages is the mean of their own UAs.
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from mser_dist import __version__, distributed, exported, plots, run_folder
 from mser_dist import config as cfg
+from mser_dist.cluster import preempt
 from mser_dist.cluster.watchdog import Watchdog
 from mser_dist.config_file import flatten, to_yaml
 from mser_dist.data import stream
@@ -92,7 +94,10 @@ def validate(
 
 
 def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
-    """Evaluate finished runs and return {"zero_shot": rows, …}; writes ``<out>/``: the table, predictions and plots."""
+    """Evaluate finished runs and return {"zero_shot": rows, …}; writes ``<out>/``: the table, predictions and plots.
+
+    Collective. Raises `preempt.Stopped` between two batches when a signal came to any rank.
+    """
     world = distributed.discover()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = choose(config.attention, DTYPES[config.dtype], device)
@@ -110,10 +115,11 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     tags = {"mser.stage": "eval"}
     watchdog = Watchdog(world, silence=120.0, stall=30 * 60.0)
     with (
+        preempt.listen() as flag,
         watchdog.watch(),
         tracked(config.tracking, out, tags, flatten(config), world.is_main, links=links) as tracker,
     ):
-        rows, tables, predictions = _score_all(config, exports, shards, world, attention, device, watchdog)
+        rows, tables, predictions = _score_all(config, exports, shards, world, attention, device, watchdog, flag)
         report: dict[str, Any] = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
         if tracker:
             _publish(config, tracker, rows, tables, predictions)
@@ -131,6 +137,7 @@ def _score_all(
     attention: Attention,
     device: str,
     watchdog: Watchdog,
+    flag: preempt.Flag,
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, NDArray[np.int64]]], list[dict[str, Any]]]:
     """Every stage's rows of the table, confusions by language, and predictions. Collective."""
     data, dtype = config.data, DTYPES[config.dtype]
@@ -151,6 +158,8 @@ def _score_all(
 
         def go_on(title: str = title) -> bool:
             watchdog.tick(title)
+            if number := distributed.most([flag.number])[0]:
+                raise preempt.Stopped(signal.Signals(number).name, None)
             return True
 
         found = predict(scorer, clips, config.batch, stream.pad_speech, data.workers, world, device, title, go_on=go_on)

@@ -4,7 +4,11 @@
 # ---- SITE SETTINGS: the environment ----------------------------------------------------------------------------------
 # module load cuda gcc                          # what your site offers; the compiler builds DeepSpeed's fused optimizers
 MSER=${MSER:-$MSER_HOME/.venv/bin/mser}         # the command, on a file system that every node sees
-SRUN_ARGS=()                                    # e.g. (--container-image=/images/mser.sqsh --container-mounts=/data)
+SRUN_ARGS=()                                    # more options of srun
+# ---- a container (never tried here): these lines with Pyxis; else a script of yours that calls `apptainer exec … mser "$@"`
+# SRUN_ARGS+=(--container-image=/images/mser.sqsh --container-mounts="$MSER_HOME,/data" --container-workdir="$PWD")
+# MSER_TASK=/opt/venv/bin/mser                  # the command inside; MSER stays one outside, where `mser requeue` runs
+# ---- the network and shared places -----------------------------------------------------------------------------------
 # export NCCL_SOCKET_IFNAME=ib0                 # the network card for NCCL's set-up, where a node has several
 # export GLOO_SOCKET_IFNAME=ib0                 # the same for gloo, over which ranks also agree in GPU runs
 # export NCCL_IB_HCA=mlx5                       # the InfiniBand adapters to use
@@ -44,7 +48,7 @@ run_on_all() {
   trap : TERM INT USR1 USR2
   # From SLURM 22.05 on srun does not inherit --cpus-per-task. One rank's death ends the step, or its peers would hang.
   srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" "${SRUN_ARGS[@]}" \
-    bash "$MSER_HOME/slurm/task.sh" "$MSER" "$verb" "$config" "$@" &
+    bash "$MSER_HOME/slurm/task.sh" "${MSER_TASK:-$MSER}" "$verb" "$config" "$@" &
   local srun=$!
   # srun waits for ever for a task whose node does not answer any more: not so once another task has failed.
   { until [ -f "$MSER_FIRST_CODE" ]; do sleep 5; done; sleep "${MSER_LINGER:-120}"; kill -KILL "$srun"; } &

@@ -16,11 +16,14 @@ SAVED = 75  # exit code of a run that has saved and can go on: EX_TEMPFAIL of sy
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and every rank has saved: the same command continues it."""
+    """A job was asked to stop. A training has saved `step` on every rank; an evaluation has none, and begins anew."""
 
-    def __init__(self, reason: str, step: int) -> None:
+    def __init__(self, reason: str, step: int | None) -> None:
         self.reason, self.step = reason, step
-        super().__init__(f"{reason}: stopped at step {step}; the same command continues from there")
+        where = "before the end; the same command begins anew"
+        if step is not None:
+            where = f"at step {step}; the same command continues from there"
+        super().__init__(f"{reason}: stopped {where}")
 
 
 class Flag:

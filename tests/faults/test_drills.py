@@ -147,6 +147,16 @@ def test_a_signal_to_one_rank_saves_the_same_step_everywhere(work: Path) -> None
     assert json.loads((run / "summary.json").read_text())["validation"]
 
 
+@pytest.mark.drill("signal-one-rank")
+def test_a_signal_to_one_rank_ends_an_evaluation_which_begins_anew(work: Path) -> None:
+    words = ["eval", "demo_eval", "data.sets=shards", "stage1=runs/whole", "stage2=null", "batch=2", "out=runs/eval"]
+    error = drilled("1|evaluate stage 1|USR2", *words, cwd=work, code=SAVED)
+    assert "SIGUSR2: stopped before the end; the same command begins anew" in error
+    assert json.loads((work / "runs/eval/mlflow.json").read_text())["status"] == "KILLED"
+    assert "unseen languages" in mser(*words, *TWO, cwd=work)
+    assert json.loads((work / "runs/eval/mlflow.json").read_text())["status"] == "FINISHED"
+
+
 @pytest.mark.drill("peer-killed")
 def test_a_killed_rank_ends_the_job(work: Path) -> None:
     error = drilled("1|step 3|KILL", *stage1("runs/dead", *PLAIN), cwd=work, code=128 + 9)
