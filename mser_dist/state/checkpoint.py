@@ -31,7 +31,7 @@ _FULL = re.compile(r"no space left|disk quota|os error (28|122)\b", re.IGNORECAS
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every method but `step_of` and `published` is collective.
+    """The checkpoints of one run. Every method but `published` is collective.
 
     `keep` newest ones are kept, and the one with the best validation UA. With `background`, `save` returns when the
     state is copied to memory; call `settle` between steps, and `finish` before the process ends.
@@ -42,7 +42,6 @@ class Checkpoints:
         self.world = world
         self.keep = max(1, keep)
         self.background = background
-        self.saved_step: int | None = None  # the last step that `save` was called for
         self.seconds = 0.0  # how long the last save took until it was durable
         self._damaged: set[str] = set()  # by the last `choose`: they must not be kept instead of whole ones
         self._buffers: dict[str, torch.Tensor] = {}
@@ -57,7 +56,6 @@ class Checkpoints:
         """Save the training state after `step` optimizer steps; `state` is JSON. A save under way is finished first."""
         self.finish()
         self._began = time.monotonic()
-        self.saved_step = step
         self._state = {"step": step, "world_size": self.world.world_size, **state}
         staging = self._staging()
         tensors, description = engine.collect()
@@ -203,7 +201,6 @@ class Checkpoints:
         engine.restore(sorted(folder.glob("rank-*.safetensors")))
         if state["world_size"] == self.world.world_size:
             _set_random_state(load_file(folder / f"random-{self.world.rank:05d}.safetensors"))
-        self.saved_step = int(state["step"])
         return state
 
     def _look(self, trust: bool) -> tuple[list[Path], str | None]:
