@@ -264,8 +264,10 @@ def _config(options: argparse.Namespace) -> None:
     from mser_dist import config, config_file
 
     if options.keys:
+        from mser_dist.config_fields import key_table
+
         cls = {"stage1": config.Stage1, "stage2": config.Stage2, "eval": config.Evaluation}[options.keys]
-        for key, kind, default, help in config.key_table(cls):
+        for key, kind, default, help in key_table(cls):
             print(f"{key} ({kind}) = {default}\n    {help}")
     elif options.config:
         resolved = config_file.load_any(options.config, options.words)

@@ -6,24 +6,18 @@ Nothing here imports torch, so that ``mser --help`` and a config typo answer at 
 """
 
 import re
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any
 
+from mser_dist.config_fields import not_negative, one_of, opt, positive
 from mser_dist.errors import UserError
 
 SIX_EMOTIONS = ["anger", "disgust", "fear", "happy", "neutral", "sad"]
 DTYPES = ("float32", "bfloat16", "float16")
 BATCHINGS = ("shuffle", "bucket", "tokens")
+LOSSES = ("supcon", "sum", "masked", "siglip", "infonce")
+GATHERS = ("all_gather", "ring")
 KERNELS = ("auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager")
-
-
-def opt(default: Any, help: str) -> Any:
-    """A config field with a default and the sentence that ``mser config --keys`` shows for it."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default.copy(), metadata={"help": help})
-    if isinstance(default, type):  # a nested section
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(kw_only=True)
@@ -98,7 +92,11 @@ class TrainingClips(Clips):
     bucket: int = opt(16, "batching=bucket: so many global batches are sorted by length together")
     tokens: int = opt(8192, "batching=tokens: a micro-batch's encoder steps (20 ms) at most; global_batch counts packs")
     shuffle_shards: int = opt(0, "shuffle within so many shards at a time (remote sets larger than the cache); 0: all")
-    balance: list[str] = opt([], "fields that every global batch holds in equal parts, e.g. [label, language]")
+    balance: list[str] | None = opt(
+        None,
+        "fields that every global batch holds in equal parts, e.g. [label, language]; []: none; null: those two in "
+        "stage 1 where the loss knows labels and the set can fill such batches, else none",
+    )
     parallel: int = opt(2, "stage 1: so many clips of one source_id stay side by side in a batch (1: plain shuffle)")
     shuffle_labels: bool = opt(False, "control: training labels dealt out at random; accuracy must fall to chance")
     augment: Augment = opt(Augment, "random changes of the clips")
@@ -149,10 +147,40 @@ class Text:
 @dataclass(kw_only=True)
 class Contrastive:
     width: int = opt(128, "width of the shared embedding space")
+    loss: str = opt(
+        "supcon", "supcon | sum | masked | siglip (all know the labels) | infonce; see mser_dist/contrastive/README.md"
+    )
+    symmetric: bool = opt(True, "text → speech too, not speech → text alone")
+    unique_texts: bool = opt(False, "compare with each caption once, however often the global batch has it")
     alpha: float = opt(1.0, "weight of speech ↔ emotion text (positives: same emotion)")
     beta: float = opt(0.25, "weight of the language-agnostic term (positives: same source_id)")
+    alpha_schedule: list[list[float]] = opt(
+        [], "factors on alpha, linear between [share of the steps, factor] points, e.g. [[0, 0], [0.1, 1]]; []: 1"
+    )
+    beta_schedule: list[list[float]] = opt([], "the same for beta")
     temperature: float = opt(0.07, "initial temperature of both terms; learned")
     max_scale: float = opt(100.0, "upper bound of 1/temperature")
+    bias: float = opt(-1.6, "siglip: initial bias, best the log odds of a positive pair (one label in six: -1.6)")
+    gather: str = opt("all_gather", "all_gather (fewer messages) | ring (memory shrinks with the number of ranks)")
+    tile: int = opt(1024, "scores are computed in blocks of so many rows and columns; 0: all at once")
+
+    def check(self) -> None:
+        for name in ("width", "max_scale", "temperature"):
+            positive(f"contrastive.{name}", getattr(self, name))
+        for name in ("alpha", "beta", "tile"):
+            not_negative(f"contrastive.{name}", getattr(self, name))
+        one_of("contrastive.loss", self.loss, LOSSES)
+        one_of("contrastive.gather", self.gather, GATHERS)
+        for name in ("alpha_schedule", "beta_schedule"):
+            points = getattr(self, name)
+            shares = [point[0] for point in points if len(point) == 2]
+            if len(shares) < len(points) or shares != sorted(set(shares)) or any(not 0 <= s <= 1 for s in shares):
+                raise UserError(
+                    f"contrastive.{name} is a list of [share of the steps, factor] with shares that rise from 0 to 1, "
+                    f"not {points}"
+                )
+            if any(factor < 0 for _, factor in points):
+                raise UserError(f"contrastive.{name} has a factor below 0: {points}")
 
 
 @dataclass(kw_only=True)
@@ -175,7 +203,11 @@ class LLM:
 @dataclass(kw_only=True)
 class Train:
     global_batch: int = opt(64, "clips per optimizer step, over all ranks; the numbers mean the same on any cluster")
-    micro_batch: int | None = opt(None, "stage 2: clips per rank and forward pass; null: global_batch / world size")
+    micro_batch: int | None = opt(
+        None,
+        "clips per rank and forward pass at most, as memory allows; null: global_batch / world size. Stage 1 contrasts "
+        "the whole global batch all the same (gradient caching)",
+    )
     epochs: float = opt(10.0, "passes over the training split (ignored when `steps` is set)")
     steps: int | None = opt(None, "optimizer steps")
     lr: float = opt(1e-3, "peak learning rate (AdamW)")
@@ -287,10 +319,7 @@ class Stage1(Common):
             )
         for name in ("queries", "layers", "width", "heads"):
             positive(f"qformer.{name}", getattr(self.qformer, name))
-        for name in ("width", "max_scale"):
-            positive(f"contrastive.{name}", getattr(self.contrastive, name))
-        if self.contrastive.alpha < 0 or self.contrastive.beta < 0 or not self.contrastive.temperature > 0:
-            raise UserError("contrastive.alpha and .beta must be ≥ 0 and contrastive.temperature > 0")
+        self.contrastive.check()
         if self.encoder.pad_seconds is not None:
             positive("encoder.pad_seconds", self.encoder.pad_seconds)
         if self.encoder.pretrained and self.encoder.arch:
@@ -346,24 +375,6 @@ class Evaluation:
             raise UserError("stage1 and stage2 are both unset: name the run folder of a finished run")
 
 
-def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise `UserError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise UserError(f"{key} is {value!r}: use one of {', '.join(allowed)}")
-
-
-def positive(key: str, value: float) -> None:
-    """Raise `UserError` unless `value` is above 0."""
-    if value <= 0:
-        raise UserError(f"{key} must be positive, not {value}")
-
-
-def not_negative(key: str, value: float) -> None:
-    """Raise `UserError` if `value` is below 0."""
-    if value < 0:
-        raise UserError(f"{key} must not be negative: it is {value}")
-
-
 def batch_shape(train: Train, world_size: int) -> tuple[int, int]:
     """(clips per rank and forward pass, accumulation steps) for a world size, or `UserError` if it does not divide."""
     if train.global_batch % world_size:
@@ -373,24 +384,10 @@ def batch_shape(train: Train, world_size: int) -> tuple[int, int]:
             f"set train.global_batch={near} or start another number of processes"
         )
     per_rank = train.global_batch // world_size
-    micro = per_rank if train.micro_batch is None else train.micro_batch
+    micro = per_rank if train.micro_batch is None else min(train.micro_batch, per_rank)
     if micro <= 0 or per_rank % micro:
         raise UserError(
             f"train.micro_batch={micro} does not divide the {per_rank} clips per rank "
             f"(train.global_batch={train.global_batch} / world size {world_size}): choose a divisor of {per_rank}"
         )
     return micro, per_rank // micro
-
-
-def key_table(cls: type) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, help) of every key of a config class, nested keys dotted, for `mser config --keys`."""
-    rows = []
-    for f in fields(cls):
-        section = next((t for t in (f.type, *get_args(f.type)) if is_dataclass(t)), None)
-        if section is None or f.default is None:
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            kind = re.sub(r"mser_dist\.config\.|<class '|'>", "", str(f.type))
-            rows.append((f.name, kind, str(default), f.metadata.get("help", "")))
-        if isinstance(section, type):
-            rows += [(f"{f.name}.{key}", kind, default, help) for key, kind, default, help in key_table(section)]
-    return rows

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mser_dist import config as cfg
+from mser_dist.contrastive import bounds
 from mser_dist.distributed import World
 from mser_dist.errors import UserError
 from mser_dist.state import engine_state, partitions
@@ -57,6 +60,8 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
         if section in plain:
             raise UserError(f"{path}: remove the section {section!r}: the run config decides it ({instead})")
     micro, accumulation = cfg.batch_shape(config.train, world_size)
+    if config.stage == 1:  # gradient caching: its micro-batches are parts of one backward pass, see `one_reduction`
+        micro, accumulation = micro * accumulation, 1
     decided = {
         "train_batch_size": (config.train.global_batch, "train.global_batch"),
         "train_micro_batch_size_per_gpu": (micro, "train.micro_batch"),
@@ -147,13 +152,40 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
         )
+        self._bounds = {name: (low, high) for name, low, high in bounds(model)}
 
     @property
     def module(self) -> nn.Module:
         return self._engine.module
 
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Any]) -> Any:
         return self._engine(batch)
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        """Around several backward passes that are one step's: gradients add up here, and are reduced once, at the end.
+
+        Takes memory for whole gradients. DeepSpeed's wrapper for bfloat16 under ZeRO-1 cannot do this, and need not: it
+        reduces at the last backward pass alone, which `no_sync` marks.
+        """
+        with self._engine.coalesce_grad_reduction() if self._coalesces else nullcontext():
+            yield
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Around the forward and backward pass of a part of a step that is not its last."""
+        if self._coalesces:
+            yield
+            return
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)
+
+    @property
+    def _coalesces(self) -> bool:
+        return hasattr(self._engine.optimizer, "_coalesce_grad_reduction")
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; DeepSpeed divides by the accumulation steps."""
@@ -162,6 +194,20 @@ class Engine:
     def step(self) -> None:
         """Close a micro-batch; at the accumulation boundary, clip, update and move the schedule."""
         self._engine.step()
+        if self._bounds and self._engine.is_gradient_accumulation_boundary():
+            self._hold_bounds()
+
+    @torch.no_grad()
+    def _hold_bounds(self) -> None:
+        """Clamp bounded parameters, in the fp32 masters and in what the model computes with; each rank its own part."""
+        for part in (part for group in partitions.trained(self._engine) for part in group):
+            if part.name in self._bounds and part.count:
+                part.view(part.owner).clamp_(*self._bounds[part.name])
+        for name, parameter in self.module.named_parameters():
+            if name in self._bounds:
+                for tensor in (parameter.data, getattr(parameter, "ds_tensor", None)):
+                    if tensor is not None:
+                        tensor.clamp_(*self._bounds[name])
 
     @property
     def grad_norm(self) -> float:

@@ -1,22 +1,23 @@
 """What differs between the two stages.
 
-Each has `model`, a module that returns (loss, telemetry) of a batch; `features`, what its encoder is fed; `collate`,
-which makes a batch of clips in a worker; `prepare`, which finishes a step's micro-batches on the training process;
-`scorer`, which scores the labels of a batch for validation; `card`, what the exported model is; and `source`, the card
-of the run that this one builds on, if any.
+Each has `model`; `features`, what its encoder is fed; `collate`, which makes a batch of clips in a worker; `step`, one
+optimizer step over its micro-batches; `scorer`, which scores the labels of a batch for validation; `card`, what the
+exported model is; and `source`, the card of the run that this one builds on, if any.
 """
 
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mser_dist import config as cfg
-from mser_dist import exported
+from mser_dist import distributed, exported
+from mser_dist.contrastive import Embedded, cached_backward
 from mser_dist.data import prompts
 from mser_dist.data.loader import Clip
 from mser_dist.data.stream import pad_speech
+from mser_dist.engine import Engine
 from mser_dist.errors import UserError
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
@@ -25,9 +26,10 @@ from mser_dist.models.scoring import AnswerScorer, PromptScorer
 from mser_dist.models.speech import build_speech
 from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
 from mser_dist.models.text import TextTower
+from mser_dist.nonfinite import poison
 
 Batch = dict[str, Any]
-Total = Callable[[list[float]], list[float]]  # sums numbers over all ranks
+Stats = dict[str, Tensor]  # telemetry of a step, still on the device
 
 
 class Align:
@@ -35,6 +37,7 @@ class Align:
 
     def __init__(self, config: cfg.Stage1, attention: Attention, device: str) -> None:
         self.config = config
+        self.device = device
         self.labels = config.data.labels
         self.tower = TextTower(config.text.pretrained, device)
         self.source: dict[str, Any] | None = None
@@ -56,12 +59,30 @@ class Align:
         self.model = Aligner(speech, self.tower.width, config.contrastive)
         self.features = speech.encoder.features
         self.collate = AlignCollate(self.labels)
-        self.tower.embed([c for label in self.labels for c in prompts.captions(label)])
+        self.captions = self.tower.embed([c for label in self.labels for c in prompts.captions(label)])  # (C, width)
 
-    def prepare(self, batches: list[Batch], total: Total) -> None:
-        """Replace the captions by their embeddings."""
-        for batch in batches:
-            batch["text"] = self.tower.embed(batch.pop("captions"))
+    def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
+        """Contrast all micro-batches of all ranks at once, in the memory of one (gradient caching). Collective.
+
+        done: share of the training that is over. Returns telemetry and the loss.
+        """
+        config = self.config.contrastive
+        alpha = config.alpha * _factor(config.alpha_schedule, done)
+        beta = config.beta * _factor(config.beta_schedule, done)
+        ids = {n: torch.cat([b[n] for b in batches]).to(self.device) for n in ("label", "source", "caption")}
+
+        def embed(batch: Batch) -> Embedded:
+            moved = to_device(batch, self.device)
+            return engine.forward({**moved, "text": self.captions[moved["caption"]]})
+
+        def loss(embedded: Embedded) -> tuple[Tensor, Stats]:
+            value, stats = self.model.contrast(embedded, ids, alpha, beta)
+            return poison(value), stats
+
+        with engine.one_reduction():
+            _, stats = cached_backward(batches, embed, loss, backward=engine.backward, no_sync=engine.no_sync)
+        engine.step()
+        return stats, [float(stats["loss"])]
 
     def scorer(self) -> PromptScorer:
         return PromptScorer(self.model, self.tower, self.labels)
@@ -87,26 +108,33 @@ def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
             raise UserError(f"{key}={wanted}, but init_from={config.init_from} brings {there}: set {key}={there}")
 
 
+def _factor(schedule: list[list[float]], done: float) -> float:
+    """The factor of a schedule, linear between its points, when a share of the steps is done; 1 without points."""
+    return float(np.interp(done, [share for share, _ in schedule], [f for _, f in schedule])) if schedule else 1.0
+
+
 class AlignCollate:
-    """Clips → padded speech, ids, and a caption drawn for each clip."""
+    """Clips → padded speech, ids, and a caption drawn for each clip: its number among those of all labels."""
 
     def __init__(self, labels: list[str]) -> None:
-        self.captions = [prompts.captions(label) for label in labels]
+        counts = [len(prompts.captions(label)) for label in labels]
+        self.captions = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])  # by label
 
     def __call__(self, clips: list[Clip]) -> Batch:
         return {
             **pad_speech(clips),
             "label": torch.tensor([clip.label for clip in clips]),
             "source": torch.tensor([clip.source for clip in clips]),
-            "captions": [str(clip.draw.choice(self.captions[clip.label])) for clip in clips],
+            "caption": torch.tensor([int(clip.draw.choice(self.captions[clip.label])) for clip in clips]),
         }
 
 
 class Instruct:
     """Stage 2: the LLM answers an instruction about the clip with its label."""
 
-    def __init__(self, config: cfg.Stage2, attention: Attention, ds_json: dict[str, Any]) -> None:
+    def __init__(self, config: cfg.Stage2, attention: Attention, device: str, ds_json: dict[str, Any]) -> None:
         self.config = config
+        self.device = device
         self.labels = config.data.labels
         export = exported.find(config.stage1, stage=1)
         self.source: dict[str, Any] | None = exported.read_card(export)
@@ -121,12 +149,23 @@ class Instruct:
         self.features = speech.encoder.features
         self.collate = InstructCollate(self.tokenizer, self.labels, speech.query_count)
 
-    def prepare(self, batches: list[Batch], total: Total) -> None:
-        """Share out the loss: the mean over the answer tokens of all ranks and micro-batches of the step."""
+    def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
+        """Accumulate over the micro-batches the mean loss of all ranks' answer tokens. Collective.
+
+        Returns the mean telemetry and each micro-batch's loss.
+        """
         tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
-        [tokens_everywhere, losses] = total([float(tokens), float(len(batches))])
+        [everywhere, count] = distributed.all_sum([float(tokens), float(len(batches))], self.device)
+        sums: Stats = {}
+        losses = []
         for batch in batches:
-            batch["normalizer"] = tokens_everywhere / losses
+            loss, stats = engine.forward({**to_device(batch, self.device), "normalizer": everywhere / count})
+            losses.append(loss.detach())
+            engine.backward(poison(loss))
+            engine.step()
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0) + value.float() / len(batches)
+        return sums, torch.stack(losses).tolist()  # DeepSpeed has waited for the device already, for the gradient norm
 
     def scorer(self) -> AnswerScorer:
         return AnswerScorer(self.model, self.tokenizer, self.labels)
@@ -168,7 +207,7 @@ def build(
     """The stage that a config asks for; `ds_json` tells whether pretrained LLM weights are partitioned as they load."""
     if isinstance(config, cfg.Stage1):
         return Align(config, attention, device)
-    return Instruct(config, attention, ds_json)
+    return Instruct(config, attention, device, ds_json)
 
 
 def to_device(batch: Batch, device: str) -> Batch:

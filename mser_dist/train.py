@@ -24,7 +24,7 @@ from mser_dist.errors import UserError
 from mser_dist.evaluate import validate
 from mser_dist.files import write_json
 from mser_dist.models.attention import choose
-from mser_dist.nonfinite import Buffers, SkippedSteps, poison
+from mser_dist.nonfinite import Buffers, SkippedSteps
 from mser_dist.plots import curves
 from mser_dist.progress import Clock, bar
 from mser_dist.state.checkpoint import Checkpoints
@@ -56,22 +56,18 @@ class _Training:
         self.out = Path(config.out)
         self.ds_json = resolve_json(config, world.world_size)
         self.micro, self.accumulation = cfg.batch_shape(config.train, world.world_size)
-        if config.stage == 1 and self.accumulation > 1:
-            raise UserError(
-                f"train.micro_batch={self.micro}: stage 1 contrasts the whole global batch in one forward pass, so "
-                "that its loss is the same on any cluster: unset it, and if memory is short lower train.global_batch"
-            )
         if device == "cpu" and config.engine.dtype == "float16":
             raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
         self.attention = choose(config.engine.attention, DTYPES[config.engine.dtype], device)
         if isinstance(config, cfg.Stage2):
             pad_seconds = exported.features_of(exported.read_card(exported.find(config.stage1, stage=1))).pad_seconds
-            parallel = 1
-        else:  # its loss is of pairs of clips, so the plan keeps parallel ones together
+            parallel, wish = 1, []
+        else:  # its loss is of pairs of clips, so the plan keeps parallel ones together and all emotions in each batch
             pad_seconds, parallel = config.encoder.pad_seconds, config.data.parallel
+            wish = [] if config.contrastive.loss == "infonce" else ["label", "language"]
         self.shards = stream.open_training_clips(config.data)
         self.plan = stream.plan_of(
-            self.shards, config.data, config.train.global_batch, parallel, config.seed, pad_seconds
+            self.shards, config.data, config.train.global_batch, parallel, config.seed, pad_seconds, wish
         )
         self.held_out = _held_out(config.data)
         self.total = config.train.steps or max(1, round(config.train.epochs * self.plan.steps()))
@@ -157,6 +153,8 @@ class _Training:
                 f"{len(self.clips)} clips, {self.total} steps, {config.train.global_batch} {unit} a step ({shape}), "
                 f"ZeRO-{self.engine.zero_stage}, {config.engine.dtype}"
             )
+            if self.plan.balance:
+                print(f"each batch is balanced over {', '.join(self.plan.balance.names)}")
             print(f"attention: {self.attention.kernel} ({self.attention.reason})")
             if self.first:
                 print(f"continuing from step {self.first}")
@@ -205,9 +203,7 @@ class _Training:
             self.watchdog.tick(f"step {step}")
             self.position = data.after
             clock.clips += data.clips
-            batches = [stages.to_device(batch, self.device) for batch in data.batches]
-            self.stage.prepare(batches, lambda values: distributed.all_sum(values, self.device))
-            stats, losses = _optimize(self.engine, batches)
+            stats, losses = self.stage.step(self.engine, data.batches, (step - 1) / max(1, total - 1))
             if self.engine.step_applied:
                 self.buffers.keep()
                 self.skipped.in_a_row = 0
@@ -370,20 +366,6 @@ def _bad_everywhere(own: frozenset[int], known: set[int], clips: stream.Clips, i
             f"the last is {clips.shards.where(max(everywhere - known, default=max(everywhere)))}; mser verify lists all"
         )
     return everywhere
-
-
-def _optimize(engine: Engine, batches: list[stages.Batch]) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """One optimizer step over its micro-batches: their mean telemetry, still on the device, and their losses."""
-    sums: dict[str, torch.Tensor] = {}
-    losses = []
-    for batch in batches:
-        loss, stats = engine.forward(batch)
-        losses.append(loss.detach())
-        engine.backward(poison(loss))
-        engine.step()
-        for name, value in stats.items():
-            sums[name] = sums.get(name, 0) + value.float() / len(batches)
-    return sums, torch.stack(losses).tolist()  # DeepSpeed has waited for the device already, for the gradient norm
 
 
 def _mean_over_ranks(stats: dict[str, torch.Tensor], device: str) -> dict[str, float]:

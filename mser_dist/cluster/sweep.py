@@ -13,6 +13,7 @@ from typing import Any
 
 from mser_dist import config as cfg
 from mser_dist import launch
+from mser_dist.config_fields import key_table
 from mser_dist.config_file import find_config, load_any, read_yaml
 from mser_dist.errors import UserError
 from mser_dist.files import unlock_file
@@ -72,7 +73,7 @@ def trials(config: str, words: Sequence[str]) -> list[Trial]:
     anyway, it does so between bracketed lists only: ``data.sets=a,b`` is one value, ``data.sets=[a],[a,b]`` are two.
     """
     tree = read_yaml(find_config(config))
-    kinds = {key: kind for key, kind, _, _ in cfg.key_table(_class_of(tree))}
+    kinds = {key: kind for key, kind, _, _ in key_table(_class_of(tree))}
     options: dict[str, list[str]] = {}
     for word in words:
         key, equals, text = word.partition("=")

@@ -52,6 +52,7 @@ class Balance:
                     f"{column.names[least]!r}, and the set has {column.counts()[least]}: lower train.global_batch, or "
                     f"take {name} out of data.balance"
                 )
+        self.names = list(fields)
         self.first, *others = fields.values()
         self.others = others
         self.rest = np.zeros(len(self.first.codes), dtype=np.int64)  # (n,) the other fields' values as one number

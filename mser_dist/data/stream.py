@@ -8,7 +8,7 @@ function of these (`plan`), so a resume costs the same at the end of an epoch as
 
 import difflib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,17 +143,17 @@ def plan_of(
     parallel: int = 1,
     seed: int = 0,
     pad_seconds: float | None = None,
+    wish: Sequence[str] = (),
 ) -> Plan:
     """The plan that a config asks for. Raises `UserError` for a batch or a pack that cannot be filled.
 
-    parallel: clips of one source utterance that stay together. pad_seconds: what the encoder pads clips to.
+    parallel: clips of one source utterance that stay together. pad_seconds: what the encoder pads clips to. wish: the
+    fields to balance where the config leaves it open (data.balance=null) and the set can fill such batches.
     """
     slowest = 1 / (1 - data.augment.speed)  # augmentation may lengthen a clip
     length = np.maximum(np.minimum(shards.duration * slowest, data.max_seconds), pad_seconds or 0.0)
     groups = shards.source if parallel > 1 else None
-    balance = None
-    if data.balance:
-        balance = Balance(fields_of(data.balance, shards.coded), global_batch, groups, parallel)
+    balance = _balance(shards, data, global_batch, groups, parallel, wish)
     plan = Plan(
         len(shards),
         global_batch,
@@ -173,6 +173,27 @@ def plan_of(
     )
     plan.epoch(0)  # what cannot be planned is said now
     return plan
+
+
+def _balance(
+    shards: ShardSet,
+    data: cfg.TrainingClips,
+    global_batch: int,
+    groups: NDArray[Any] | None,
+    parallel: int,
+    wish: Sequence[str],
+) -> Balance | None:
+    """What the config says; else as many of the wished fields, from the first on, as the set can fill batches of."""
+    if data.balance is not None:
+        return Balance(fields_of(data.balance, shards.coded), global_batch, groups, parallel) if data.balance else None
+    if data.weights or data.shuffle_shards or data.batching != "shuffle":
+        return None  # which decide the batches themselves
+    for count in range(len(wish), 0, -1):
+        try:
+            return Balance(fields_of(wish[:count], shards.coded), global_batch, groups, parallel)
+        except UserError:
+            continue
+    return None
 
 
 def state_of(clips: Clips, plan: Plan, position: Position, bad: Iterable[int] = ()) -> dict[str, Any]:

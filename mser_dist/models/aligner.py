@@ -1,12 +1,12 @@
 """The stage-1 model: speech and emotion-aware language in one space."""
 
-import math
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from mser_dist import config as cfg
-from mser_dist.contrastive import parallel_speech_loss, speech_text_loss
+from mser_dist import contrastive
+from mser_dist.contrastive import Embedded, LogitScale
 from mser_dist.models.speech import SpeechModel
 
 
@@ -18,9 +18,9 @@ class Aligner(nn.Module):
         self.speech = speech
         self.speech_head = nn.Linear(speech.width, config.width, bias=False)
         self.text_head = nn.Linear(text_width, config.width, bias=False)
-        # One learned scale a term: they settle at different temperatures. log(1/T), as in CLIP (arXiv 2103.00020).
-        start = math.log(1 / config.temperature)
-        self.scales = nn.Parameter(torch.tensor([start, start]))
+        # One learned scale a term: they settle at different temperatures.
+        bias = config.bias if config.loss == "siglip" else None
+        self.scale = LogitScale(2, start=1 / config.temperature, highest=config.max_scale, bias=bias)
         self.config = config
 
     def embed_speech(self, speech: Tensor, lengths: Tensor) -> Tensor:
@@ -32,26 +32,53 @@ class Aligner(nn.Module):
         """(n, text_width) of the text tower → (n, D) of unit length."""
         return nn.functional.normalize(self.text_head(text.to(self.text_head.weight.dtype)).float(), dim=-1)
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a micro-batch and its telemetry.
+    def forward(self, batch: dict[str, Tensor]) -> Embedded:
+        """A micro-batch's speech and text, (B, D) each, and the scales and biases of both terms.
 
-        batch: speech (B, n_mels, F) or (B, S), lengths (B,), text (B, text_width), label (B,), source (B,).
+        batch: speech (B, n_mels, F) or (B, S), lengths (B,), text (B, text_width).
+        """
+        scales, biases = self.scale()
+        rows = (self.embed_speech(batch["speech"], batch["lengths"]), self.embed_text(batch["text"]))
+        return Embedded(rows, (scales,) if biases is None else (scales, biases))
+
+    def contrast(
+        self, embedded: Embedded, ids: dict[str, Tensor], alpha: float, beta: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The stage-1 loss of all this rank's embeddings, and telemetry. Collective.
+
+        ids: label, source and caption, (B,) each; alpha, beta: the terms' weights at this step.
         """
         config = self.config
-        speech = self.embed_speech(batch["speech"], batch["lengths"])
-        text = self.embed_text(batch["text"])
-        scale, parallel_scale = self.scales.float().clamp(max=math.log(config.max_scale)).exp()
-        emotion = speech_text_loss(speech, text, batch["label"], scale)
-        loss = config.alpha * emotion.loss
-        stats = {
-            "emotion_loss": emotion.loss,
-            "emotion_excess": emotion.excess,
-            "emotion_accuracy": emotion.accuracy,
-            "positives": emotion.positives,
-            "scale": scale,
-        }
+        speech, text = embedded.rows
+        scales, *biases = embedded.shared
+        emotion = contrastive.contrastive_loss(
+            speech,
+            text,
+            scales[0],
+            loss=cast(contrastive.Loss, config.loss),
+            labels=ids["label"],
+            texts=ids["caption"] if config.unique_texts else None,
+            bias=biases[0][0] if biases else None,
+            symmetric=config.symmetric,
+            gather=cast(contrastive.Gather, config.gather),
+            tile=config.tile,
+        )
+        stats = {f"emotion_{name}": value for name, value in emotion.detached().items()}
+        stats["batch"] = stats.pop("emotion_rows")
+        stats["scale"] = scales[0].detach()
+        stats["uniformity"] = contrastive.uniformity(speech)
+        loss = alpha * emotion.loss
         if config.beta:
-            agnostic = parallel_speech_loss(speech, batch["source"], batch["label"], parallel_scale)
-            loss = loss + config.beta * agnostic.loss
-            stats |= {"agnostic_loss": agnostic.loss, "agnostic_excess": agnostic.excess}
-        return loss, {"loss": loss.detach()} | {name: value.detach() for name, value in stats.items()}
+            agnostic = contrastive.parallel_loss(
+                speech,
+                ids["source"],
+                ids["label"],
+                scales[1],
+                gather=cast(contrastive.Gather, config.gather),
+                tile=config.tile,
+            )
+            loss = loss + beta * agnostic.loss
+            found = agnostic.detached()
+            stats |= {f"agnostic_{name}": found[name] for name in ("loss", "excess", "accuracy", "alignment", "rows")}
+            stats["agnostic_scale"] = scales[1].detach()
+        return loss, {"loss": loss.detach()} | stats

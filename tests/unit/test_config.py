@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mser_dist import config as cfg
 from mser_dist import config_file
+from mser_dist.config_fields import key_table
 from mser_dist.config_file import load_any, load_evaluation, load_training
 from mser_dist.errors import UserError
 
@@ -122,8 +123,13 @@ def test_large_seeds_keep_every_digit(tmp_path: Path) -> None:
         (["train.betas=[0.9, 1.0]"], "train.betas must be two numbers"),
         (["engine.dtype=fp16"], "engine.dtype is 'fp16': use one of float32, bfloat16, float16"),
         (["engine.attention=flash"], "engine.attention is 'flash': use one of auto, flash_attention_2"),
-        (["contrastive.temperature=0"], "contrastive.temperature > 0"),
-        (["contrastive.beta=-1"], "≥ 0"),
+        (["contrastive.temperature=0"], "contrastive.temperature must be positive"),
+        (["contrastive.beta=-1"], "contrastive.beta must not be negative"),
+        (["contrastive.loss=clip"], "contrastive.loss is 'clip': use one of supcon, sum, masked, siglip, infonce"),
+        (["contrastive.gather=tree"], "contrastive.gather is 'tree': use one of all_gather, ring"),
+        (["contrastive.alpha_schedule=[[0.5, 1], [0.1, 0]]"], "shares that rise from 0 to 1"),
+        (["contrastive.alpha_schedule=[[0.5]]"], r"a list of \[share of the steps, factor\]"),
+        (["contrastive.beta_schedule=[[0, -1]]"], "a factor below 0"),
         (["encoder.pretrained=x", "encoder.arch={d_model: 8}"], "keep one of them"),
     ],
 )
@@ -211,7 +217,7 @@ def test_flatten_gives_dotted_strings() -> None:
 
 @pytest.mark.parametrize("cls", [cfg.Stage1, cfg.Stage2, cfg.Evaluation])
 def test_every_key_is_explained(cls: type) -> None:
-    rows = {key: help for key, _, _, help in cfg.key_table(cls)}
+    rows = {key: help for key, _, _, help in key_table(cls)}
     assert all(rows.values()), [key for key, help in rows.items() if not help]
     assert "data.max_seconds" in rows
     if cls is cfg.Stage2:
@@ -221,11 +227,11 @@ def test_every_key_is_explained(cls: type) -> None:
 @given(batch=st.integers(1, 4096), world=st.integers(1, 64), micro=st.one_of(st.none(), st.integers(-2, 300)))
 def test_batch_shape_multiplies_out_or_is_refused(batch: int, world: int, micro: int | None) -> None:
     train = cfg.Train(global_batch=batch, micro_batch=micro)
-    fits = batch % world == 0 and (micro is None or (micro > 0 and batch // world % micro == 0))
+    fits = batch % world == 0 and (micro is None or (micro > 0 and batch // world % min(micro, batch // world) == 0))
     if fits:
         per_pass, accumulation = cfg.batch_shape(train, world)
         assert per_pass * accumulation * world == batch
-        assert micro in (None, per_pass)
+        assert per_pass == min(micro or batch, batch // world)
     else:
         with pytest.raises(UserError, match=r"train\.(global|micro)_batch=.* does not divide"):
             cfg.batch_shape(train, world)

@@ -16,9 +16,9 @@ from mser_dist.errors import UserError
 DS_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
 
-def run_config(deepspeed: str, dtype: str = "float32", **train: Any) -> cfg.Stage1:
+def run_config(deepspeed: str, dtype: str = "float32", **train: Any) -> cfg.Stage2:
     values = {"global_batch": 48, "micro_batch": 8, "grad_clip": 0.5}
-    return cfg.Stage1(train=cfg.Train(**(values | train)), engine=cfg.Engine(deepspeed=deepspeed, dtype=dtype))
+    return cfg.Stage2(train=cfg.Train(**(values | train)), engine=cfg.Engine(deepspeed=deepspeed, dtype=dtype))
 
 
 def written(tmp_path: Path, content: Any) -> str:
@@ -118,6 +118,12 @@ def test_contradictions_are_refused(tmp_path: Path, content: Any, dtype: str, sa
     with pytest.raises(UserError, match=says) as caught:
         resolve_json(run_config(path, dtype), 2)
     assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_stage_1_caches_gradients_and_deepspeed_accumulates_none() -> None:
+    config = cfg.Stage1(train=cfg.Train(global_batch=48, micro_batch=8), engine=cfg.Engine(deepspeed="cpu"))
+    resolved = resolve_json(config, 2)
+    assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (24, 1)
 
 
 def test_a_world_size_that_does_not_fit_is_refused() -> None:

@@ -225,16 +225,10 @@ def test_prompt_scores_are_cosines_with_the_labels_captions() -> None:
 
 def test_the_scale_has_an_upper_bound() -> None:
     model = Aligner(small_speech(), 4, cfg.Contrastive(width=8, max_scale=20.0))
-    model.scales.data.fill_(10.0)
+    model.scale.log_scale.data.fill_(10.0)
     mel, lengths = clips()
-    batch = {
-        "speech": mel,
-        "lengths": lengths,
-        "text": torch.randn(3, 4),
-        "label": torch.arange(3),
-        "source": torch.arange(3),
-    }
-    loss, stats = model(batch)
+    embedded = model({"speech": mel, "lengths": lengths, "text": torch.randn(3, 4)})
+    loss, stats = model.contrast(embedded, dict.fromkeys(("label", "source", "caption"), torch.arange(3)), 1.0, 0.25)
     assert stats["scale"].item() == pytest.approx(20.0) and torch.isfinite(loss)
 
 
@@ -247,9 +241,10 @@ def test_captions_are_drawn_from_the_clips_own_label() -> None:
     mel = np.zeros((80, 5), np.float32)
     drawn = [Clip(mel, label=i % 3, source=i, draw=np.random.default_rng([0, 1, i]), index=i) for i in range(30)]
     batch = collate(drawn)
-    for clip, caption in zip(drawn, batch["captions"], strict=True):
-        assert caption in prompts.captions(LABELS[clip.label])
-    assert len(set(batch["captions"])) > 10, "captions vary"
+    everything = [caption for label in LABELS for caption in prompts.captions(label)]
+    for clip, number in zip(drawn, batch["caption"].tolist(), strict=True):
+        assert everything[number] in prompts.captions(LABELS[clip.label])
+    assert len(set(batch["caption"].tolist())) > 10, "captions vary"
 
 
 @pytest.mark.timeout(200)

@@ -1,0 +1,297 @@
+"""The contrastive losses: which pairs are positives, and what each query counts, over the rows of all ranks."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mser_dist.contrastive.exchange import EXCHANGES, Gather, gather_numbers, gather_rows, world
+from mser_dist.contrastive.scores import Kind, Pairs, Scores
+
+Loss = Literal["infonce", "supcon", "sum", "masked", "siglip"]
+_KINDS: dict[Loss, Kind] = {"infonce": "mean", "supcon": "mean", "sum": "sum", "masked": "mean", "siglip": "sigmoid"}
+
+
+@dataclass(frozen=True)
+class ContrastiveOutput:
+    """`loss` has the gradient; the others have none. All are of the whole batch, and equal on every rank."""
+
+    loss: Tensor
+    excess: Tensor  # loss minus its floor, the least value that these positives allow
+    accuracy: Tensor  # share of the rows whose nearest column is a positive
+    positives: Tensor  # a row, in the mean
+    alignment: Tensor  # mean squared distance of positives (arXiv 2005.10242), for embeddings of unit length
+    false_negatives: Tensor  # share of the negatives that have the row's own label
+    rows: Tensor  # that count: those with a positive
+
+    def detached(self) -> dict[str, Tensor]:
+        """All values by name, without gradient."""
+        return {field.name: getattr(self, field.name).detach() for field in fields(self)}
+
+
+def contrastive_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    *,
+    loss: Loss = "supcon",
+    labels: Tensor | None = None,
+    texts: Tensor | None = None,
+    bias: Tensor | None = None,
+    symmetric: bool = True,
+    gather: Gather = "all_gather",
+    tile: int = 1024,
+    group: Any = None,
+) -> ContrastiveOutput:
+    """Row i of x against all columns y of all ranks, and, where `symmetric`, the other way round.
+
+    Args:
+        x, y: (B, D), row i of both a pair, e.g. speech and its caption; of unit length as a rule. B may differ from
+            rank to rank, and be 0. Computed in fp32 (float64 stays), also under autocast.
+        scale: () 1/temperature, with or without gradient.
+        loss: "infonce": the pair itself is the only positive (arXiv 1807.03748, and CLIP's loss).
+            "supcon": all pairs of one label are, each row's mean over them outside the logarithm (2004.11362, eq. 2).
+            "sum": the same inside the logarithm (MIL-NCE, 1912.06430).
+            "masked": the pair itself is; others of its label are neither positive nor negative.
+            "siglip": each pair by itself (2303.15343); all pairs of one label are positives. Needs `bias`.
+        labels: (B,) int64 ids, which every loss but "infonce" needs; there they only tell the false negatives.
+        texts: (B,) int64 ids of y: of several columns of one id only the first, over all ranks, is compared with.
+            The pair itself is then the row and that column.
+        bias: () of "siglip".
+        gather: "all_gather" (fewer messages) or "ring" (memory that shrinks with the number of ranks).
+        tile: scores are computed in blocks of so many rows and columns; 0: all at once.
+
+    Raises `ValueError` on all ranks where tensors do not fit each other, here or between ranks.
+    """
+    what = f"{loss} {symmetric} {gather} {labels is None} {texts is None}"
+    problem = _problem(x, y, labels, texts)
+    if loss not in get_args(Loss):
+        problem = f"loss={loss!r}: use one of {', '.join(get_args(Loss))}"
+    elif labels is None and loss != "infonce":
+        problem = f"loss={loss!r} needs labels"
+    elif (loss == "siglip") != (bias is not None):
+        problem = "bias goes with loss='siglip', and only with it"
+    sizes = _agree(len(x), x, what, problem, group)
+    own = torch.arange(len(x), device=x.device) + sum(sizes[: world(group)[0]])
+    columns = [own] + [ids for ids in (labels, texts) if ids is not None]
+    ids = gather_rows(torch.stack(columns, 1), sizes, group)  # (N, 1 to 3)
+    instance, label, text = ids[:, 0], ids[:, 1] if labels is not None else None, ids[:, -1]
+    kept = torch.ones(len(ids), dtype=torch.bool, device=x.device)  # (N,) the columns that take part
+    if texts is not None:
+        kept = _first_of_each(text)
+        y = y[kept[own]]
+    if loss in ("infonce", "masked"):
+        positive = instance if texts is None else text
+    else:
+        assert label is not None
+        positive = label
+    return _loss(
+        x,
+        y,
+        scale,
+        bias,
+        kind=_KINDS[loss],
+        row_class=positive,
+        column_class=positive[kept],
+        row_group=label if loss == "masked" else None,
+        column_group=label[kept] if loss == "masked" and label is not None else None,
+        row_label=label,
+        column_label=label[kept] if label is not None else None,
+        itself=False,
+        symmetric=symmetric,
+        row_sizes=sizes,
+        column_sizes=[int(part.sum()) for part in kept.split(sizes)] if texts is not None else sizes,
+        gather=gather,
+        tile=tile,
+        group=group,
+    )
+
+
+def parallel_loss(
+    x: Tensor,
+    sources: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    gather: Gather = "all_gather",
+    tile: int = 1024,
+    group: Any = None,
+) -> ContrastiveOutput:
+    """The language-agnostic term: clips of one utterance in different languages attract each other.
+
+    Positives of a clip are the other clips of its source; clips of the same label but another source are neither
+    positive nor negative, for pushing them apart would undo the emotion term. Rows without a positive have no loss.
+
+    x: (B, D) of unit length; sources, labels: (B,) int64 ids; the rest as in `contrastive_loss`.
+    """
+    sizes = _agree(len(x), x, f"parallel {gather}", _problem(x, x, sources, labels), group)
+    ids = gather_rows(torch.stack([sources, labels], 1), sizes, group)  # (N, 2)
+    source, label = ids.unbind(1)
+    return _loss(
+        x,
+        x,
+        scale,
+        None,
+        kind="mean",
+        row_class=source,
+        column_class=source,
+        row_group=label,
+        column_group=label,
+        row_label=None,
+        column_label=None,
+        itself=True,
+        symmetric=False,
+        row_sizes=sizes,
+        column_sizes=sizes,
+        gather=gather,
+        tile=tile,
+        group=group,
+    )
+
+
+@torch.no_grad()
+def uniformity(x: Tensor, limit: int = 512) -> Tensor:
+    """log of the mean of exp(-2 · squared distance) over pairs of rows (arXiv 2005.10242), of at most `limit` rows.
+
+    x: (B, D) of unit length. 0 where all rows are one, near -4 where many are spread out; NaN for fewer than two.
+    """
+    x = x[:limit].float()
+    squared = (2 - 2 * x @ x.T).clamp(min=0)  # (b, b)
+    apart = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return squared[apart].mul(-2).exp().mean().log()
+
+
+def _problem(x: Tensor, y: Tensor, *ids: Tensor | None) -> str | None:
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+        return f"embeddings of shapes {tuple(x.shape)} and {tuple(y.shape)}: both must be (rows, one width)"
+    for each in (y, *(i for i in ids if i is not None)):
+        if len(each) != len(x):
+            return f"{len(x)} rows, but {len(each)} of another argument: row i of all of them is one pair"
+    return None
+
+
+def _agree(rows: int, x: Tensor, what: str, problem: str | None, group: Any) -> list[int]:
+    """The number of rows of each rank. Raises `ValueError` on every rank if one of them has a problem or differs."""
+    width = x.shape[-1] if x.dim() else 0
+    told = gather_numbers([rows, problem is not None, width, zlib.crc32(what.encode())], x.device, group)
+    if problem:
+        raise ValueError(problem)
+    for rank, (_, failed, other_width, other_what) in enumerate(told):
+        if failed:
+            raise ValueError(f"rank {rank} called the contrastive loss with tensors that do not fit, see there")
+        if other_width != width:
+            raise ValueError(f"embeddings are {width} wide here and {other_width} on rank {rank}: they must be equal")
+        if other_what != zlib.crc32(what.encode()):
+            raise ValueError(f"rank {rank} called another contrastive loss than this one ({what})")
+    return [size for size, *_ in told]
+
+
+def _first_of_each(ids: Tensor) -> Tensor:
+    """(N,) bool: the first row of each id."""
+    kinds, inverse = torch.unique(ids, return_inverse=True)
+    place = torch.arange(len(ids), device=ids.device)
+    first = place.new_full((len(kinds),), len(ids)).scatter_reduce_(0, inverse, place, "amin")
+    kept = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    kept[first] = True
+    return kept
+
+
+def _loss(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    kind: Kind,
+    row_class: Tensor,
+    column_class: Tensor,
+    row_group: Tensor | None,
+    column_group: Tensor | None,
+    row_label: Tensor | None,
+    column_label: Tensor | None,
+    itself: bool,
+    symmetric: bool,
+    row_sizes: Sequence[int],
+    column_sizes: Sequence[int],
+    gather: Gather,
+    tile: int,
+    group: Any,
+) -> ContrastiveOutput:
+    """The loss from ids: (M,) of all rows and (N,) of all columns, of all ranks."""
+    start = sum(row_sizes[: world(group)[0]])
+    own = slice(start, start + len(x))
+    ids, both = torch.unique(torch.cat([row_class, column_class]), return_inverse=True)
+    rows, columns = both.split([len(row_class), len(column_class)])
+    # How many positives each query has. Everything here is of whole vectors of ids: every rank finds the same.
+    of_row = torch.bincount(columns, minlength=len(ids))[rows] - int(itself)  # (M,)
+    of_column = torch.bincount(rows, minlength=len(ids))[columns] - int(itself)  # (N,)
+    count = (of_row > 0).sum()
+    if kind == "sigmoid":
+        row_weight = torch.full_like(of_row, 1.0, dtype=torch.float64) / max(len(of_row), 1)
+        column_weight = torch.zeros_like(of_column, dtype=torch.float64)
+    else:
+        half = 0.5 if symmetric else 1.0
+        row_weight = (of_row > 0).double() * half / count.clamp(min=1)
+        column_weight = (of_column > 0).double() * half / (of_column > 0).sum().clamp(min=1)
+    # A positive pair's weight in the linear part is the same for all pairs of a class, and so are the counts.
+    of_class = torch.zeros(len(ids), dtype=torch.float64, device=x.device)
+    of_class[columns] = column_weight / of_column.clamp(min=1) if symmetric else 0.0
+    positive_weight = row_weight / of_row.clamp(min=1) + of_class[rows]  # (M,)
+    pairs = Pairs(
+        kind=kind,
+        symmetric=symmetric and kind != "sigmoid",
+        row_class=rows[own],
+        column_class=columns,
+        classes=len(ids),
+        row_group=row_group[own] if row_group is not None else None,
+        column_group=column_group,
+        itself=start if itself else None,
+        row_weight=row_weight[own],
+        column_weight=column_weight,
+        positive_weight=positive_weight[own],
+        positives=of_row[own],
+        tile=tile,
+        exchange=EXCHANGES[gather](list(column_sizes), group),
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        offset = torch.zeros((), device=x.device) if bias is None else bias
+        value, sums = Scores.apply(
+            x.to(dtype), y.to(dtype), scale.to(dtype).reshape(()), offset.to(dtype).reshape(()), pairs
+        )
+    floor = torch.zeros((), dtype=torch.float64, device=x.device)
+    if kind == "mean":
+        floor = (row_weight * of_row.clamp(min=1).log()).sum()
+        if symmetric:
+            floor = floor + (column_weight * of_column.clamp(min=1).log()).sum()
+    among = count.clamp(min=1)
+    return ContrastiveOutput(
+        loss=value,
+        excess=value.detach() - floor.to(dtype),
+        accuracy=(sums[0] / among).to(dtype),
+        positives=(of_row.clamp(min=0).sum() / among).to(dtype),
+        alignment=(2 - 2 * sums[1] / among).to(dtype),
+        false_negatives=_false_negatives(rows, columns, row_label, column_label, row_group is not None).to(dtype),
+        rows=count.to(dtype),
+    )
+
+
+def _false_negatives(
+    rows: Tensor, columns: Tensor, row_label: Tensor | None, column_label: Tensor | None, left_out: bool
+) -> Tensor:
+    """Share of the rows' negatives that have their own label; 0 where these are left out, or there are no labels."""
+    if row_label is None or column_label is None or left_out or not len(rows):
+        return torch.zeros((), device=rows.device)
+    same = _count_in(row_label, column_label)  # (M,) columns of the row's label
+    both = _count_in(torch.stack([rows, row_label], 1), torch.stack([columns, column_label], 1))
+    positive = _count_in(rows, columns)
+    return (same - both).sum() / (len(columns) - positive).sum().clamp(min=1)
+
+
+def _count_in(queries: Tensor, among: Tensor) -> Tensor:
+    """(M,) how often each query, a number or a row of numbers, is in `among`."""
+    kinds, inverse = torch.unique(torch.cat([queries, among]), dim=0, return_inverse=True)
+    return torch.bincount(inverse[len(queries) :], minlength=len(kinds))[inverse[: len(queries)]]
