@@ -5,7 +5,7 @@ optimizer step over its micro-batches; `scorer`, which scores the labels of a ba
 exported model is; and `source`, the card of the run that this one builds on, if any.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mser_dist import config as cfg
 from mser_dist import distributed, exported
-from mser_dist.contrastive import Embedded, cached_backward
+from mser_dist.contrastive import Embedded, Gather, cached_backward, peak_bytes
 from mser_dist.data import prompts
 from mser_dist.data.loader import Clip
 from mser_dist.data.stream import pad_speech
@@ -83,6 +83,14 @@ class Align:
             _, stats = cached_backward(batches, embed, loss, backward=engine.backward, no_sync=engine.no_sync)
         engine.step()
         return stats, [float(stats["loss"])]
+
+    def describe(self, world_size: int) -> str:
+        """What is contrasted, and the memory that it takes, for the person who starts a run."""
+        config, batch = self.config.contrastive, self.config.train.global_batch
+        terms = 2 if config.beta else 1
+        gather = cast(Gather, config.gather)
+        one = peak_bytes(batch // world_size, config.width, ranks=world_size, gather=gather, tile=config.tile)
+        return f"contrasts {batch} clips a step by {config.loss}: about {terms * one / 2**20:.0f} MiB a rank"
 
     def scorer(self) -> PromptScorer:
         return PromptScorer(self.model, self.tower, self.labels)

@@ -153,6 +153,8 @@ class _Training:
                 f"{len(self.clips)} clips, {self.total} steps, {config.train.global_batch} {unit} a step ({shape}), "
                 f"ZeRO-{self.engine.zero_stage}, {config.engine.dtype}"
             )
+            if isinstance(self.stage, stages.Align):
+                print(self.stage.describe(world.world_size))
             if self.plan.balance:
                 print(f"each batch is balanced over {', '.join(self.plan.balance.names)}")
             print(f"attention: {self.attention.kernel} ({self.attention.reason})")
