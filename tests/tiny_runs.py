@@ -61,9 +61,10 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def stage1(out: str, *more: str) -> list[str]:
-    """Six steps of a tiny stage 1, with dropout, validated every two."""
+    """Six steps of a tiny stage 1, with dropout and cached gradients, validated every two."""
     words = ["data.sets=shards", "data.workers=1", ENCODER, *QFORMER, f"out={out}", "train.global_batch=8"]
-    return ["train", "demo_stage1", *words, "train.steps=6", "train.log_every=1", "train.val_every=2", *more]
+    words += ["train.micro_batch=2", "train.steps=6", "train.log_every=1", "train.val_every=2"]
+    return ["train", "demo_stage1", *words, *more]
 
 
 def stage2(out: str, *more: str) -> list[str]:

@@ -200,7 +200,7 @@ def main() -> None:
         bench = Bench(environment(OPEN_CLIP, options.envs), 1 if quick else options.rounds)
         result: dict[str, Any] = {
             "contrastive": [bench.row(*case) for case in losses(quick)],
-            "caching": bench.caching(2 if quick else 8, 32 if quick else 64),
+            "caching": bench.caching(*((1, 4) if quick else (8, 32))),
             "memory": [bench.memory(*shape) for shape in shapes(quick)],
         }
     except PeerError as error:

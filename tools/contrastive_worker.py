@@ -24,13 +24,11 @@ from mser_dist.contrastive import Embedded, cached_backward, contrastive_loss, p
 CLASSES = 6
 
 
-def embeddings(n: int, width: int, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, width) twice, of unit length, pairs alike, and labels; a row is the same in whatever part of a batch."""
-    rows = [torch.randn(2, width, generator=torch.Generator().manual_seed(start + i)) for i in range(n)]
-    both = torch.stack(rows)  # (n, 2, width)
-    x = nn.functional.normalize(both[:, 0], dim=-1)
-    y = nn.functional.normalize(both[:, 0] + both[:, 1], dim=-1)
-    return x, y, torch.arange(start, start + n) % CLASSES
+def embeddings(n: int, width: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A rank's (n, width) twice, of unit length, pairs alike, and its labels."""
+    x, more = torch.randn(2, n, width, generator=torch.Generator().manual_seed(rank))
+    x, y = (nn.functional.normalize(part, dim=-1) for part in (x, x + more))
+    return x, y, torch.arange(rank * n, (rank + 1) * n) % CLASSES
 
 
 def open_clip_loss(ranks: int, rank: int) -> Callable[..., Tensor]:
@@ -86,17 +84,21 @@ def loss_of(task: dict[str, Any], rank: int = 0) -> Callable[..., Tensor]:
 
 
 class Peak:
-    """MiB of memory that came on top while the block ran, the most at any moment (the kernel's own count)."""
+    """MiB of memory that came on top while the block ran, the most at any moment, by the kernel's own count.
+
+    Pages of libraries that were read from disk meanwhile are no one's allocation: they are left out.
+    """
 
     def __enter__(self) -> "Peak":
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self.before = self._status("VmRSS")
+        self.before, self.files = self._status("VmRSS"), self._status("RssFile")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.mib = (self._status("VmHWM") - self.before) / 1024
+        read = self._status("RssFile") - self.files
+        self.mib = (self._status("VmHWM") - self.before - read) / 1024
 
     @staticmethod
     def _status(name: str) -> int:
@@ -107,7 +109,7 @@ class Peak:
 def measure(task: dict[str, Any], rank: int = 0) -> dict[str, Any]:
     """CPU seconds and MiB of a forward and backward pass of a loss; its gradients to the file `keep`."""
     local = task["n"] // task["ranks"]
-    x, y, labels = embeddings(local, task["width"], rank * local)
+    x, y, labels = embeddings(local, task["width"], rank)
     scale = torch.tensor(14.0, requires_grad=True)
     loss = loss_of(task, rank)
 

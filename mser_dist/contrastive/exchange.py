@@ -1,7 +1,8 @@
 """How the columns of all ranks reach the rows of one: all at once, or block by block around a ring.
 
 Both are used in the same way. Columns are `open`ed once; a `sweep` shows each of them to this rank, together with
-accumulators that hold a value for each column; `sum_lse` and `home` put together what the ranks have accumulated.
+accumulators that hold a value for each column, and leaves in their list those that come back; `sum_lse` and `home` put
+together what the ranks have accumulated.
 Sizes may differ from rank to rank, and be 0.
 """
 
@@ -90,7 +91,7 @@ class AllGather:
     def own_of_held(self) -> slice:
         return self.own
 
-    def sweep(self, read: Sequence[Tensor], accumulate: Sequence[Tensor], visit: Visit) -> None:
+    def sweep(self, read: Sequence[Tensor], accumulate: list[Tensor], visit: Visit) -> None:
         visit(0, read, accumulate)
 
     def sum_lse(self, lse: Tensor) -> Tensor:
@@ -110,6 +111,9 @@ class AllGather:
             return grad
         rank, _ = world(self.group)
         most = max(self.sizes)
+        if dist.get_backend(self.group) == "gloo":  # whose reduce-scatter copies all of its input first
+            dist.all_reduce(grad, group=self.group)
+            return grad[self.own].clone()
         if min(self.sizes) < most:
             parts = grad.split(self.sizes)
             grad = torch.cat([torch.nn.functional.pad(part, (0, 0, 0, most - len(part))) for part in parts])
@@ -143,24 +147,22 @@ class Ring:
     def own_of_held(self) -> slice:
         return slice(0, self.sizes[world(self.group)[0]])
 
-    def sweep(self, read: Sequence[Tensor], accumulate: Sequence[Tensor], visit: Visit) -> None:
-        """`accumulate` is changed in place, and holds the columns' totals over all ranks afterwards."""
+    def sweep(self, read: Sequence[Tensor], accumulate: list[Tensor], visit: Visit) -> None:
         rank, ranks = world(self.group)
-        carried = list(accumulate)
         for turn in range(ranks):
             block = (rank - turn) % ranks  # whose columns these are
             came_after = self.sizes[(block - 1) % ranks]
             following, under_way = self._pass_on(read, came_after) if turn + 1 < ranks else (list(read), [])
-            visit(sum(self.sizes[:block]), read, carried)
+            visit(sum(self.sizes[:block]), read, accumulate)
             for work in under_way:
                 work.wait()
             if ranks > 1:  # also after the last turn: then they come home
-                carried, under_way = self._pass_on(carried, came_after)
+                sent = accumulate[:]
+                accumulate[:], under_way = self._pass_on(sent, came_after)
                 for work in under_way:
                     work.wait()
+                del sent
             read = following
-        for target, value in zip(accumulate, carried, strict=True):
-            target.copy_(value)
 
     def sum_lse(self, lse: Tensor) -> Tensor:
         return lse  # what travelled has met all rows

@@ -27,9 +27,10 @@ def peak_bytes(
     embeddings = 2 * rows  # the scaled rows and the rows' gradient
     embeddings += 2 * (classes + 1)  # the sums of a class's columns, and what these get of its rows
     embeddings += held  # the columns' gradient
-    if ranks > 1:
-        embeddings += held  # the columns of all ranks; with a ring, those that are on their way
-    if gather == "ring" and ranks > 1:
-        embeddings += rows  # the gradient that is on its way
+    if ranks > 1 and gather == "all_gather":
+        embeddings += held  # the columns of all ranks
+    if ranks > 1 and gather == "ring":
+        embeddings += held * min(ranks - 1, 2)  # columns at work (but for a rank's own) and on their way
+        embeddings += held  # the gradient that is on its way
     ids = 8 * columns * 20  # int64 ids, counts and weights
     return 4 * (width * embeddings + 3 * across * down) + ids

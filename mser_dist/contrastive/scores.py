@@ -84,12 +84,12 @@ class Scores(torch.autograd.Function):
             row_lse, column_lse = lse[: len(rows.lse)], lse[len(rows.lse) :]
             rows.differentiate(row_lse)
             shifts = [_shift(each, pairs.column_weight[exchange.held]) for each in column_lse]
-            gathered = torch.zeros_like(columns)
-            exchange.sweep([columns, *shifts], [gathered], rows.differentiate_block)
-            y_grad = exchange.home(gathered)
+            gathered = [torch.zeros_like(columns)]
+            exchange.sweep([columns, *shifts], gathered, rows.differentiate_block)
+            y_grad = exchange.home(gathered.pop())
             x_grad = rows.finish(y, y_grad)  # not yet times the scale
             factor = grad * ctx.ranks
-            scale_grad = (x_grad * x).sum() * factor
+            scale_grad = rows.dot(lambda here: x_grad[here]).sum().to(x.dtype) * factor
             bias_grad = rows.bias_grad * factor
             return x_grad.mul_(scale * factor), y_grad.mul_(factor), scale_grad, bias_grad, None
 
@@ -103,7 +103,8 @@ class _Rows:
     """This rank's rows on their way past all columns."""
 
     def __init__(self, x: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> None:
-        self.x, self.bias, self.pairs = x, bias, pairs
+        self.x, self.scale, self.bias, self.pairs = x, scale, bias, pairs
+        self.pull = pairs.positive_weight.to(x.dtype)  # (B,)
         self.scaled = x * scale  # (B, D)
         kinds = {"mean": 1, "sum": 2, "sigmoid": 0}[pairs.kind]  # log-sum-exps: over candidates, over positives
         self.lse = [x.new_full((len(x),), -torch.inf) for _ in range(kinds)]
@@ -184,29 +185,33 @@ class _Rows:
         self.hit[here] = torch.where(better, is_positive, self.hit[here])
         self.best[here] = torch.maximum(value, self.best[here])
 
-    def _positive_sums(self, y: Tensor) -> Tensor:
-        """(B, D) the sum of each row's positive columns."""
-        sums = self.class_sums[self.line]
-        return sums - y if self.pairs.itself is not None else sums
+    def _positive_sums(self, y: Tensor, here: slice) -> Tensor:
+        """(tile, D) the sum of each row's positive columns."""
+        sums = self.class_sums[self.line[here]]
+        return sums - y[here] if self.pairs.itself is not None else sums
+
+    def dot(self, others: Callable[[slice], Tensor]) -> Tensor:
+        """(B,) each row's product with another, of which `others` gives some; so no other (B, D) is ever held."""
+        parts = [(self.x[here] * others(here)).sum(1).double() for here in tiles(len(self.x), self.pairs.tile)]
+        return torch.cat(parts) if parts else self.x.new_zeros(0, dtype=torch.float64)
 
     def totals(self, y: Tensor, column_lse: Sequence[Tensor]) -> Tensor:
         """(3,) this rank's parts of: the loss, hits, the sum over rows of their positives' mean cosine."""
         pairs = self.pairs
-        positive_sums = self._positive_sums(y)
-        cosine = (self.x * positive_sums).sum(1).double() / pairs.positives.clamp(min=1)
+        cosines = self.dot(lambda here: self._positive_sums(y, here))  # (B,) summed over each row's positives
         loss = self.pair_loss + _weighted(self.lse[:1], pairs.row_weight)
         if column_lse:
             own_weight = pairs.column_weight[pairs.exchange.own]
             own_lse = [lse[pairs.exchange.own_of_held] for lse in column_lse]
             loss = loss + _weighted(own_lse[:1], own_weight)
         if pairs.kind == "mean":
-            loss = loss - ((self.scaled * positive_sums).sum(1).double() * pairs.positive_weight).sum()
+            loss = loss - (cosines * pairs.positive_weight).sum() * self.scale
         if pairs.kind == "sum":
             loss = loss - _weighted(self.lse[1:], pairs.row_weight)
             if column_lse:
                 loss = loss - _weighted(own_lse[1:], own_weight)
         hits = (self.hit & (pairs.positives > 0)).sum().double()
-        return torch.stack([loss, hits, cosine.sum()])
+        return torch.stack([loss, hits, (cosines / pairs.positives.clamp(min=1)).sum()])
 
     # Backward.
 
@@ -217,7 +222,8 @@ class _Rows:
         self.x_grad = torch.zeros_like(self.x)
         self.pulled = torch.zeros_like(self.class_sums)  # (classes + 1, D) what a class's positive columns get
         if pairs.kind == "mean":
-            self.pulled.index_add_(0, self.line, self.scaled * pairs.positive_weight.to(self.x.dtype)[:, None])
+            for here in tiles(len(self.x), pairs.tile):
+                self.pulled.index_add_(0, self.line[here], self.scaled[here] * self.pull[here, None])
 
     def differentiate_block(self, start: int, read: Sequence[Tensor], accumulated: Sequence[Tensor]) -> None:
         columns, *column_shifts = read
@@ -249,11 +255,10 @@ class _Rows:
     def finish(self, y: Tensor, y_grad: Tensor) -> Tensor:
         """(B, D) the gradient of the scaled rows. Puts right what `y_grad` has of the rows' pairs with themselves."""
         pairs = self.pairs
-        if pairs.kind == "mean":
-            weight = pairs.positive_weight.to(self.x.dtype)[:, None]
-            self.x_grad -= weight * self._positive_sums(y)
+        for here in tiles(len(self.x), pairs.tile) if pairs.kind == "mean" else ():
+            self.x_grad[here].addcmul_(self.pull[here, None], self._positive_sums(y, here), value=-1)
             if pairs.itself is not None:
-                y_grad += weight * self.scaled
+                y_grad[here].addcmul_(self.pull[here, None], self.scaled[here])
         return self.x_grad
 
 

@@ -3,16 +3,20 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mser_dist.data.audio import encode
+from tests.tiny_runs import ENCODER, QFORMER
 from tests.unit.made_up_set import write_set
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -102,6 +106,51 @@ def test_bench_checkpoint(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["name"] for row in rows] == ["ours", "torch.save", "deepspeed"]
     assert all(row["stall_s_per_gib"] > 0 and row["durable_s_per_gib"] >= row["stall_s_per_gib"] for row in rows)
+
+
+def test_bench_contrastive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without open_clip, which would be installed; the first measurement in a process of its own, the others here."""
+    from tools import bench_contrastive, contrastive_worker
+
+    works = {"loss": contrastive_worker.one_of_many, "caching": contrastive_worker.caching}
+    ask = bench_contrastive.Bench.ask
+    asked: list[dict[str, Any]] = []
+
+    def here(self: Any, task: dict[str, Any], **env: str) -> dict[str, Any]:
+        asked.append(task)
+        return ask(self, task, **env) if len(asked) == 1 else works[task["what"]](task)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(bench_contrastive.Bench, "ask", here)
+    monkeypatch.setattr(bench_contrastive, "OPEN_CLIP", replace(bench_contrastive.OPEN_CLIP, requires=()))
+    monkeypatch.setattr(bench_contrastive, "losses", lambda quick: [("supcon", "full matrix", 64, 16, 1)])
+    monkeypatch.setattr(sys, "argv", ["bench_contrastive.py", "--quick", "--json", str(tmp_path / "rows.json")])
+    try:
+        bench_contrastive.main()
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "rows.json").read_text())
+    [row] = result["contrastive"]
+    assert row["max_abs_grad_diff"] < 1e-6 and row["ours_s"] > 0
+    assert row["time_ratio"] == pytest.approx(row["ours_s"] / row["clip_s"])
+    assert result["caching"]["time_ratio"] > 0 and result["memory"][0]["predicted_mib"] > 0
+    assert "full matrix" in capsys.readouterr().out
+
+
+def test_compare_losses(tiny_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "losses"
+    shutil.copytree(tiny_set, out / "shards")
+    small = [ENCODER, *QFORMER, "train.global_batch=12", "train.steps=2", "data.val_split=null", "data.workers=0"]
+    words = ["--losses", "sum", "--seeds", "3", "--nproc", "1", "--out", out, "--json", tmp_path / "ua.json", *small]
+    for _ in range(2):  # the second time it finds everything done
+        done = run_tool("compare_losses", *words)
+        assert done.returncode == 0, done.stderr
+    assert "sum" in done.stdout and "stage 1" not in done.stdout + done.stderr
+    [ua] = json.loads((tmp_path / "ua.json").read_text())["unseen_ua"]["sum"]
+    assert 0 <= ua <= 1
+    done = run_tool("compare_losses", "--losses", "clip", "--out", out)
+    assert done.returncode == 1 and done.stderr.startswith("compare_losses: ") and "contrastive.loss" in done.stderr
 
 
 DRILLS = {
