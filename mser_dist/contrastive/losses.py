@@ -1,9 +1,8 @@
 """The contrastive losses: which pairs are positives, and what each query counts, over the rows of all ranks."""
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -88,22 +87,18 @@ def contrastive_loss(
     else:
         assert label is not None
         positive = label
+    rows = _Ids(sizes, positive, label if loss == "masked" else None, label)
+    kept_ids = rows if texts is None else rows.those(kept)
     return _loss(
+        _KINDS[loss],
         x,
         y,
         scale,
         bias,
-        kind=_KINDS[loss],
-        row_class=positive,
-        column_class=positive[kept],
-        row_group=label if loss == "masked" else None,
-        column_group=label[kept] if loss == "masked" and label is not None else None,
-        row_label=label,
-        column_label=label[kept] if label is not None else None,
+        rows,
+        kept_ids,
         itself=False,
         symmetric=symmetric,
-        row_sizes=sizes,
-        column_sizes=[int(part.sum()) for part in kept.split(sizes)] if texts is not None else sizes,
         gather=gather,
         tile=tile,
         group=group,
@@ -130,25 +125,9 @@ def parallel_loss(
     sizes = _agree(len(x), x, f"parallel {gather}", _problem(x, x, sources, labels), group)
     ids = gather_rows(torch.stack([sources, labels], 1), sizes, group)  # (N, 2)
     source, label = ids.unbind(1)
+    rows = _Ids(sizes, source, neutral=label, label=None)
     return _loss(
-        x,
-        x,
-        scale,
-        None,
-        kind="mean",
-        row_class=source,
-        column_class=source,
-        row_group=label,
-        column_group=label,
-        row_label=None,
-        column_label=None,
-        itself=True,
-        symmetric=False,
-        row_sizes=sizes,
-        column_sizes=sizes,
-        gather=gather,
-        tile=tile,
-        group=group,
+        "mean", x, x, scale, None, rows, rows, itself=True, symmetric=False, gather=gather, tile=tile, group=group
     )
 
 
@@ -199,32 +178,40 @@ def _first_of_each(ids: Tensor) -> Tensor:
     return kept
 
 
+class _Ids(NamedTuple):
+    """What decides which pairs count: ids of all rows, or of all columns, of all ranks."""
+
+    sizes: list[int]  # how many are of each rank
+    positive: Tensor  # (n,) a pair of one id attracts
+    neutral: Tensor | None  # (n,) of the pairs of one id only the positives take part
+    label: Tensor | None  # (n,) by which false negatives are told
+
+    def those(self, kept: Tensor) -> "_Ids":
+        """Some of them, by a (n,) mask."""
+        sizes = [int(part.sum()) for part in kept.split(self.sizes)]
+        return _Ids(sizes, self.positive[kept], *(None if ids is None else ids[kept] for ids in self[2:]))
+
+
 def _loss(
+    kind: Kind,
     x: Tensor,
     y: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    row_ids: _Ids,
+    column_ids: _Ids,
     *,
-    kind: Kind,
-    row_class: Tensor,
-    column_class: Tensor,
-    row_group: Tensor | None,
-    column_group: Tensor | None,
-    row_label: Tensor | None,
-    column_label: Tensor | None,
     itself: bool,
     symmetric: bool,
-    row_sizes: Sequence[int],
-    column_sizes: Sequence[int],
     gather: Gather,
     tile: int,
     group: Any,
 ) -> ContrastiveOutput:
-    """The loss from ids: (M,) of all rows and (N,) of all columns, of all ranks."""
-    start = sum(row_sizes[: world(group)[0]])
+    """The loss of this rank's rows x and columns y, from the ids of all."""
+    start = sum(row_ids.sizes[: world(group)[0]])
     own = slice(start, start + len(x))
-    ids, both = torch.unique(torch.cat([row_class, column_class]), return_inverse=True)
-    rows, columns = both.split([len(row_class), len(column_class)])
+    ids, both = torch.unique(torch.cat([row_ids.positive, column_ids.positive]), return_inverse=True)
+    rows, columns = both.split([len(row_ids.positive), len(column_ids.positive)])
     # How many positives each query has. Everything here is of whole vectors of ids: every rank finds the same.
     of_row = torch.bincount(columns, minlength=len(ids))[rows] - int(itself)  # (M,)
     of_column = torch.bincount(rows, minlength=len(ids))[columns] - int(itself)  # (N,)
@@ -246,15 +233,15 @@ def _loss(
         row_class=rows[own],
         column_class=columns,
         classes=len(ids),
-        row_group=row_group[own] if row_group is not None else None,
-        column_group=column_group,
+        row_group=row_ids.neutral[own] if row_ids.neutral is not None else None,
+        column_group=column_ids.neutral,
         itself=start if itself else None,
         row_weight=row_weight[own],
         column_weight=column_weight,
         positive_weight=positive_weight[own],
         positives=of_row[own],
         tile=tile,
-        exchange=EXCHANGES[gather](list(column_sizes), group),
+        exchange=EXCHANGES[gather](column_ids.sizes, group),
     )
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -274,19 +261,17 @@ def _loss(
         accuracy=(sums[0] / among).to(dtype),
         positives=(of_row.clamp(min=0).sum() / among).to(dtype),
         alignment=(2 - 2 * sums[1] / among).to(dtype),
-        false_negatives=_false_negatives(rows, columns, row_label, column_label, row_group is not None).to(dtype),
+        false_negatives=_false_negatives(rows, columns, row_ids, column_ids).to(dtype),
         rows=count.to(dtype),
     )
 
 
-def _false_negatives(
-    rows: Tensor, columns: Tensor, row_label: Tensor | None, column_label: Tensor | None, left_out: bool
-) -> Tensor:
+def _false_negatives(rows: Tensor, columns: Tensor, row_ids: _Ids, column_ids: _Ids) -> Tensor:
     """Share of the rows' negatives that have their own label; 0 where these are left out, or there are no labels."""
-    if row_label is None or column_label is None or left_out or not len(rows):
+    if row_ids.label is None or column_ids.label is None or row_ids.neutral is not None or not len(rows):
         return torch.zeros((), device=rows.device)
-    same = _count_in(row_label, column_label)  # (M,) columns of the row's label
-    both = _count_in(torch.stack([rows, row_label], 1), torch.stack([columns, column_label], 1))
+    same = _count_in(row_ids.label, column_ids.label)  # (M,) columns of the row's label
+    both = _count_in(torch.stack([rows, row_ids.label], 1), torch.stack([columns, column_ids.label], 1))
     positive = _count_in(rows, columns)
     return (same - both).sum() / (len(columns) - positive).sum().clamp(min=1)
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mser_dist import contrastive
 from mser_dist.contrastive import (
     ContrastiveOutput,
     Embedded,
@@ -200,6 +201,13 @@ def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], says: str) 
     arguments: dict[str, Any] = {"x": unit(0), "y": unit(1), "scale": torch.tensor(14.0), "labels": LABEL}
     with pytest.raises(ValueError, match=says):
         contrastive_loss(**(arguments | change))
+
+
+def test_the_example_in_the_docstring_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert contrastive.__doc__
+    code = "\n".join(line[4:] for line in contrastive.__doc__.splitlines() if line.startswith("    "))
+    exec(code, {})
+    assert float(capsys.readouterr().out) >= 0
 
 
 # ---- the scale
