@@ -152,7 +152,11 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
         )
-        self._bounds = {name: (low, high) for name, low, high in bounds(model)}
+        limits = {name: (low, high) for name, low, high in bounds(model)}
+        named = self.module.named_parameters()
+        self._bounded = [(parameter, *limits[name]) for name, parameter in named if name in limits]
+        parts = [part for group in partitions.trained(self._engine) for part in group] if limits else []
+        self._bounded_parts = [(part, *limits[part.name]) for part in parts if part.name in limits and part.count]
 
     @property
     def module(self) -> nn.Module:
@@ -194,20 +198,17 @@ class Engine:
     def step(self) -> None:
         """Close a micro-batch; at the accumulation boundary, clip, update and move the schedule."""
         self._engine.step()
-        if self._bounds and self._engine.is_gradient_accumulation_boundary():
-            self._hold_bounds()
+        self._hold_bounds()
 
     @torch.no_grad()
     def _hold_bounds(self) -> None:
         """Clamp bounded parameters, in the fp32 masters and in what the model computes with; each rank its own part."""
-        for part in (part for group in partitions.trained(self._engine) for part in group):
-            if part.name in self._bounds and part.count:
-                part.view(part.owner).clamp_(*self._bounds[part.name])
-        for name, parameter in self.module.named_parameters():
-            if name in self._bounds:
-                for tensor in (parameter.data, getattr(parameter, "ds_tensor", None)):
-                    if tensor is not None:
-                        tensor.clamp_(*self._bounds[name])
+        for part, low, high in self._bounded_parts:
+            part.view(part.owner).clamp_(low, high)
+        for parameter, low, high in self._bounded:
+            parameter.data.clamp_(low, high)  # under ZeRO-3 empty, or what is gathered of it
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.clamp_(low, high)
 
     @property
     def grad_norm(self) -> float:

@@ -230,8 +230,8 @@ def _loss(
     pairs = Pairs(
         kind=kind,
         symmetric=symmetric and kind != "sigmoid",
-        row_class=rows[own],
-        column_class=columns,
+        row_class=rows[own].int(),  # half the bytes to compare
+        column_class=columns.int(),
         classes=len(ids),
         row_group=row_ids.neutral[own] if row_ids.neutral is not None else None,
         column_group=column_ids.neutral,

@@ -23,10 +23,10 @@ class Pairs:
 
     kind: Kind
     symmetric: bool  # columns are queries too
-    row_class: Tensor  # (B,) int64: a pair of one class is a positive
-    column_class: Tensor  # (N,) int64
+    row_class: Tensor  # (B,) int32: a pair of one class is a positive
+    column_class: Tensor  # (N,) int32
     classes: int  # how many there are: they are numbered from 0
-    row_group: Tensor | None  # (B,) int64: of the pairs of one group only the positives take part
+    row_group: Tensor | None  # (B,) int64: of the pairs of one group only the positives take part; not for "sigmoid"
     column_group: Tensor | None  # (N,) int64
     itself: (
         int | None
@@ -127,17 +127,15 @@ class _Rows:
             across = columns[there].T
             for here in tiles(len(self.x), self.pairs.tile):
                 scores = self.scaled[here] @ across  # (tile, tile)
-                if self.pairs.kind == "sigmoid":
-                    scores = self._signed(scores + self.bias, here, everywhere)
                 self._leave_out(scores, here, everywhere)
                 work(here, there, everywhere, scores)
 
     def _positive(self, here: slice, everywhere: slice) -> Tensor:
         return self.pairs.row_class[here, None] == self.pairs.column_class[everywhere]
 
-    def _signed(self, scores: Tensor, here: slice, everywhere: slice) -> Tensor:
-        """Positives' scores negated: each pair's loss is then softplus."""
-        return torch.where(self._positive(here, everywhere), -scores, scores)
+    def _sign(self, here: slice, everywhere: slice) -> Tensor:
+        """(tile, tile) -1 for positives, 1 for the others: of the signed logits each pair's loss is softplus."""
+        return 1 - 2 * self._positive(here, everywhere).to(self.x.dtype)
 
     def _leave_out(self, scores: Tensor, here: slice, everywhere: slice) -> None:
         pairs = self.pairs
@@ -159,17 +157,15 @@ class _Rows:
             self.class_sums.index_add_(0, lines, columns[there])
 
         def work(here: slice, there: slice, everywhere: slice, scores: Tensor) -> None:
-            if self.pairs.kind == "sigmoid":
-                self.pair_loss += (
-                    torch.nn.functional.softplus(scores).sum(1) @ self.pairs.row_weight[here].to(scores.dtype)
-                ).double()
-                scores = self._signed(scores, here, everywhere)
-                self._leave_out(scores, here, everywhere)
-            else:
-                _add_lse(self.lse[0][here], scores, 1)
-                if self.column_sums:
-                    _add_lse(column_lse[0][there], scores, 0)
             self._see_best(scores, here, everywhere)
+            if self.pairs.kind == "sigmoid":
+                signed = (scores + self.bias).mul_(self._sign(here, everywhere))
+                each = torch.nn.functional.softplus(signed).sum(1)  # (tile,)
+                self.pair_loss += (each.double() * self.pairs.row_weight[here]).sum()
+                return
+            _add_lse(self.lse[0][here], scores, 1)
+            if self.column_sums:
+                _add_lse(column_lse[0][there], scores, 0)
             if self.pairs.kind == "sum":
                 scores.masked_fill_(~self._positive(here, everywhere), -torch.inf)
                 _add_lse(self.lse[1][here], scores, 1)
@@ -232,8 +228,9 @@ class _Rows:
 
         def work(here: slice, there: slice, everywhere: slice, scores: Tensor) -> None:
             if pairs.kind == "sigmoid":
-                slope = torch.sigmoid(scores) * pairs.row_weight[here, None].to(scores.dtype)
-                slope = self._signed(slope, here, everywhere)
+                sign = self._sign(here, everywhere)
+                slope = (scores + self.bias).mul_(sign).sigmoid_().mul_(sign)
+                slope *= pairs.row_weight[here, None].to(slope.dtype)
                 self.bias_grad += slope.sum()
             else:
                 slope = (scores - self.shifts[0][here, None]).exp_()  # (tile, tile) ∂loss/∂score

@@ -65,7 +65,7 @@ class Aligner(nn.Module):
         )
         stats = {f"emotion_{name}": value for name, value in emotion.detached().items()}
         stats["batch"] = stats.pop("emotion_rows")
-        stats["scale"] = scales[0].detach()
+        stats["emotion_scale"] = scales[0].detach()
         stats["uniformity"] = contrastive.uniformity(speech)
         loss = alpha * emotion.loss
         if config.beta:

@@ -229,7 +229,7 @@ def test_the_scale_has_an_upper_bound() -> None:
     mel, lengths = clips()
     embedded = model({"speech": mel, "lengths": lengths, "text": torch.randn(3, 4)})
     loss, stats = model.contrast(embedded, dict.fromkeys(("label", "source", "caption"), torch.arange(3)), 1.0, 0.25)
-    assert stats["scale"].item() == pytest.approx(20.0) and torch.isfinite(loss)
+    assert stats["emotion_scale"].item() == pytest.approx(20.0) and torch.isfinite(loss)
 
 
 def test_captions_are_drawn_from_the_clips_own_label() -> None:
