@@ -206,8 +206,8 @@ class Checkpoints:
     def _look(self, trust: bool) -> tuple[list[Path], str | None]:
         """(published checkpoints, what forbids to use them). What an earlier start left half-written is removed."""
         found = self.published()
-        if found and not trust and (fault := folder_fault(self.folder)):
-            return [], f"{fault}: make sure of what is in it, then set train.trust_checkpoints=true"
+        if found and not trust and (faults := [f for f in map(folder_fault, (self.folder, *found)) if f]):
+            return [], f"{faults[0]}: make sure of what is in it, then set train.trust_checkpoints=true"
         partial = list(self.folder.glob("step-*.partial"))
         others = [p.name for p in self.folder.glob("*") if p not in partial and not p.name.startswith(".")]
         if others and not found:

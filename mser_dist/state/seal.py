@@ -41,10 +41,13 @@ def _fault(folder: Path, sealed: Sealed, share: list[str]) -> str | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Why someone else could have written what is in a folder, or None."""
-    found = folder.stat()
-    if found.st_uid != os.geteuid():
-        return f"{folder} belongs to user {found.st_uid}, not to you ({os.geteuid()})"
-    if found.st_mode & stat.S_IWOTH:
-        return f"{folder} may be written to by everyone (mode {stat.S_IMODE(found.st_mode):04o})"
+    """Why someone else could have written a folder, or something in it, or None. Other folders in it are not entered."""
+    for path in (folder, *sorted(folder.iterdir())):
+        if not path.exists():  # a link to nothing: the seal's to judge
+            continue
+        found = path.stat()
+        if found.st_uid != os.geteuid():
+            return f"{path} belongs to user {found.st_uid}, not to you ({os.geteuid()})"
+        if found.st_mode & stat.S_IWOTH:
+            return f"{path} may be written to by everyone (mode {stat.S_IMODE(found.st_mode):04o})"
     return None

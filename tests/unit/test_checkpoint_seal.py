@@ -72,6 +72,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "seal of zeros": (lambda f: (f / "seal.json").write_bytes(bytes(50)), "has no readable seal.json"),
     "seal of another shape": (lambda f: (f / "seal.json").write_text('{"state.json": 3}'), "has no readable seal.json"),
+    "link to nothing": (
+        lambda f: (f / "rank-00009.safetensors").symlink_to("none"),
+        "rank-00009.safetensors is not in the seal",
+    ),
     "seal that is a list": (lambda f: (f / "seal.json").write_text("[]"), "has no readable seal.json"),
 }
 
@@ -139,17 +143,24 @@ def test_at_least_one_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
-def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "step-000001", f"step-000001/{PART}"])
+def test_what_others_may_write_to_is_refused(name: str, tmp_path: Path) -> None:
+    """The folder of all checkpoints, that of a step, and a file in it."""
     save(tmp_path, 1)
-    (tmp_path / "checkpoints").chmod(0o777)
-    with pytest.raises(UserError, match=r"may be written to by everyone \(mode 0777\).*trust_checkpoints=true"):
+    place = tmp_path / "checkpoints" / name
+    mode = place.stat().st_mode & 0o777
+    place.chmod(0o777)
+    with pytest.raises(
+        UserError, match=r"may be written to by everyone \(mode 0777\).*trust_checkpoints=true"
+    ) as error:
         choose(tmp_path)
+    assert str(place) in str(error.value)
     assert Checkpoints(tmp_path, World(), 2).choose(trust=True)
-    (tmp_path / "checkpoints").chmod(0o700)
+    place.chmod(mode)
     assert choose(tmp_path)
     if os.geteuid() == 0:
-        os.chown(tmp_path / "checkpoints", 12345, -1)
-        with pytest.raises(UserError, match="belongs to user 12345"):
+        os.chown(place, 12345, -1)
+        with pytest.raises(UserError, match=f"{place} belongs to user 12345"):
             choose(tmp_path)
 
 
