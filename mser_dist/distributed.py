@@ -79,6 +79,28 @@ def _from_slurm(env: Mapping[str, str]) -> World:
     return World(rank, size, _number(env, "SLURM_LOCALID", 0), addr, port, "srun")
 
 
+def check_gpus(env: Mapping[str, str] | None = None) -> None:
+    """Raise `UserError` where a SLURM step has more or fewer tasks on this node than GPUs.
+
+    One task is one rank is one GPU. A task that sees a single one, by the step's binding or by CUDA_VISIBLE_DEVICES,
+    may leave others idle.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env or not env.get("SLURM_GPUS_ON_NODE") or not env.get("SLURM_STEP_TASKS_PER_NODE"):
+        return  # another launcher inside the step, no step, or no GPU in it
+    gpus, node = _number(env, "SLURM_GPUS_ON_NODE"), _number(env, "SLURM_NODEID", 0)
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # 8(x3),4
+    counts = [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
+    tasks = counts[node] if node < len(counts) else gpus
+    bound = len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    if tasks > gpus or (tasks < gpus and not bound):
+        raise UserError(
+            f"{tasks} task{'s' * (tasks > 1)} and {gpus} GPU{'s' * (gpus > 1)} on node {node} of the step: one task is "
+            f"one rank is one GPU: set --ntasks-per-node to --gpus-per-node (in one task, mser train --nproc {gpus}; "
+            "CUDA_VISIBLE_DEVICES=0 for a single GPU on purpose)"
+        )
+
+
 def _first_host(nodelist: str) -> str:
     """The first host of SLURM's compressed list, ``gpu[03-05,9],login1`` → ``gpu03``, as an address that resolves."""
     head = re.match(r"(?:[^\[\],]|\[\d+[^\]]*\])+", nodelist)  # up to the first comma outside brackets

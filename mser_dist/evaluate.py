@@ -98,6 +98,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
 
     Collective. Raises `preempt.Stopped` between two batches when a signal came to any rank.
     """
+    distributed.check_gpus()
     world = distributed.discover()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = choose(config.attention, DTYPES[config.dtype], device)

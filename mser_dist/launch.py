@@ -72,6 +72,11 @@ class Resources:
                 raise UserError(f"{name} must be 1 or more, not {value}")
         if self.gpus_per_node < 0:
             raise UserError(f"gpus_per_node must not be negative: it is {self.gpus_per_node}")
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise UserError(
+                f"tasks_per_node={self.tasks_per_node} and gpus_per_node={self.gpus_per_node}: one task is one rank is "
+                "one GPU, so leave tasks_per_node (--tasks-per-node) away, or ask for as many GPUs"
+            )
         if 60 * minutes(self.time) <= self.signal_seconds:
             raise UserError(
                 f"a wall time of {self.time} leaves nothing before the signal to save, {self.signal_seconds} s before "

@@ -41,7 +41,7 @@ def _fault(folder: Path, sealed: Sealed, share: list[str]) -> str | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Why someone else could have written a folder, or something in it, or None. Other folders in it are not entered."""
+    """Why someone else could have written a folder, or something in it, or None. Folders in it are not entered."""
     for path in (folder, *sorted(folder.iterdir())):
         if not path.exists():  # a link to nothing: the seal's to judge
             continue

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mser_dist.distributed import World, discover
+from mser_dist.distributed import World, check_gpus, discover
 from mser_dist.errors import UserError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
@@ -77,6 +77,42 @@ def test_half_set_environments_are_refused(env: dict[str, str], says: str) -> No
     with pytest.raises(UserError, match=says) as caught:
         discover(env)
     assert "\n" not in str(caught.value)
+
+
+GPUS = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "8"}
+ONE_TASK = GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        (ONE_TASK, "1 task and 8 GPUs on node 0"),
+        (ONE_TASK | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, "mser train --nproc 8"),
+        (GPUS | {"SLURM_NODEID": "2"}, "4 tasks and 8 GPUs on node 2"),
+        (GPUS | {"SLURM_GPUS_ON_NODE": "1"}, "8 tasks and 1 GPU on node 0"),
+    ],
+)
+def test_tasks_that_do_not_match_the_gpus_are_refused(env: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        check_gpus(env)
+    assert "--ntasks-per-node" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        SRUN,
+        GPUS,
+        GPUS | {"SLURM_NODEID": "1"},
+        GPUS | {"CUDA_VISIBLE_DEVICES": "0"},  # each task is shown its own
+        ONE_TASK | TORCHRUN,  # which starts a rank for each GPU itself
+        ONE_TASK | {"CUDA_VISIBLE_DEVICES": "0"},
+        BATCH_SCRIPT | {"SLURM_GPUS_ON_NODE": "8"},
+    ],
+)
+def test_a_rank_for_each_gpu_is_in_order(env: dict[str, str]) -> None:
+    check_gpus(env)
 
 
 @pytest.mark.parametrize(

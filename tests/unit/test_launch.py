@@ -58,6 +58,7 @@ def test_what_is_no_wall_time_is_refused(text: str) -> None:
     [
         ({"nodes": 0}, "nodes must be 1 or more"),
         ({"gpus_per_node": -1}, "gpus_per_node must not be negative"),
+        ({"gpus_per_node": 8, "tasks_per_node": 1}, "one task is one rank is one GPU"),
         ({"time": 3, "signal_seconds": 180}, "ask for more time"),
     ],
 )
@@ -66,9 +67,9 @@ def test_impossible_resources_are_refused(resources: dict[str, Any], says: str) 
         launch.Resources(**resources)
 
 
-def test_one_task_is_one_gpu_unless_told_otherwise() -> None:
+def test_one_task_is_one_gpu() -> None:
     assert launch.Resources(nodes=2, gpus_per_node=4).world_size == 8
-    assert launch.Resources(nodes=2, gpus_per_node=4, tasks_per_node=1).world_size == 2
+    assert launch.Resources(nodes=2, tasks_per_node=4).world_size == 8
     assert launch.Resources(nodes=2).world_size == 2
 
 
