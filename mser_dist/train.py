@@ -38,6 +38,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
     export/ (the model) and summary.json. Raises `UserError` for what a user can mend, and `preempt.Stopped` when a
     signal or the end of the job's time stopped it and every rank has saved.
     """
+    distributed.check_gpus()
     world = distributed.discover()
     summary = run_folder.finished(Path(config.out), config)
     if summary:
