@@ -208,4 +208,4 @@ def _requeue(options: argparse.Namespace) -> int:
     from mser_dist.cluster.requeue import requeue
     from mser_dist.config_file import load_any
 
-    return int(requeue(options.code, load_any(options.config, options.words)))
+    return int(requeue(options.code, Path(load_any(options.config, options.words).out)))

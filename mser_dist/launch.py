@@ -6,11 +6,13 @@
     two = submit("my_stage2.yaml", nodes=4, gpus_per_node=8, after=one)
     print(two.result()["validation"])
 
-A job that is preempted, or whose wall time ends, saves, goes back in the queue and continues (`task.py`).
+A job that is preempted, or whose wall time ends, saves, goes back in the queue and continues (`task.py`). One that
+crashes goes back too, from its last checkpoint, unless it has failed three times at one step (`requeue.py`).
 """
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -41,8 +43,18 @@ _SETUP = [
     "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
     "cache=${TMPDIR:-/tmp}/mser-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}",
     "export TRITON_CACHE_DIR=$cache/triton TORCH_EXTENSIONS_DIR=$cache/torch_extensions",
-    "trap 'rm -rf \"$cache\"' EXIT",
 ]
+# What happens behind srun. Its own exit code is the largest of all ranks, those included that it ended because of the
+# first to fail: `task.py` keeps that one's.
+_AT_END = """\
+at_end() {
+  local code=$?
+  rm -rf "$cache"
+  [ ! -f "$first_code" ] || code=$(<"$first_code")
+  ((code == 0 || code == 2)) || %s -m mser_dist.cluster.requeue "$code" "${runs[${SLURM_ARRAY_TASK_ID:-0}]}" || true
+  exit "$code"
+}
+trap at_end EXIT"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +177,7 @@ def start(
         raise UserError("there is no sbatch here: submit from a login node, or run on this machine (--local)")
     place = _place(Path(folder), name)
     executor = submitit.SlurmExecutor(folder=place, max_num_timeout=_TIMEOUTS)
-    executor.update_parameters(**_parameters(need, name, after, parallel or len(configs)))
+    executor.update_parameters(**_parameters(configs, need, name, after, parallel or len(configs), place))
     place.mkdir(parents=True, mode=0o700)  # here, since SLURM could not open a log in a folder that is made later
     try:
         jobs = executor.submit_array([Task(config) for config in configs])
@@ -195,10 +207,10 @@ def script(
 
     for config in configs:
         check(config, need, "slurm")
-    parameters = _parameters(need, name, after, parallel or len(configs))
+    place = _place(Path(folder), name)
+    parameters = _parameters(configs, need, name, after, parallel or len(configs), place)
     if len(configs) > 1:
         parameters["map_count"] = len(configs)
-    place = _place(Path(folder), name)
     command = f"{sys.executable} -u -m submitit.core._submit {place}"
     return str(slurm._make_sbatch_string(command=command, folder=place, **parameters))
 
@@ -224,7 +236,9 @@ def job_name(config: Config) -> str:
     return "mser-eval" if isinstance(config, Evaluation) else f"mser-stage{config.stage}"
 
 
-def _parameters(need: Resources, name: str, after: Job | str | None, parallel: int) -> dict[str, Any]:
+def _parameters(
+    configs: Sequence[Config], need: Resources, name: str, after: Job | str | None, parallel: int, place: Path
+) -> dict[str, Any]:
     """What submitit's SlurmExecutor is given."""
     srun = ["--kill-on-bad-exit=1"]  # the peers of a dead rank would wait for it in a collective
     if need.cpus_per_task:
@@ -248,10 +262,17 @@ def _parameters(need: Resources, name: str, after: Job | str | None, parallel: i
         "signal_delay_s": need.signal_seconds,
         "array_parallelism": parallel,
         "wckey": None,  # a site that keeps wckeys refuses one that it does not know
-        "setup": [*need.setup, *_SETUP],
+        "setup": [*need.setup, *_SETUP, *_end(configs, place)],
         "srun_args": srun,
         "additional_parameters": extra,
     }
+
+
+def _end(configs: Sequence[Config], place: Path) -> list[str]:
+    """Shell lines that clean up when srun has ended, and ask for another start after a crash."""
+    runs = " ".join(shlex.quote(config.out) for config in configs)  # by the task's number in the array
+    first_code = f"{shlex.quote(str(place))}/$SLURM_JOB_ID.code"
+    return [f"runs=({runs}) first_code={first_code}", 'rm -f "$first_code"', _AT_END % shlex.quote(sys.executable)]
 
 
 def _ids(after: Job | str) -> str:

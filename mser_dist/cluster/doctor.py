@@ -210,7 +210,7 @@ def slurm_job() -> Finding:
 def accounting() -> Finding:
     """``sacct``, which submitit asks for the state of jobs."""
     answered, text = _ask("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", os.environ.get("SLURM_JOB_ID", "1"))
-    remedy = "submitit needs it (job.state, result()): slurmdbd is the site's; sbatch slurm/stage1.sh does without"
+    remedy = "without it mser submit --wait asks squeue, which forgets a job soon after its end: slurmdbd is the site's"
     return ("ok", "sacct answers", "") if answered else ("warn", f"sacct: {text}", remedy)
 
 

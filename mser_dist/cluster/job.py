@@ -1,13 +1,19 @@
 """A submitted job, as the submitting program sees it."""
 
 import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 from mser_dist.errors import UserError
 
-_ASK_EVERY = 10.0  # seconds between two questions to sacct about a job
+_ASK_EVERY = 10.0  # seconds between two questions to SLURM about a job
+# SLURM's words for jobs that will not run again; GONE is ours.
+_ENDED = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED",
+    "TIMEOUT",
+})  # fmt: skip
 _OURS = re.compile(r"^mser_dist\.errors\.UserError: ", re.MULTILINE)  # in a traceback
 _PRINTED = re.compile(r"^mser: error.*?: (.*)", re.MULTILINE)  # in a log
 
@@ -20,6 +26,7 @@ class Job:
         self._job, self.out = job, out
         self._local = hasattr(job, "_process")
         self._asked = -_ASK_EVERY
+        self._state = "UNKNOWN"
 
     def __repr__(self) -> str:
         return f"Job({self.job_id}, out={self.out!r}, state={self.state})"
@@ -31,15 +38,20 @@ class Job:
 
     @property
     def state(self) -> str:
-        """SLURM's word for it: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, …"""
+        """SLURM's word for it: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, …
+
+        Without accounting, SLURM forgets a job some minutes after its end: then it is GONE.
+        """
         if self._local:  # its end says nothing of its success
             if self._outcome(0)[0] == "success":
                 return "COMPLETED"
             return "RUNNING" if self._job._process.poll() is None else "FAILED"
-        fresh = time.monotonic() - self._asked >= _ASK_EVERY
-        if fresh:
+        if time.monotonic() - self._asked >= _ASK_EVERY:
             self._asked = time.monotonic()
-        return str(self._job.watcher.get_state(self.job_id, mode="force" if fresh else "cache"))
+            self._state = str(self._job.watcher.get_state(self.job_id, mode="force"))  # sacct's
+            if self._state == "UNKNOWN":
+                self._state = _in_queue(self.job_id)
+        return self._state
 
     def done(self) -> bool:
         """Whether it has ended, well or not. A job that waits in the queue again has not."""
@@ -48,7 +60,7 @@ class Job:
         if self._local:
             return self._job._process.poll() is not None
         # An error is not yet the end: SLURM starts a job of which a node has died again.
-        return self.state != "UNKNOWN" and bool(self._job.watcher.is_done(self.job_id, mode="cache"))
+        return self.state.partition(" ")[0] in _ENDED  # CANCELLED by 1000
 
     def result(self) -> dict[str, Any]:
         """Wait for the end; the summary of the training, or the report of the evaluation. `UserError` if it failed."""
@@ -107,3 +119,16 @@ class Job:
         error = UserError(f"job {self.job_id}: {said}")
         error.__cause__ = FailedJobError("\n".join(traces)) if traces else None
         return error
+
+
+def _in_queue(job_id: str) -> str:
+    """What squeue says of a job that sacct does not know: there is no accounting, or it has not heard of it yet."""
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return "UNKNOWN"
+    if done.returncode == 0 and done.stdout.strip():
+        return done.stdout.split()[0]
+    forgotten = done.returncode == 0 or "invalid job id" in done.stderr.lower()
+    return "GONE" if forgotten else "UNKNOWN"  # slurmctld does not answer

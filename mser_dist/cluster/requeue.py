@@ -1,4 +1,8 @@
-"""After a job has ended: whether SLURM should start it again. Called by slurm/common.sh with srun's exit code."""
+"""After a job has ended: whether SLURM should start it again.
+
+Called with srun's exit code by slurm/common.sh (`mser requeue`), and by the script of a submitted job (`launch.py`) as
+``python -m mser_dist.cluster.requeue CODE OUT``.
+"""
 
 import json
 import os
@@ -12,29 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist.cluster.preempt import SAVED
-from mser_dist.config import Evaluation, Stage1, Stage2
 
 _FAILURES, _STARTS = 3, 10  # failures, and starts of any kind, without a step forward
 # What a run that saved ends with, and one that does not listen to USR1, USR2 and TERM, such as an evaluation (128 + n).
 _NO_FAULT = (SAVED, 128 + 10, 128 + 12, 128 + 15)
 
 
-def requeue(code: int, config: Stage1 | Stage2 | Evaluation) -> int:
-    """Ask SLURM to start this job again if that is of use, and return the exit code to end with.
+def requeue(code: int, out: Path) -> int:
+    """Ask SLURM to start this job, of the run folder `out`, again if that is of use; the exit code to end with.
 
     It is of use after a preemption or a crash; not after a mistake that the user must mend (2), not where the job was
     cancelled, and not when it has failed three times, or was stopped ten times, at one step.
     """
-    out, job = Path(config.out), _job()
+    job = _job()
     if code in (0, 2) or job is None:
+        return code
+    state = _ask("squeue", "--noheader", "--job", job, "--format=%T")
+    if state not in ("RUNNING", None):  # cancelled, out of time, or put back into the queue by SLURM or submitit
+        _say(f"exit code {code}; job {job} is {state or 'over'}: not started again from here")
         return code
     why = _no_step_forward(out, code, job)
     if why:
         _say(f"exit code {code}; {why}, so the job is not started again: see {out / 'ends.jsonl'}")
         return code
-    state = _ask("squeue", "--noheader", "--job", job, "--format=%T")
-    if state != "RUNNING":  # cancelled, out of time, or put back into the queue by SLURM itself
-        _say(f"exit code {code}; job {job} is {state or 'unknown to squeue'}: not started again from here")
+    if state is None:
+        _say(f"exit code {code}; squeue does not know job {job}, or does not answer: not started again from here")
         return code
     if _ask("scontrol", "requeue", job) is None:
         _say(f"`scontrol requeue {job}` failed: start it again by hand; the same command continues")
@@ -87,3 +93,7 @@ def _ask(*command: str) -> str | None:
 
 def _say(text: str) -> None:
     print(f"mser: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(requeue(int(sys.argv[1]), Path(sys.argv[2])))

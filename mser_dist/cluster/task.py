@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from mser_dist.cluster.preempt import SAVED, SIGNALS, Stopped
@@ -43,13 +44,16 @@ class Task:
         hush()
         requeue = signal.getsignal(getattr(signal, f"SIG{env.USR_SIG}"))  # submitit's, from before the training's own
         try:
-            result = self._run()
-        except Stopped as stop:
-            self._stopped(stop, env, requeue)
-        except Exception:
+            try:
+                result = self._run()
+            except Stopped as stop:
+                self._stopped(stop, env, requeue)
+        except Exception as error:
             # submitit still has to write the error down. After it a normal exit would wait, in the process group's
             # destructor, for peers that are still at work.
-            atexit.register(_fail, env)
+            code = error.code if isinstance(error, UserError) else 1
+            _keep_first(code, env)
+            atexit.register(_fail, env, code)
             raise
         return result if env.global_rank == 0 else None
 
@@ -95,8 +99,8 @@ class Task:
             raise stop
         try:
             requeue(signal.SIGUSR2, None)  # which signal it was only shows in the log
-        except SystemExit as end:
-            _leave(end.code if isinstance(end.code, int) else 1)
+        except SystemExit as end:  # locally with a code that submitit waits for, on SLURM with that of a crash
+            _leave(SAVED if env.cluster == "slurm" or not isinstance(end.code, int) else end.code)
         raise RuntimeError("submitit's handler came back without having requeued the job")
 
     def checkpoint(self) -> Any:
@@ -132,7 +136,14 @@ def _queue_state(job_id: str) -> str:
         return "RUNNING"  # as far as this node can tell
 
 
-def _fail(env: Any) -> NoReturn:
+def _keep_first(code: int, env: Any) -> None:
+    """Leave the exit code of the first rank to fail for the job's script (`launch.py`), as slurm/task.sh does."""
+    if env.cluster == "slurm":
+        with suppress(OSError), (env.paths.folder / f"{env.raw_job_id}.code").open("x") as file:
+            file.write(f"{code}\n")
+
+
+def _fail(env: Any, code: int) -> NoReturn:
     """End a failed rank. SLURM then ends its peers; on one machine nobody else would."""
     if env.cluster == "local" and env.num_tasks > 1:
         import psutil
@@ -141,7 +152,7 @@ def _fail(env: Any) -> NoReturn:
         _, stuck = psutil.wait_procs(peers, timeout=_PATIENCE)
         for peer in stuck:
             peer.kill()
-    _leave(1)
+    _leave(code)
 
 
 def _leave(code: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """submitit on a real SLURM: results over two nodes, dependencies, time-outs, cancelling, sweeps."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mser_dist.data.synth import SynthConfig
 from mser_dist.data.synth_set import write_set
 from mser_dist.errors import UserError
 from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -103,11 +105,26 @@ def test_a_job_waits_for_another_and_a_cancelled_one_does_not_come_back(here: Pa
         second.result()
 
 
-def test_the_mistake_of_a_job_is_one_line(here: Path) -> None:
-    job = stage1("runs/none", "train.steps=2", "data.sets=no/shards", nodes=2)
+def test_a_crash_is_started_again_and_a_mistake_is_not(
+    here: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A rank is killed, as for lack of memory; the second job has no data. Without accounting, as on some clusters."""
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho Slurm accounting storage is disabled >&2; exit 1\n")
+    (tmp_path / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with monkeypatch.context() as drill:
+        drill.setenv("PYTHONPATH", str(ROOT / "tests/faults/inject"), prepend=os.pathsep)
+        drill.setenv("MSER_DRILL", "0|step 4|KILL")
+        killed = stage1("runs/killed", "train.steps=6", "train.save_every=2")
+    wrong = stage1("runs/none", "train.steps=2", "data.sets=no/shards", nodes=2)
     with pytest.raises(UserError) as failed:
-        job.result()
-    assert str(failed.value).startswith(f"job {job.job_id}: no/shards: no such data set")
+        wrong.result()
+    assert str(failed.value).startswith(f"job {wrong.job_id}: no/shards: no such data set")
+    ended = cluster.show(wrong.job_id)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    assert killed.result()["steps"] == 6 and cluster.show(killed.job_id)["Restarts"] == "1"
+    assert f"exit code 137: job {killed.job_id} is queued again" in killed.stderr()
+    assert "continuing from step 2" in killed.stdout()
 
 
 def test_what_sbatch_refuses_leaves_nothing_behind(here: Path) -> None:

@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -95,15 +97,29 @@ def test_without_gpus_and_dependencies_sbatch_is_told_of_none() -> None:
     assert "--array=0-4%2" in script(copies=5, parallel=2)
 
 
-def test_ranks_left_in_the_shell_and_the_exit_code_of_srun() -> None:
-    """The lines around srun, run by bash: no rank of a torchrun reaches the job, its cache goes, its code stays."""
-    lines = [*launch._SETUP, 'mkdir -p "$cache"; env; (exit 3)']
-    shell = {**os.environ, "RANK": "1", "SLURM_JOB_ID": "x"}
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, env=shell)
-    assert done.returncode == 3
+@pytest.mark.parametrize(
+    ("srun", "first", "ends", "asks"),
+    [(0, None, 0, None), (3, None, 3, "3"), (137, 2, 2, None), (143, 75, 75, "75")],
+    ids=["well", "a crash", "a mistake that ended its peers", "a stop"],
+)
+def test_the_lines_around_srun(srun: int, first: int | None, ends: int, asks: str | None, tmp_path: Path) -> None:
+    """Run by bash: no rank of a torchrun reaches the job, its cache goes, and its end is told to `mser requeue`."""
+    requeue = tmp_path / "python"
+    requeue.write_text('#!/bin/sh\necho "asked: $@"\n')
+    requeue.chmod(0o755)
+    (tmp_path / "x.code").write_text("1")  # of an earlier start
+    runs = [config(f"out={tmp_path}/{name}") for name in ("one", "the other")]
+    lines = [*launch._SETUP, *launch._end(runs, tmp_path)]
+    text = "\n".join(lines).replace(sys.executable, str(requeue))
+    text += '\nmkdir -p "$cache"; env\n' + (f'echo {first} >"$first_code"\n' if first else "") + f"(exit {srun})\n"
+    shell = {**os.environ, "RANK": "1", "SLURM_JOB_ID": "x", "SLURM_ARRAY_TASK_ID": "1"}
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=shell)
+    assert done.returncode == ends, done.stderr
     environment = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     assert "RANK" not in environment and environment["OMP_NUM_THREADS"] == "1"
     assert not Path(environment["TRITON_CACHE_DIR"]).parent.exists()
+    asked = [line for line in done.stdout.splitlines() if line.startswith("asked")]
+    assert asked == ([f"asked: -m mser_dist.cluster.requeue {asks} {tmp_path}/the other"] if asks else [])
 
 
 # ---- what is refused before a job exists
@@ -224,6 +240,53 @@ def test_a_crash_names_the_error_and_the_log(tmp_path: Path, monkeypatch: pytest
     job = quick("crashes", tmp_path, monkeypatch, ranks=1)
     with pytest.raises(UserError, match=rf"ZeroDivisionError: of all things: see {job.logs[1]}"):
         job.result()
+
+
+def test_the_exit_code_tells_a_mistake_from_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's script reads it: the largest code of all ranks is that of one that was ended because of another."""
+    env = SimpleNamespace(cluster="slurm", raw_job_id="7", paths=SimpleNamespace(folder=tmp_path))
+    task._keep_first(2, env)
+    task._keep_first(1, env)
+    assert (tmp_path / "7.code").read_text() == "2\n"
+
+
+class NoAccounting:
+    """A job of submitit on a cluster whose sacct does not answer."""
+
+    job_id, num_tasks = "5", 1
+    watcher = SimpleNamespace(get_state=lambda job_id, mode: "UNKNOWN")
+
+    def __init__(self, folder: Path) -> None:
+        log = folder / "log"
+        log.write_text("mser: error: no data\n")
+        paths = SimpleNamespace(result_pickle=folder / "result.pkl", stderr=log, stdout=log)
+        self._task = SimpleNamespace(paths=paths, stderr=log.read_text)
+
+    def task(self, rank: int) -> Any:
+        return self._task
+
+
+@pytest.mark.parametrize(
+    ("squeue", "state", "done"),
+    [
+        ("echo PENDING", "PENDING", False),
+        ("echo FAILED", "FAILED", True),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", "GONE", True),
+        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", "UNKNOWN", False),
+    ],
+)
+def test_without_accounting_squeue_knows_whether_a_job_has_ended(
+    squeue: str, state: str, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    job = Job(NoAccounting(tmp_path), "run")
+    assert job.state == state and job.done() is done
+    if done:
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        with pytest.raises(UserError, match="job 5: no data"):
+            job.result()
 
 
 def test_a_cancelled_job_ends_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from mser_dist.cluster.requeue import requeue
-from mser_dist.config import Stage1
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +17,7 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_three_failures_at_one_step_are_enough(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Stage1(out=str(tmp_path / "run"))
+    out = tmp_path / "run"
     for checkpoint, code, again in [
         (None, 1, True), (None, 1, True), ("step-000010", 1, True), (None, 75, True), (None, 139, True),
         (None, 70, False),
@@ -26,23 +25,22 @@ def test_three_failures_at_one_step_are_enough(
         if checkpoint:
             (tmp_path / "run/checkpoints" / checkpoint).mkdir(parents=True)
             (tmp_path / "run/checkpoints/step-000020.partial").mkdir()
-        assert requeue(code, config) == code
+        assert requeue(code, out) == code
         said = capsys.readouterr().err
         assert ("exit code 70; failed 3 times at step 10" in said) is not again, said
-    requeue(1, config)
+    requeue(1, out)
     assert "failed 4 times" in capsys.readouterr().err, "it stays so for this job"
     monkeypatch.setenv("SLURM_JOB_ID", "124")
-    requeue(1, config)
+    requeue(1, out)
     assert "failed" not in capsys.readouterr().err, "who submits it anew has perhaps mended something"
     rows = [json.loads(line) for line in (tmp_path / "run/ends.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 0, 10, 10, 10, 10, 10, 10]
 
 
 def test_ten_stops_at_one_step_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = Stage1(out=str(tmp_path))
     (tmp_path / "ends.jsonl").write_text('{"step": 0, "co\n')  # a line that was cut
     for start in range(1, 11):
-        assert requeue([75, 138, 140][start % 3], config) in (75, 138, 140)
+        assert requeue([75, 138, 140][start % 3], tmp_path) in (75, 138, 140)
         assert ("10 starts did not get beyond step 0" in capsys.readouterr().err) is (start == 10)
 
 
@@ -50,7 +48,7 @@ def test_ten_stops_at_one_step_are_enough(tmp_path: Path, capsys: pytest.Capture
 def test_what_is_done_or_a_mistake_is_not_asked_about(
     code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert requeue(code, Stage1(out=str(tmp_path / "run"))) == code
+    assert requeue(code, tmp_path / "run") == code
     assert not (tmp_path / "run").exists() and not capsys.readouterr().err
 
 
@@ -59,5 +57,18 @@ def test_a_task_of_an_array_is_asked_about_alone(
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
-    requeue(75, Stage1(out=str(tmp_path)))
-    assert "job 100_7 is unknown to squeue" in capsys.readouterr().err
+    requeue(75, tmp_path)
+    assert "squeue does not know job 100_7" in capsys.readouterr().err
+
+
+def test_what_somebody_else_has_decided_is_no_failure_of_this_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """submitit has put the job back in the queue, say, and its rank 0 ended with 255."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho PENDING\n")
+    squeue.chmod(0o755)
+    for _ in range(4):
+        assert requeue(255, tmp_path / "run") == 255
+    assert "job 123 is PENDING: not started again from here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -3,7 +3,7 @@
 POINT: where the watchdog was told that the rank is ("step 3", "step 3, data", "step 3, saving", "validating"), or a
 point of a save (half-written, written, sealed, published, mid-prune). WHAT: a signal that the rank sends itself,
 HANG, or NAN: its speech in that step is not a number. Several drills are separated by ";". RANK is SLURM's too, and
-"single" where there is none.
+"single" where there is none. A requeued SLURM job is left alone.
 """
 
 import os
@@ -82,5 +82,5 @@ for _drill in filter(None, os.environ.get("MSER_DRILL", "").split(";")):
     _who, _point, *_whats = _drill.split("|")
     if _who == _rank:
         _mine[_point] = _whats
-if _mine:
+if _mine and "SLURM_RESTART_COUNT" not in os.environ:
     _install(_mine)
