@@ -31,6 +31,7 @@ from mser_dist.models.scoring import AnswerScorer, PromptScorer
 from mser_dist.models.text import TextTower
 from mser_dist.progress import bar
 from mser_dist.tracking import Tracker, tracked
+from mser_dist.tracking_record import status_of
 
 
 def predict(
@@ -110,8 +111,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         raise UserError(f"out={out} is the folder of a training run: name another one for the evaluation")
     if world.world_size > 1:
         distributed.init(world, 30.0, device)
-    if world.is_main:  # an evaluation never resumes: each is an MLflow run of its own
-        run_folder.prepare(out, to_yaml(config), anew=True)
+    if world.is_main:  # one that was stopped begins anew in its MLflow run; one that has ended is followed by another
+        run_folder.prepare(out, to_yaml(config), anew=status_of(out) in ("FINISHED", "FAILED"))
     links = {f"mser.stage{stage}_run_id": Path(run) for stage, run in runs.items()}
     tags = {"mser.stage": "eval"}
     watchdog = Watchdog(world, silence=120.0, stall=30 * 60.0)

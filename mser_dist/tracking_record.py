@@ -32,11 +32,20 @@ def redact(text: str) -> str:
 
 def run_id_of(run: str | Path) -> str | None:
     """The MLflow run id of a run folder, or None where it has none (yet)."""
+    return _noted(run, "run_id")
+
+
+def status_of(run: str | Path) -> str | None:
+    """RUNNING, FINISHED, FAILED or KILLED, as the run folder knows it, or None where it has no record."""
+    return _noted(run, "status")
+
+
+def _noted(run: str | Path, what: str) -> str | None:
     try:
-        run_id = json.loads((Path(run) / "mlflow.json").read_text(encoding="utf-8"))["run_id"]
+        found = json.loads((Path(run) / "mlflow.json").read_text(encoding="utf-8"))[what]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return run_id if isinstance(run_id, str) else None
+    return found if isinstance(found, str) else None
 
 
 def now_ms() -> int:

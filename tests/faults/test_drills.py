@@ -152,9 +152,11 @@ def test_a_signal_to_one_rank_ends_an_evaluation_which_begins_anew(work: Path) -
     words = ["eval", "demo_eval", "data.sets=shards", "stage1=runs/whole", "stage2=null", "batch=2", "out=runs/eval"]
     error = drilled("1|evaluate stage 1|USR2", *words, cwd=work, code=SAVED)
     assert "SIGUSR2: stopped before the end; the same command begins anew" in error
-    assert json.loads((work / "runs/eval/mlflow.json").read_text())["status"] == "KILLED"
+    stopped = json.loads((work / "runs/eval/mlflow.json").read_text())
+    assert stopped["status"] == "KILLED"
     assert "unseen languages" in mser(*words, *TWO, cwd=work)
-    assert json.loads((work / "runs/eval/mlflow.json").read_text())["status"] == "FINISHED"
+    ended = json.loads((work / "runs/eval/mlflow.json").read_text())
+    assert ended["status"] == "FINISHED" and ended["key"] == stopped["key"], "the same MLflow run"
 
 
 @pytest.mark.drill("peer-killed")
