@@ -220,6 +220,7 @@ class Train:
     val_every: int = opt(0, "steps between validations; 0: only at the end")
     save_every: int = opt(0, "steps between checkpoints; 0: none but at the end, and when the job is asked to stop")
     save_minutes: float = opt(0.0, "minutes between checkpoints, besides save_every; 0: off")
+    save_best: bool = opt(True, "save also where the validation UA is the best so far, so that it can be kept")
     keep: int = opt(2, "newest checkpoints kept; the one with the best validation UA is kept besides")
     background_save: bool = opt(True, "write checkpoints while training goes on; takes memory for a copy of the state")
     trust_checkpoints: bool = opt(False, "resume also from a folder that others own or may write to")

@@ -135,6 +135,7 @@ class _Training:
         self.bad: set[int] = set(state["data"]["bad"]) if self.first else set()  # clips that no rank could read
         self.val: dict[str, float] = state.get("validation", {})
         self.val_step = int(state.get("validated", 0))
+        self.best_ua = float(state.get("best_ua", -1))  # of the checkpoints so far
         self.buffers = Buffers(self.stage.model)
         self.skipped = SkippedSteps(self.out, self.shards, config.train.max_skipped, world.is_main)
         self.skipped.in_a_row = int(state.get("skipped_in_a_row", 0))
@@ -237,6 +238,7 @@ class _Training:
                 or (every.save_every and step % every.save_every == 0)
                 or self.boundary.save_due
                 or self.boundary.stop
+                or (every.save_best and self.val_step == step and self.val["ua"] > self.best_ua)
             ):
                 self.bad = _bad_everywhere(data.bad, self.bad, self.clips, self.world.is_main)
                 self._save(step)
@@ -248,11 +250,14 @@ class _Training:
 
     def _save(self, step: int) -> None:
         self.watchdog.tick(f"step {step}, saving")
+        if self.val_step == step:
+            self.best_ua = max(self.best_ua, self.val["ua"])
         state = {
             "version": __version__,
             "data": stream.state_of(self.clips, self.plan, self.position, self.bad),
             "mlflow_run_id": run_id_of(self.out),
             "validated": self.val_step,
+            "best_ua": self.best_ua,
             "skipped_in_a_row": self.skipped.in_a_row,
             "save_seconds": self.checkpoints.seconds,
         }
