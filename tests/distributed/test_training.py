@@ -58,6 +58,16 @@ def test_a_resumed_run_continues_bit_for_bit(trained: Path) -> None:
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_the_best_validation_is_saved_also_where_no_save_is_due(trained: Path) -> None:
+    """Saves every three steps, validations every two: the first of these is the best so far."""
+    found = sorted((trained / "runs/whole/checkpoints").iterdir())
+    assert [path.name for path in found if path.name != "step-000004"] == ["step-000002", "step-000003", "step-000006"]
+    state = json.loads((found[0] / "state.json").read_text())
+    assert state["best_ua"] == state["validation"]["ua"]
+    best = max(row["val/ua"] for row in lines(trained / "runs/whole") if "val/ua" in row)
+    assert json.loads((found[-1] / "state.json").read_text())["best_ua"] == best
+
+
 def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(trained: Path) -> None:
     before = (trained / "runs/whole/log.jsonl").read_bytes()
     mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5"), cwd=trained)

@@ -134,6 +134,7 @@ def test_a_damaged_checkpoint_is_found_and_never_a_silent_restart(work: Path) ->
 def test_a_signal_to_one_rank_saves_the_same_step_everywhere(work: Path) -> None:
     run = work / "runs/signalled"
     words = stage1("runs/signalled", "train.save_every=5", "train.keep=9", "tracking.enabled=false")
+    words.append("train.save_best=false")
     error = drilled("1|step 1|TERM", *words, cwd=work, code=SAVED)  # in a step
     assert "SIGTERM: stopped at step 1" in error and checkpoints(run) == ["step-000001"]
     error = drilled("0|validating|USR2", *words, cwd=work, code=SAVED)  # in a validation
