@@ -16,6 +16,7 @@ _ENDED = frozenset({
 })  # fmt: skip
 _OURS = re.compile(r"^mser_dist\.errors\.UserError: ", re.MULTILINE)  # in a traceback
 _PRINTED = re.compile(r"^mser: error.*?: (.*)", re.MULTILINE)  # in a log
+_GIVEN_UP = re.compile(r"^mser: (exit code \d+; .*)", re.MULTILINE)  # by `requeue.py`, in that of rank 0
 
 
 class Job:
@@ -114,6 +115,8 @@ class Job:
             said = " ".join(ours[0].split())
         elif traces:
             said = f"{traces[0].strip().splitlines()[-1]}: see {self.logs[1]}"
+        elif given_up := _GIVEN_UP.findall(logs[0]):
+            said = f"{given_up[-1]}, and {self.logs[1]}"
         else:
             said = f"ended as {self.state} without a result: see {self.logs[1]}"
         error = UserError(f"job {self.job_id}: {said}")

@@ -289,6 +289,15 @@ def test_without_accounting_squeue_knows_whether_a_job_has_ended(
             job.result()
 
 
+def test_a_job_that_has_crashed_too_often_says_so(tmp_path: Path) -> None:
+    """No rank has left an error: each was killed."""
+    job = Job(NoAccounting(tmp_path), "run")
+    job.logs[1].write_text(
+        "mser: exit code 137; failed 3 times at step 4, so it is not started again: see ends.jsonl\n"
+    )
+    assert "job 5: exit code 137; failed 3 times at step 4" in str(job._failure([]))
+
+
 def test_a_cancelled_job_ends_without_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = quick("one fails", tmp_path, monkeypatch, ranks=1)
     while not (tmp_path / "pid0").exists():
