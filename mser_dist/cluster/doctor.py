@@ -208,9 +208,9 @@ def slurm_job() -> Finding:
 
 
 def accounting() -> Finding:
-    """``sacct``, which submitit asks for the state of jobs."""
+    """``sacct``, which knows how a job has ended that squeue has forgotten."""
     answered, text = _ask("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", os.environ.get("SLURM_JOB_ID", "1"))
-    remedy = "without it mser submit --wait asks squeue, which forgets a job soon after its end: slurmdbd is the site's"
+    remedy = "without it, how a job has ended is forgotten after some minutes: slurmdbd is the site's"
     return ("ok", "sacct answers", "") if answered else ("warn", f"sacct: {text}", remedy)
 
 

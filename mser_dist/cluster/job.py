@@ -9,10 +9,10 @@ from typing import Any
 from mser_dist.errors import UserError
 
 _ASK_EVERY = 10.0  # seconds between two questions to SLURM about a job
-# SLURM's words for jobs that will not run again; GONE is ours.
+_LATE = 10  # seconds that a shared file system may take to show another node's files
+# SLURM's words for jobs that will not run again.
 _ENDED = frozenset({
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "GONE", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED",
-    "TIMEOUT",
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT",
 })  # fmt: skip
 _OURS = re.compile(r"^mser_dist\.errors\.UserError: ", re.MULTILINE)  # in a traceback
 _PRINTED = re.compile(r"^mser: error.*?: (.*)", re.MULTILINE)  # in a log
@@ -27,7 +27,7 @@ class Job:
         self._job, self.out = job, out
         self._local = hasattr(job, "_process")
         self._asked = -_ASK_EVERY
-        self._state = "UNKNOWN"
+        self._state, self._ended = "UNKNOWN", False
 
     def __repr__(self) -> str:
         return f"Job({self.job_id}, out={self.out!r}, state={self.state})"
@@ -41,7 +41,7 @@ class Job:
     def state(self) -> str:
         """SLURM's word for it: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, …
 
-        Without accounting, SLURM forgets a job some minutes after its end: then it is GONE.
+        Without accounting, a job is GONE some minutes after its end.
         """
         if self._local:  # its end says nothing of its success
             if self._outcome(0)[0] == "success":
@@ -49,9 +49,10 @@ class Job:
             return "RUNNING" if self._job._process.poll() is None else "FAILED"
         if time.monotonic() - self._asked >= _ASK_EVERY:
             self._asked = time.monotonic()
-            self._state = str(self._job.watcher.get_state(self.job_id, mode="force"))  # sacct's
-            if self._state == "UNKNOWN":
-                self._state = _in_queue(self.job_id)
+            self._state = _in_queue(self.job_id)
+            self._ended = self._state == "GONE" or self._state in _ENDED
+            if self._state == "GONE" and (told := self._job.watcher.get_state(self.job_id, mode="force")) != "UNKNOWN":
+                self._state = str(told)  # sacct's
         return self._state
 
     def done(self) -> bool:
@@ -61,13 +62,13 @@ class Job:
         if self._local:
             return self._job._process.poll() is not None
         # An error is not yet the end: SLURM starts a job of which a node has died again.
-        return self.state.partition(" ")[0] in _ENDED  # CANCELLED by 1000
+        return self.state != "UNKNOWN" and self._ended
 
     def result(self) -> dict[str, Any]:
         """Wait for the end; the summary of the training, or the report of the evaluation. `UserError` if it failed."""
         while not self.done():
             time.sleep(1)
-        for _ in range(10):  # a shared file system may show a file later to one node than to another
+        for _ in range(_LATE):
             outcomes = [self._outcome(rank) for rank in range(self._job.num_tasks)]
             if outcomes[0][0] == "success":
                 return dict(outcomes[0][1])
@@ -125,13 +126,12 @@ class Job:
 
 
 def _in_queue(job_id: str) -> str:
-    """What squeue says of a job that sacct does not know: there is no accounting, or it has not heard of it yet."""
+    """squeue's word for a job, GONE where it has been forgotten, UNKNOWN where the cluster does not answer."""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return "UNKNOWN"
-    if done.returncode == 0 and done.stdout.strip():
-        return done.stdout.split()[0]
-    forgotten = done.returncode == 0 or "invalid job id" in done.stderr.lower()
-    return "GONE" if forgotten else "UNKNOWN"  # slurmctld does not answer
+    if done.returncode == 0:
+        return (done.stdout.split() or ["GONE"])[0]
+    return "GONE" if "invalid job id" in done.stderr.lower() else "UNKNOWN"

@@ -14,6 +14,7 @@ import pytest
 import submitit
 
 from mser_dist import launch
+from mser_dist.cluster import job as job_module
 from mser_dist.cluster import task
 from mser_dist.cluster.job import Job
 from mser_dist.cluster.preempt import Stopped
@@ -250,13 +251,13 @@ def test_the_exit_code_tells_a_mistake_from_a_crash(tmp_path: Path, monkeypatch:
     assert (tmp_path / "7.code").read_text() == "2\n"
 
 
-class NoAccounting:
-    """A job of submitit on a cluster whose sacct does not answer."""
+class Remote:
+    """A job of submitit on a cluster, with what its sacct says; UNKNOWN where it does not answer."""
 
     job_id, num_tasks = "5", 1
-    watcher = SimpleNamespace(get_state=lambda job_id, mode: "UNKNOWN")
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sacct: str = "UNKNOWN") -> None:
+        self.watcher = SimpleNamespace(get_state=lambda job_id, mode: sacct)
         log = folder / "log"
         log.write_text("mser: error: no data\n")
         paths = SimpleNamespace(result_pickle=folder / "result.pkl", stderr=log, stdout=log)
@@ -267,31 +268,33 @@ class NoAccounting:
 
 
 @pytest.mark.parametrize(
-    ("squeue", "state", "done"),
+    ("squeue", "sacct", "state", "done"),
     [
-        ("echo PENDING", "PENDING", False),
-        ("echo FAILED", "FAILED", True),
-        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", "GONE", True),
-        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", "UNKNOWN", False),
+        ("echo PENDING", "UNKNOWN", "PENDING", False),
+        ("echo SUSPENDED", "SUSPENDED", "SUSPENDED", False),
+        ("echo FAILED", "UNKNOWN", "FAILED", True),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", "UNKNOWN", "GONE", True),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", "PREEMPTED", "PREEMPTED", True),
+        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", "FAILED", "UNKNOWN", False),
     ],
 )
-def test_without_accounting_squeue_knows_whether_a_job_has_ended(
-    squeue: str, state: str, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_with_and_without_accounting_it_is_known_whether_a_job_has_ended(
+    squeue: str, sacct: str, state: str, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    job = Job(NoAccounting(tmp_path), "run")
+    job = Job(Remote(tmp_path, sacct), "run")
     assert job.state == state and job.done() is done
     if done:
-        monkeypatch.setattr(time, "sleep", lambda _: None)
+        monkeypatch.setattr(job_module, "_LATE", 1)
         with pytest.raises(UserError, match="job 5: no data"):
             job.result()
 
 
 def test_a_job_that_has_crashed_too_often_says_so(tmp_path: Path) -> None:
     """No rank has left an error: each was killed."""
-    job = Job(NoAccounting(tmp_path), "run")
+    job = Job(Remote(tmp_path), "run")
     job.logs[1].write_text(
         "mser: exit code 137; failed 3 times at step 4, so it is not started again: see ends.jsonl\n"
     )
