@@ -16,6 +16,7 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+# No --signal, unlike the trainings: an evaluation begins anew, so what did not end in its time would not the next time.
 # A job whose dependency failed can never start: without this it would wait in the queue for ever.
 #SBATCH --kill-on-invalid-dep=yes
 set -euo pipefail
