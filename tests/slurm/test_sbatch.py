@@ -3,16 +3,19 @@
 import csv
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from mser_dist.data import audio
 from mser_dist.data.synth import SynthConfig
 from mser_dist.data.synth_set import write_set
+from mser_dist.tracking import run_id_of
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT
 from tests.tiny_runs import ENCODER, LLM, QFORMER, losses, mser
@@ -22,7 +25,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 CPU_ONLY = ["--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=20"]
 TWO_NODES = ["--nodes=2", *CPU_ONLY]
-LONG = 150  # steps: half a minute
+LONG = 100  # steps: a quarter of a minute, or more
 COMMON = ["data.sets=shards", "data.workers=0", "train.global_batch=8", "train.log_every=1", "train.val_every=0"]
 STAGE1 = ["demo_stage1", *COMMON, ENCODER, *QFORMER]
 
@@ -122,6 +125,31 @@ def seconds_to_a_step(cluster: Cluster, job: str, run: Path, after: int = 0) -> 
     return float(first) - datetime.fromisoformat(cluster.show(job)["StartTime"]).timestamp()
 
 
+@pytest.mark.drill("slurm-node-death")
+def test_a_node_that_dies_takes_the_job_back_to_its_last_checkpoint(cluster: Cluster, folder: Path) -> None:
+    """All processes of one node's step are killed, SLURM's own among them; the rest ends, and the job starts again."""
+    run = folder / "runs/node"
+    words = [*STAGE1, "out=runs/node", f"train.steps={LONG}", "train.save_every=4", "engine.peer_seconds=10"]
+    job = cluster.sbatch(*TWO_NODES, script("stage1"), *words, cwd=folder, env={"MSER_LINGER": "20"})
+    wait_for('"step": 6', run / "log.jsonl")
+    name = f"slurmstepd: [{job}.0]"
+    steps = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
+    assert len(steps) == 2, "one for each node"
+    victim = next(p for p in steps if any(c.environ().get("SLURM_PROCID") == "1" for c in p.children(recursive=True)))
+    for process in [victim, *victim.children(recursive=True)]:
+        process.kill()
+    expected = undisturbed(folder)  # meanwhile: the machine has nothing to do until the job starts again
+    log = folder / f"slurm-mser-stage1-{job}.out"
+    assert cluster.wait_state(job, timeout=240) == "COMPLETED", log.read_text()
+    assert cluster.show(job)["Restarts"] == "1"
+    assert losses(run) == expected
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    mine = client.get_run(str(run_id_of(run)))
+    logged = Counter(point.step for point in client.get_metric_history(mine.info.run_id, "train/loss"))
+    assert mine.info.status == "FINISHED" and logged == Counter(range(1, LONG + 1)), "one run, and no step twice"
+    assert len(client.search_runs([mine.info.experiment_id], "tags.mlflow.runName = 'node'")) == 1
+
+
 @pytest.mark.drill("slurm-preempt-requeue")
 def test_a_preempted_training_saves_in_the_grace_time_and_goes_on(
     cluster: Cluster, folder: Path, record_property: Callable[[str, object], None]
@@ -140,24 +168,6 @@ def test_a_preempted_training_saves_in_the_grace_time_and_goes_on(
     assert cluster.wait_state(low, timeout=240) == "COMPLETED", log.read_text()
     again = seconds_to_a_step(cluster, low, run, saved)
     record_property("from the job's start to its first new step", f"cold {cold:.1f} s, requeued {again:.1f} s")
+    assert again <= 1.5 * cold, "a start after a requeue takes as long as any other"
     assert cluster.show(low)["Restarts"] == "1" and "USR2" in log.read_text()
-    assert losses(run) == undisturbed(folder)
-
-
-@pytest.mark.drill("slurm-node-death")
-def test_a_node_that_dies_takes_the_job_back_to_its_last_checkpoint(cluster: Cluster, folder: Path) -> None:
-    """All processes of one node's step are killed, SLURM's own among them; the rest ends, and the job starts again."""
-    run = folder / "runs/node"
-    words = [*STAGE1, "out=runs/node", f"train.steps={LONG}", "train.save_every=4", "engine.peer_seconds=10"]
-    job = cluster.sbatch(*TWO_NODES, script("stage1"), *words, cwd=folder, env={"MSER_LINGER": "20"})
-    wait_for('"step": 6', run / "log.jsonl")
-    name = f"slurmstepd: [{job}.0]"
-    steps = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
-    assert len(steps) == 2, "one for each node"
-    victim = next(p for p in steps if any(c.environ().get("SLURM_PROCID") == "1" for c in p.children(recursive=True)))
-    for process in [victim, *victim.children(recursive=True)]:
-        process.kill()
-    log = folder / f"slurm-mser-stage1-{job}.out"
-    assert cluster.wait_state(job, timeout=240) == "COMPLETED", log.read_text()
-    assert cluster.show(job)["Restarts"] == "1"
     assert losses(run) == undisturbed(folder)

@@ -43,6 +43,8 @@ def here(data: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(data)
     for name in ("SLURM_CONF", "PYTHONPATH", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, cluster.env[name])
+    for name in ("_ASK_EVERY", "_LATE"):
+        monkeypatch.setattr(f"mser_dist.cluster.job.{name}", 1)
     return data
 
 
@@ -115,7 +117,7 @@ def test_a_crash_is_started_again_and_a_mistake_is_not(
     with monkeypatch.context() as drill:
         drill.setenv("PYTHONPATH", str(ROOT / "tests/faults/inject"), prepend=os.pathsep)
         drill.setenv("MSER_DRILL", "0|step 4|KILL")
-        killed = stage1("runs/killed", "train.steps=6", "train.save_every=2")
+        killed = stage1("runs/killed", "train.steps=6", "train.save_every=2", "train.background_save=false")
     wrong = stage1("runs/none", "train.steps=2", "data.sets=no/shards", nodes=2)
     with pytest.raises(UserError) as failed:
         wrong.result()
