@@ -90,7 +90,7 @@ class Align:
         terms = 2 if config.beta else 1
         gather = cast(Gather, config.gather)
         one = peak_bytes(batch // world_size, config.width, ranks=world_size, gather=gather, tile=config.tile)
-        return f"contrasts {batch} clips a step by {config.loss}: about {terms * one / 2**20:.0f} MiB a rank"
+        return f"contrasts {batch} clips a step by {config.loss}: about {terms * one / 2**20:.1f} MiB a rank"
 
     def scorer(self) -> PromptScorer:
         return PromptScorer(self.model, self.tower, self.labels)
