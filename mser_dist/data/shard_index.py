@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from mser_dist.data import tarsafe
 from mser_dist.data.emotions import to_label
 from mser_dist.errors import UserError
@@ -28,6 +30,7 @@ SUFFIX = ".idx.json"
 AUDIO_EXTENSIONS = frozenset({"wav", "flac", "ogg", "opus", "mp3"})
 IGNORED_EXTENSIONS = frozenset({"txt", "cls"})  # common beside audio in WebDataset shards; what they say is not used
 MAX_JSON = 1 << 20  # bytes of one sample's json
+MAX_DURATION = 1e9  # seconds: 30 years, no clip's
 REPACK = "run mser pack again, or copy the shard again"
 
 META_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -50,6 +53,9 @@ META_FIELDS: dict[str, type | tuple[type, ...]] = {
 CODED = ("label", "emotion", "language", "speaker", "gender", "corpus", "synthetic", "sample_rate")
 """The fields of the json that the index repeats, to filter and balance by."""
 
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff]")
+"""What no text of a sample may hold: it would break a message's one line, drive a terminal, or be no UTF-8."""
+
 PLAIN = ("key", "audio_at", "audio_size", "json_at", "json_size", "crc", "duration", "source")
 
 
@@ -65,6 +71,9 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
     for name in ("emotion", "language", "speaker", "corpus", "source_id"):
         if not meta[name]:
             raise UserError(f"{where}: {name!r} is empty; every sample needs one")
+    for name in CODED:
+        if isinstance(meta[name], str) and CONTROL.search(meta[name]):
+            raise UserError(f"{where}: {name!r} is {meta[name]!r}, with control characters; take them out")
     if meta["label"] == "":
         raise UserError(f"{where}: 'label' is empty; it is null where annotators named no emotion")
     if not 0 < meta["duration"] < float("inf") or meta["sample_rate"] <= 0:
@@ -126,7 +135,7 @@ def parse_json(raw: bytes, name: str) -> dict[str, Any]:
     """A JSON object of this version; UserError with `name` where it is not one."""
     try:
         value = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not valid JSON ({error}); {REPACK}") from None
     if not isinstance(value, dict) or value.get("version") != VERSION:
         raise UserError(f"{name}: not a file of version {VERSION} of this format; {REPACK}")
@@ -165,21 +174,54 @@ def load(shard: Path) -> dict[str, Any]:
 
 
 def _check(index: dict[str, Any], name: str) -> None:
-    listed, count = index.get("columns"), index.get("count")
+    """An index may be anyone's: what it says is printed, and memory is taken for it, before a checksum can tell."""
     try:
         sound = (
-            isinstance(listed, dict)
-            and isinstance(index["split"], str)
+            isinstance(index["split"], str)
+            and not CONTROL.search(index["split"])
             and isinstance(index["sha256"], str)
-            and isinstance(index["bytes"], int)
-            and all(len(listed[column]) == count for column in PLAIN)
-            and all(len(listed[column]["codes"]) == count for column in CODED)
-            and all(0 <= i < len(listed[column]["names"]) for column in CODED for i in set(listed[column]["codes"]))
+            and all(type(index[number]) is int for number in ("bytes", "count"))
+            and _places_fit(index["columns"], index["count"], index["bytes"])
+            and all(map(str.isprintable, index["columns"]["key"]))
+            and all(_names_fit(column, index["columns"][column], index["count"]) for column in CODED)
         )
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         sound = False
     if not sound:
-        raise UserError(f"{name}: the index contradicts itself; {REPACK}")
+        raise UserError(f"{name}: the index contradicts itself or its tar; {REPACK}")
+
+
+def _places_fit(listed: Mapping[str, Any], count: int, size: int) -> bool:
+    """Whether the columns of numbers have `count` rows, whose files lie within the `size` bytes of the tar."""
+    if any(len(listed[column]) != count for column in PLAIN):
+        return False
+    if not count:
+        return True
+    column = {of: np.array(listed[of]) for of in PLAIN if of != "key"}  # (count,) each
+    seconds = column.pop("duration")
+    if seconds.dtype.kind not in "if" or not ((seconds >= 0) & (seconds < MAX_DURATION)).all():
+        return False
+    if any(values.dtype.kind != "i" or values.ndim != 1 or values.min() < 0 for values in column.values()):
+        return False
+
+    def within(at: Any, length: Any) -> bool:
+        return bool(((at >= tarsafe.BLOCK) & (at <= size) & (length <= size - at)).all())
+
+    text = column["json_at"] > 0  # (count,) whether a sample has one
+    return within(column["audio_at"], column["audio_size"]) and within(
+        column["json_at"][text], column["json_size"][text]
+    )
+
+
+def _names_fit(column: str, coded: Mapping[str, Any], count: int) -> bool:
+    """Whether a coded column has `count` codes of values of the field's type."""
+    codes, names = coded["codes"], coded["names"]
+    return (
+        len(codes) == count
+        and all(type(code) is int and 0 <= code < len(names) for code in set(codes))
+        and all(isinstance(value, META_FIELDS[column]) for value in names)
+        and not any(isinstance(value, str) and CONTROL.search(value) for value in names)
+    )
 
 
 def from_tar(shard: Path) -> dict[str, Any]:
@@ -260,14 +302,14 @@ def _foreign_row(
         raw = file.read(tarsafe.BLOCK + text.size)
     meta = parse_meta(raw[tarsafe.BLOCK :], where) if raw else {}
     duration, rate = meta.get("duration"), meta.get("sample_rate")
-    if not isinstance(duration, (int, float)) or isinstance(duration, bool) or not 0 < duration < 1e9:
+    if not isinstance(duration, (int, float)) or isinstance(duration, bool) or not 0 < duration < MAX_DURATION:
         from mser_dist.data.audio import seconds
 
         duration = seconds(data[tarsafe.BLOCK :], where)
 
     def word(name: str, fallback: str | None) -> str | None:
         value = meta.get(name)
-        if isinstance(value, str) and not value.isprintable():
+        if isinstance(value, str) and CONTROL.search(value):
             raise UserError(f"{where}: its json has a {name!r} that cannot be printed, {value[:40]!r}; mend that json")
         return value if isinstance(value, str) else fallback
 

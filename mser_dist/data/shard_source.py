@@ -41,11 +41,18 @@ def facts(description: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]
     try:
         listed = [shard for _, split in sorted(description["splits"].items()) for shard in split["shards"]]
         result = {shard["file"]: shard for shard in listed if shard.keys() >= {"count", "bytes", "sha256", "index"}}
+        strange = any(Path(file).name != file for file in result)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{name}: does not list its shards; {REPACK}") from None
-    if any(Path(file).name != file for file in result) or len(result) < len(listed):
+    if strange or len(result) < len(listed):
         raise UserError(f"{name}: does not describe each of its shards; {REPACK}")
     return result
+
+
+def extra_shards(path: str | Path, expected: Mapping[str, Any]) -> list[Path]:
+    """The tars of a local set that its dataset.json does not list: nobody would read them, and not know it."""
+    folder = Path(str(path).removeprefix("file://"))
+    return sorted(shard for shard in folder.glob("*.tar") if shard.name not in expected)
 
 
 def load_all(path: str | Path, cache: RemoteCache) -> Iterator[tuple[Shard, dict[str, Any]]]:
@@ -55,6 +62,8 @@ def load_all(path: str | Path, cache: RemoteCache) -> Iterator[tuple[Shard, dict
         return
     shards, description = list_shards(path)
     expected = facts(description, str(path)) if description else {}
+    if expected and (extra := extra_shards(path, expected)):
+        raise UserError(f"{extra[0]}: an extra shard that {DATASET_FILE} does not list; remove it, or {REPACK}")
     for shard in shards:
         fact = expected.get(shard.name)
         index_path = shard.with_name(shard.name + shard_index.SUFFIX)

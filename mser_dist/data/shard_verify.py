@@ -13,7 +13,7 @@ from mser_dist.data import audio, shard_index, tarsafe
 from mser_dist.data.remote import is_remote
 from mser_dist.data.shard_index import SUFFIX
 from mser_dist.data.shard_reader import Ref, Shard, ShardReader
-from mser_dist.data.shard_source import facts, list_shards
+from mser_dist.data.shard_source import extra_shards, facts, list_shards
 from mser_dist.data.shard_writer import DATASET_FILE, describe
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256
@@ -37,8 +37,8 @@ def verify(path: str | Path, progress: bool = False) -> list[str]:
         return [str(error)]
     problems: list[str] = []
     if description is not None:
-        extra = {shard.name for shard in Path(path).glob("*.tar")} - expected.keys()
-        problems += [f"{Path(path) / name}: an extra shard that dataset.json does not list" for name in sorted(extra)]
+        extra = extra_shards(path, expected)
+        problems += [f"{shard}: an extra shard that dataset.json does not list" for shard in extra]
         stray = {file.name.removesuffix(SUFFIX) for file in Path(path).glob(f"*{SUFFIX}")} - expected.keys()
         problems += [f"{Path(path) / name}{SUFFIX}: an index that dataset.json does not list" for name in sorted(stray)]
     first_seen: dict[str, Path] = {}
@@ -51,6 +51,8 @@ def verify(path: str | Path, progress: bool = False) -> list[str]:
             for key in keys:
                 if (first := first_seen.setdefault(key, shard)) is not shard:
                     problems.append(f"{shard}: the key {key!r} is also in {first}")
+    if not first_seen and not problems:
+        problems.append(f"{path}: no sample is in it, the set is empty")
     if description is not None and not problems:
         for name, value in describe(Path(path), expected).items():
             if description.get(name) != value:

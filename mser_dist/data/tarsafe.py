@@ -80,8 +80,8 @@ def _members(file: BinaryIO, total: int) -> Iterator[Member]:
                 long_name = record.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif kind == b"x":
                 long_name, long_size = _pax(record, long_name)
-            else:
-                _pax(record, None)  # global records only carry comments here; checked for sparse files all the same
+            elif _pax(record, None) != (None, None):  # another reader would take it for every member's
+                raise ValueError("a global extended header that names a path or a size")
         elif kind in b"0\0":
             full_name = name if long_name is None else long_name
             if long_size is not None and long_size != size:
@@ -94,6 +94,7 @@ def _members(file: BinaryIO, total: int) -> Iterator[Member]:
             yield Member(full_name, offset, size)
             long_name = long_size = None
         elif kind == b"5":
+            _check_name(name if long_name is None else long_name)  # whoever unpacks the tar would make it
             long_name = long_size = None
         else:
             raise ValueError(f"member {name!r} of type {kind!r} (link, device, sparse …) where only files are allowed")

@@ -45,6 +45,8 @@ def set_to(**values: Any) -> Callable[[tarfile.TarInfo], None]:
         (set_to(name="b\nx.wav"), "unsafe member name"),
         (set_to(type=tarfile.SYMTYPE, linkname="/etc/passwd"), "link"),
         (set_to(type=tarfile.LNKTYPE, linkname="a.wav"), "link"),
+        (set_to(name="../../b", type=tarfile.DIRTYPE), "unsafe member name"),
+        (set_to(name="/etc/b", type=tarfile.DIRTYPE), "unsafe member name"),
         (set_to(type=tarfile.CHRTYPE), "device"),
         (set_to(type=tarfile.FIFOTYPE), "device"),
         (set_to(type=tarfile.GNUTYPE_SPARSE), "sparse"),
@@ -62,6 +64,16 @@ def test_unsafe_members_are_refused(tmp_path: Path, change: Callable[[tarfile.Ta
         ShardSet.open(tar)
     assert str(tar) in str(caught.value)
     assert not list(tmp_path.glob("*.idx.json"))
+
+
+@pytest.mark.parametrize("headers", [{"path": "b.wav"}, {"size": "5"}])
+def test_a_global_header_renames_no_member(tmp_path: Path, headers: dict[str, str]) -> None:
+    """tarfile, and so webdataset, would give that name to every member."""
+    tar = tar_of(tmp_path / "x.tar", set_to(), format=tarfile.PAX_FORMAT, pax_headers=headers)
+    with pytest.raises(UserError, match="a global extended header that names a path or a size"):
+        ShardSet.open(tar)
+    tar_of(tmp_path / "x.tar", set_to(), format=tarfile.PAX_FORMAT, pax_headers={"comment": "fine"})
+    assert ShardSet.open(tmp_path / "x.tar").keys == ["a", "b", "c"]
 
 
 def test_interleaved_keys_are_refused(tmp_path: Path) -> None:
