@@ -20,6 +20,7 @@ HOP = 160  # samples a log-mel frame: 10 ms
 N_FFT = 400  # samples a window: 25 ms
 MAX_SECONDS = 3600.0  # the bound on one clip's memory where the caller gives none: a header may claim any length
 MAX_CHANNELS = 16
+MAX_RATE = 768_000  # samples of all channels in a second: silence compresses to nothing at any rate
 
 FEATURE_BACKEND = "asrfront" if importlib.util.find_spec("asrfront") else "torch"
 """What `log_mel` computes with: asrfront's native code, or torch where that package is not installed."""
@@ -137,6 +138,8 @@ def _check_claim(frames: int, rate: int, channels: int, where: str, limit: float
         )
     if channels > MAX_CHANNELS:
         raise UserError(f"{where}: {channels} channels, at most {MAX_CHANNELS} can be read; convert it to mono")
+    if frames * channels > limit * MAX_RATE:
+        raise UserError(f"{where}: {channels} channels at {rate} Hz; resample it to {SAMPLE_RATE} Hz")
 
 
 @contextmanager

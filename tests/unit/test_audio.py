@@ -186,6 +186,15 @@ def test_decode_takes_no_memory_for_what_a_header_claims() -> None:
         audio.decode(claiming(2**36 - 1), "clip")
 
 
+def test_decode_takes_no_memory_for_silence_at_a_rate_that_nobody_records() -> None:
+    """A few kB of FLAC that are 63 MB of samples, of 3 seconds."""
+    pcm = np.zeros((3 * 655_350, 8), np.int16)
+    data = file_of(pcm, 655_350, "FLAC")
+    assert len(data) < 100_000
+    with pytest.raises(UserError, match="clip: 8 channels at 655350 Hz; resample it to 16000 Hz"):
+        audio.decode(data, "clip", max_seconds=3)
+
+
 def test_seconds_goes_by_the_header() -> None:
     assert audio.seconds(WAV, "clip") == audio.seconds(FLAC, "clip") == 0.5
     for data, says in [(b"no audio", "not readable"), (claiming(0), "does not say how long")]:
