@@ -80,12 +80,22 @@ def main(argv: list[str] | None = None) -> int:
         full = f"error: the disk is full ({error.filename or 'while writing'}): free space and start again"
         return _leave(options.debug, full, 2)
     except KeyboardInterrupt:
+        _end_bars()
         print("mser: interrupted; the same command continues from the last checkpoint or shard", file=sys.stderr)
         return 130
 
 
+def _end_bars() -> None:
+    """A bar that an error left open would share its line with the message."""
+    if "mser_dist.progress" in sys.modules:
+        from mser_dist.progress import end_bars
+
+        end_bars()
+
+
 def _leave(debug: bool, message: str, code: int) -> int:
     """Say one line and end with `code`: of a mistake each rank speaks, of an orderly stop only rank 0."""
+    _end_bars()
     if debug:
         traceback.print_exc()
     srun = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"  # before or after `distributed.init` has set RANK
@@ -180,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--seed", type=int, default=0, help="seed of the split (default: %(default)s)")
     pack.add_argument(
         "--format", choices=("flac", "wav"), default="flac", help="audio in the shards (default: %(default)s)"
+    )
+    pack.add_argument(
+        "--max-seconds", type=float, default=40.0, metavar="S", help="refuse longer clips (default: %(default)g)"
     )
     pack.add_argument("--overwrite", action="store_true", help="replace an earlier set in OUT")
 
@@ -300,6 +313,7 @@ def _pack(options: argparse.Namespace) -> None:
         fold=options.fold,
         seed=options.seed,
         audio_format=options.format,
+        max_seconds=options.max_seconds,
         overwrite=options.overwrite,
     )
     print(f"{summary['out']}: {summary['clips']} clips, {summary['hours']:.2f} h, in {summary['seconds']:.0f} s")

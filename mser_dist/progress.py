@@ -2,6 +2,7 @@
 
 import sys
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,18 @@ def bar(items: Iterable[Any] | None = None, *, title: str, unit: str, total: int
     """A tqdm bar on standard error. `options` go to tqdm (initial, disable, leave …)."""
     terminal = sys.stderr.isatty()
     interval = 0.3 if terminal else 20.0  # a log file should not fill with bars
-    return tqdm(items, desc=title, unit=unit, total=total, mininterval=interval, dynamic_ncols=terminal, **options)
+    shown = tqdm(items, desc=title, unit=unit, total=total, mininterval=interval, dynamic_ncols=terminal, **options)
+    _shown.add(shown)
+    return shown
+
+
+_shown: "weakref.WeakSet[tqdm[Any]]" = weakref.WeakSet()
+
+
+def end_bars() -> None:
+    """Close every bar, so that what is printed next has a line of its own."""
+    for shown in list(_shown):
+        shown.close()
 
 
 class Clock:

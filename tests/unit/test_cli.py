@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mser_dist import __version__, cli, distributed
 from mser_dist.config_file import PRESETS
+from mser_dist.data import audio
+from mser_dist.errors import UserError
 from tests.unit.made_up_set import write_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +152,24 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "continues from the last checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [UserError("it is broken"), KeyboardInterrupt()])
+def test_a_message_has_a_line_of_its_own(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error out of a loop leaves its bar open, in the middle of a line."""
+    from mser_dist.progress import bar
+
+    def broken(options: object) -> None:
+        left = bar(title="some work", unit="clip", total=9)
+        left.update()
+        raise error
+
+    monkeypatch.setattr(cli, "_config", broken)
+    assert cli.main(["config"]) in (2, 130)
+    *_, shown, message = capsys.readouterr().err.splitlines()
+    assert "some work" in shown and message.startswith("mser: ")
+
+
 # ---- with the real stages behind it
 
 
@@ -254,6 +275,15 @@ def test_an_unknown_corpus(run: Run, tmp_path: Path) -> None:
     code, error = run("pack", "emodbb", tmp_path, tmp_path / "out")
     refused(code, error, "emodbb", "emodb")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_longer_than_pack_takes(run: Run, tmp_path: Path) -> None:
+    """The remedy that the error names can be followed."""
+    (tmp_path / "long.wav").write_bytes(audio.encode(np.zeros(41 * 16000, np.int16), 16000, "wav"))
+    (tmp_path / "list.csv").write_text("path,emotion,language,speaker,split\nlong.wav,sad,de,s1,train\n")
+    code, error = run("pack", "manifest", "list.csv", "out")
+    refused(code, error.splitlines()[-1], "long.wav: 41.0 s of audio, the limit is 40 s; cut it or raise max_seconds")
+    assert run("pack", "manifest", "list.csv", "out", "--max-seconds", 60)[0] == 0
 
 
 def test_verify(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
