@@ -31,6 +31,7 @@ from mser_dist.errors import UserError
 AHEAD = 2  # steps that each worker has under way
 MAX_RESTARTS = 3  # of workers that died with no clip to blame
 _START = "fork"  # nothing of the set is copied; the file systems of remote shards are made anew in each process
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent dies
 
 
@@ -274,7 +275,12 @@ def _loader(decoder: Decoder, requests: Iterable[Request], workers: int) -> Gene
         generator=torch.Generator(),
     )
     before = signal.getsignal(signal.SIGCHLD)
-    iterator: Any = iter(loader)
+    # Inherited by the workers, so that none of these reaches one before it ignores them.
+    before_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        iterator: Any = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before_mask)
     if threading.current_thread() is threading.main_thread():  # elsewhere torch sets no handler either
         # It would raise from this signal wherever the training is just then; without it a dead worker is noticed here.
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
@@ -321,8 +327,9 @@ def _start(parent: int, worker: int) -> None:
     import torch
     from torch.utils.data import get_worker_info
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above

@@ -1,5 +1,6 @@
 """Data workers that are killed, stopped or left alone, in real processes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from mser_dist.data import loader
 from mser_dist.data.features import Features
 from mser_dist.data.shards import ShardSet
 from mser_dist.data.stream import Clips
@@ -34,6 +36,14 @@ def _others() -> None:
 
 
 _before: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch looks for dead workers every 5 seconds of waiting: too seldom for a test."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
 def children() -> list[psutil.Process]:
@@ -91,6 +101,38 @@ def test_workers_do_nothing_on_signals_and_none_is_left(folder: Path) -> None:
     assert not children()
 
 
+def test_a_signal_to_a_worker_that_has_just_been_forked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As when Ctrl-C reaches the whole group while workers start."""
+    monkeypatch.setattr(loader, "_start", _start_late)
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.wait(0.02):
+            for worker in children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.send_signal(signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        assert len(list(run(Clips(ShardSet.open(folder), LABELS, Features()), 2, 6))) == 6
+    finally:
+        stop.set()
+        sender.join()
+    assert "worker died" not in capfd.readouterr().err
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+_start = loader._start
+
+
+def _start_late(parent: int, worker: int) -> None:
+    time.sleep(0.3)
+    _start(parent, worker)
+
+
 def test_workers_die_with_their_parent(folder: Path) -> None:
     script = f"""
         import time
@@ -137,13 +179,13 @@ def test_a_worker_killed_from_outside_is_replaced(folder: Path) -> None:
 def test_leaving_does_not_wait_for_a_busy_worker(folder: Path) -> None:
     steps = run(Clips(ShardSet.open(folder), LABELS, Slow()), 1)
     began = time.monotonic()
-    threading.Timer(1.0, lambda: signal.raise_signal(signal.SIGALRM)).start()
     before = signal.signal(signal.SIGALRM, _leave)
+    signal.alarm(1)  # to the process: one raised by a thread would not wake this one, which waits for the worker
     with pytest.raises(KeyboardInterrupt):
         next(steps)
     signal.signal(signal.SIGALRM, before)
     del steps
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 4
     assert not children()
 
 
