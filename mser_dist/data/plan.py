@@ -150,11 +150,18 @@ class Plan:
     def _mixed(self, random: np.random.Generator) -> Indices:
         """Every batch holds the sets in their shares, rounded up or down by systematic sampling."""
         assert self.parts is not None
-        rows = WINDOW if self.batching == "tokens" else self.global_batch
-        count = -(-self.size // rows)
-        line = (np.arange(rows) + random.random((count, 1))) / rows  # [count, rows], 0 to 1
         bounds = np.cumsum(np.array(self.weights) / np.sum(self.weights))[:-1]
-        part = random.permuted(np.searchsorted(bounds, line, side="right").astype(np.uint8), axis=1).ravel()
+
+        def shares(count: int, rows: int) -> NDArray[np.uint8]:
+            line = (np.arange(rows) + random.random((count, 1))) / rows  # [count, rows], 0 to 1
+            return random.permuted(np.searchsorted(bounds, line, side="right").astype(np.uint8), axis=1).ravel()
+
+        if self.batching == "tokens":  # whose last window is as short as it comes
+            part = shares(self.size // WINDOW, WINDOW)
+            if rest := self.size % WINDOW:
+                part = np.concatenate([part, shares(1, rest)])
+        else:
+            part = shares(-(-self.size // self.global_batch), self.global_batch)
         order = np.empty(len(part), dtype=np.int32)
         for number in range(len(self.weights)):
             own, slots = np.flatnonzero(self.parts == number).astype(np.int32), np.flatnonzero(part == number)

@@ -167,6 +167,20 @@ def test_weights_hold_in_every_batch(weights: list[float], batch: int, seed: int
         assert counts.max() - counts.min() <= 1
 
 
+@given(st.integers(1, 30), st.sampled_from([0, 1, 7, 16]), st.integers(0, 99))
+def test_weights_with_packs_make_an_epoch_of_the_sets_size(windows: int, more: int, seed: int) -> None:
+    size = 16 * windows + more
+    tokens = np.random.default_rng(seed).integers(1, 50, size)
+    options: dict[str, Any] = {"parts": np.arange(size) % 2, "weights": [3, 1]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mser_dist.data.plan.WINDOW", 16)
+        order = Plan(size, 4, seed, batching="tokens", tokens=tokens, budget=100, **options).epoch(0).order
+    assert len(order) == size
+    for start in range(0, size, 16):
+        window = options["parts"][order[start : start + 16]]
+        assert abs((window == 0).sum() - 0.75 * len(window)) < 1
+
+
 def test_a_set_with_a_weight_and_no_clip_is_refused() -> None:
     with pytest.raises(UserError, match=r"no clip is left of data.sets\[1\]"):
         Plan(4, 2, 0, parts=np.zeros(4), weights=[1, 1]).epoch(0)

@@ -1,4 +1,6 @@
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
             values = meta(i, label=LABELS[i % 3], source_id=f"u{i // 2}")
             writer.write("train", f"k{i:02d}", audio.encode(pcm(i), 16000), "flac", values)
     return ShardSet.open(out)
+
+
+@pytest.fixture(scope="module")
+def two_sets(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The same 24 clips and 7 of another set, which uses some of the same keys."""
+    out = tmp_path_factory.mktemp("stream") / "other"
+    with DatasetWriter(out, "other", {}, shard_samples=3) as writer:
+        for i in range(7):
+            data = audio.encode(pcm(30 + i), 16000)
+            writer.write("train", f"k{i:02d}", data, "flac", meta(30 + i, label=LABELS[i % 3]))
+    return ShardSet.open([Path(shards.shards[0].name).parent, out])
 
 
 def clips_of(shards: ShardSet, **options: Any) -> Clips:
@@ -159,7 +172,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "tokens": {"parallel": 1, "batching": "tokens", "tokens": 20},
     "balance": {"parallel": 2, "balance": ["label"]},
     "shards": {"parallel": 1, "shuffle_shards": 2},
+    "weights": {"parallel": 1, "weights": [1, 2]},
+    "weights, tokens": {"parallel": 1, "weights": [2, 1], "batching": "tokens", "tokens": 20},
 }
+
+
+@pytest.fixture(scope="module")
+def pool(shards: ShardSet, two_sets: ShardSet) -> Callable[[str], ShardSet]:
+    """What a kind of plan is of."""
+    return lambda kind: two_sets if "weights" in KINDS[kind] else shards
 
 
 def plan(clips: Clips, kind: str = "pairs", batch: int = 8) -> Plan:
@@ -180,41 +201,61 @@ def steps(
     return list(training_steps(clips, plan(clips, kind), start, count, micro, rank, world, collate, workers))
 
 
-def global_batches(
+def ranks_of(
     shards: ShardSet, kind: str, count: int, start: Position, workers: int, world: int
-) -> list[list[int]]:
-    """The sorted samples of each step, over all ranks; equal numbers of micro-batches are checked on the way."""
+) -> list[list[list[dict[str, Any]]]]:
+    """Each rank's steps, each of micro-batches: as many on every rank, and of the same global batches."""
     ranks = [steps(shards, kind, count, start, workers, rank, world) for rank in range(world)]
-    result = []
     for parts in zip(*ranks, strict=True):
         assert len({len(part.batches) for part in parts}) == 1
         assert len({(part.clips, part.after) for part in parts}) == 1
-        found = sorted(index for part in parts for batch in part.batches for index in batch["index"])
-        assert len(found) == parts[0].clips
-        result.append(found)
-    return result
+        assert sum(len(batch["index"]) for part in parts for batch in part.batches) == parts[0].clips
+    return [[step.batches for step in rank] for rank in ranks]
+
+
+def global_batches(ranks: list[list[list[dict[str, Any]]]]) -> list[list[int]]:
+    """The sorted samples of each step, over all ranks."""
+    together = [[batch for batches in parts for batch in batches] for parts in zip(*ranks, strict=True)]
+    return [sorted(index for batch in batches for index in batch["index"]) for batches in together]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_samples_on_any_number_of_ranks_and_workers(shards: ShardSet, kind: str) -> None:
-    whole = global_batches(shards, kind, 7, START, workers=0, world=1)
-    for world, workers in [(1, 3), (2, 0), (2, 1), (4, 0), (4, 1)]:
-        assert global_batches(shards, kind, 7, START, workers, world) == whole
+def test_the_same_samples_on_any_number_of_ranks_and_workers(pool: Callable[[str], ShardSet], kind: str) -> None:
+    """{1, 2, 4} ranks x {0, 1, 3} workers: the same global batches, and a rank's are the same to the bit."""
+    shards = pool(kind)
+    whole = global_batches(ranks_of(shards, kind, 7, START, 0, 1))
+    for world in (1, 2, 4):
+        alone = ranks_of(shards, kind, 7, START, 0, world)
+        assert global_batches(alone) == whole
+        for workers in (1, 3):
+            assert same(alone, ranks_of(shards, kind, 7, START, workers, world)), (world, workers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resume_at_any_step_is_the_rest_to_the_bit(pool: Callable[[str], ShardSet], kind: str) -> None:
+    shards = pool(kind)
+    for world in (1, 2):
+        whole = steps(shards, kind, 8, rank=world - 1, world=world)  # into the second epoch, or the third
+        for at in range(7):
+            rest = steps(shards, kind, 7 - at, whole[at].after, rank=world - 1, world=world)
+            assert [step.after for step in rest] == [step.after for step in whole[at + 1 :]]
+            assert same([step.batches for step in rest], [step.batches for step in whole[at + 1 :]])
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(sorted(KINDS)), st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4])), min_size=1))
 def test_a_training_that_stops_and_goes_on_elsewhere_sees_the_same(
-    shards: ShardSet, kind: str, stretches: list[tuple[int, int]]
+    pool: Callable[[str], ShardSet], kind: str, stretches: list[tuple[int, int]]
 ) -> None:
     """Stretches of (steps, ranks), with the state through JSON in between."""
+    shards = pool(kind)
     clips = clips_of(shards)
     stretches = stretches[:5]
-    whole = global_batches(shards, kind, sum(count for count, _ in stretches), START, 0, 1)
+    whole = global_batches(ranks_of(shards, kind, sum(count for count, _ in stretches), START, 0, 1))
     found: list[list[int]] = []
     position = START
     for count, world in stretches:
-        found += global_batches(shards, kind, count, position, 0, world)
+        found += global_batches(ranks_of(shards, kind, count, position, 0, world))
         after = steps(shards, kind, count, position)[-1].after
         state = json.loads(json.dumps(state_of(clips, plan(clips, kind), after)))
         position = position_in(state, clips_of(shards), plan(clips_of(shards), kind))
