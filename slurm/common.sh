@@ -50,8 +50,9 @@ run_on_all() {
   srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" "${SRUN_ARGS[@]}" \
     bash "$MSER_HOME/slurm/task.sh" "${MSER_TASK:-$MSER}" "$verb" "$config" "$@" &
   local srun=$!
-  # srun waits for ever for a task whose node does not answer any more: not so once another task has failed.
-  { until [ -f "$MSER_FIRST_CODE" ]; do sleep 5; done; sleep "${MSER_LINGER:-120}"; kill -KILL "$srun"; } &
+  # srun waits for ever for a task whose node does not answer any more: not so once another task has failed. It has no
+  # part in the output, or a reader of that would wait for its last `sleep`.
+  { until [ -f "$MSER_FIRST_CODE" ]; do sleep 5; done; sleep "${MSER_LINGER:-120}"; kill -KILL "$srun"; } >/dev/null 2>&1 &
   local watch=$!
   while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a signal to this shell ends `wait`, not srun
   wait "$srun" || code=$? # bash remembers it

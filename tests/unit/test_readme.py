@@ -10,7 +10,7 @@ from mser_dist import cli
 from mser_dist.config_file import load_evaluation, load_training
 
 ROOT = Path(__file__).parents[2]
-NOUNS = {"mser train", "mser pack"}  # the commands as such, in a sentence
+NOUNS = {"mser train", "mser pack", "mser submit"}  # the commands as such, in a sentence
 
 
 def commands() -> list[str]:
