@@ -9,7 +9,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,9 +26,24 @@ def seconds(work: Callable[[], torch.Tensor]) -> float:
     return time.process_time() - began
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other do so busily: on a shared machine that wait would be measured."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 @torch.inference_mode()
 def measure(length: float, rounds: int, batch: int) -> dict[str, float]:
-    """Median CPU seconds of a forward pass over `batch` clips of `length` seconds, padded and not, and their ratio."""
+    """Median CPU seconds of a forward pass over `batch` clips of `length` seconds, padded and not, and their ratio.
+
+    One thread computes.
+    """
     torch.manual_seed(0)
     # Whisper-tiny's shape (arXiv 2212.04356, table 1)
     arch = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}

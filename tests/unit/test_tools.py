@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from mser_dist.data.audio import encode
 from tests.tiny_runs import ENCODER, QFORMER
 from tests.unit.made_up_set import write_set
+from tools import bench_encoder, bench_plan
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -45,6 +47,25 @@ def test_bench_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     row = json.loads(out.read_text())["encoder"]
     assert row["ratio"] == pytest.approx(row["padded_s"] / row["ours_s"]) and row["ours_s"] > 0
     assert f"ratio {row['ratio']:.1f}" in capsys.readouterr().out
+
+
+def test_bench_encoder_computes_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    threads: set[int] = set()
+
+    def seconds(work: object) -> float:
+        threads.add(torch.get_num_threads())
+        return 1.0
+
+    monkeypatch.setattr(bench_encoder, "seconds", seconds)
+    assert bench_encoder.measure(1.0, rounds=1, batch=1)["ratio"] == 1
+    assert threads == {1} and torch.get_num_threads() == before
+
+
+def test_bench_plan_measures_the_peak_of_the_process_alone() -> None:
+    ballast = np.ones(1 << 27)  # 1 GiB here, which a process started from here has not
+    result = bench_plan._measured(partial(dict, seconds=0.0))
+    assert ballast[0] == 1 and 0 < result["gib"] < 1
 
 
 def test_pad_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
