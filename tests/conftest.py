@@ -45,6 +45,20 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished_stage1(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small set in ``shards`` and an undisturbed stage 1 in ``runs/whole``. Copy it before use.
+
+    Six steps on two ranks, saved every two steps and validated every three.
+    """
+    from tests.tiny_runs import TWO, mser, stage1
+
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(tiny_set, folder / "shards")
+    mser(*stage1("runs/whole", "train.save_every=2", "train.val_every=3", "train.keep=9"), *TWO, cwd=folder)
+    return folder
+
+
 @pytest.fixture
 def no_child_left() -> Iterator[None]:
     """Fails where a process outlives the test that started it; what earlier tests left is not its own."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mser_dist import cli
 from mser_dist import config as cfg
 from mser_dist.data.shards import ShardSet
 from mser_dist.distributed import World
@@ -26,16 +27,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work folder with a small synthetic set."""
-    folder = tmp_path_factory.mktemp("training")
-    shutil.copytree(tiny_set, folder / "shards")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(folder: Path) -> Path:
-    mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5"), "--nproc", "2", cwd=folder)
+def trained(finished_stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with a small synthetic set and a stage 1 in ``runs/whole``."""
+    folder = tmp_path_factory.mktemp("training") / "work"
+    shutil.copytree(finished_stage1, folder)
     return folder
 
 
@@ -49,7 +44,7 @@ def test_a_resumed_run_continues_bit_for_bit(trained: Path) -> None:
     (resumed / "config.yaml").write_text(config)
     subprocess.run(["cp", "-r", whole / "checkpoints/step-000003", resumed / "checkpoints/step-000003"], check=True)
     (resumed / "checkpoints/step-000006.partial").mkdir()
-    mser(*stage1("runs/resumed", "train.save_every=3", "train.keep=5"), "--nproc", "2", cwd=trained)
+    mser(*stage1("runs/resumed", "train.val_every=3"), "--nproc", "2", cwd=trained)
     before = {row["step"]: row["train/loss"] for row in lines(whole) if "train/loss" in row}
     after = {row["step"]: row["train/loss"] for row in lines(resumed) if "train/loss" in row}
     assert sorted(after) == [4, 5, 6] and after == {step: before[step] for step in after}
@@ -59,22 +54,32 @@ def test_a_resumed_run_continues_bit_for_bit(trained: Path) -> None:
 
 
 def test_the_best_validation_is_saved_also_where_no_save_is_due(trained: Path) -> None:
-    """Saves every three steps, validations every two: the first of these is the best so far."""
-    found = sorted((trained / "runs/whole/checkpoints").iterdir())
-    assert [path.name for path in found if path.name != "step-000004"] == ["step-000002", "step-000003", "step-000006"]
-    state = json.loads((found[0] / "state.json").read_text())
-    assert state["best_ua"] == state["validation"]["ua"]
-    best = max(row["val/ua"] for row in lines(trained / "runs/whole") if "val/ua" in row)
-    assert json.loads((found[-1] / "state.json").read_text())["best_ua"] == best
+    """Saves every two steps, validations every three: the first of these is the best so far."""
+    run = trained / "runs/whole"
+    states = {path.name: json.loads((path / "state.json").read_text()) for path in (run / "checkpoints").iterdir()}
+    assert sorted(states) == ["step-000002", "step-000003", "step-000004", "step-000006"]
+    scores = {int(row["step"]): row["val/ua"] for row in lines(run) if "val/ua" in row}
+    assert states["step-000003"]["validation"]["ua"] == scores[3] == states["step-000004"]["best_ua"]
+    assert states["step-000006"]["best_ua"] == max(scores.values())
 
 
-def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(trained: Path) -> None:
+def in_process(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cwd: Path
+) -> tuple[int, str]:
+    """The exit code and standard error of a command that ends before it would start anything."""
+    monkeypatch.chdir(cwd)
+    return cli.main(words), capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (trained / "runs/whole/log.jsonl").read_bytes()
-    mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5"), cwd=trained)
+    same = stage1("runs/whole", "train.save_every=1", "data.workers=0")  # nothing that changes the result
+    assert in_process(same, monkeypatch, capsys, trained) == (0, "")
     assert (trained / "runs/whole/log.jsonl").read_bytes() == before
-    mser(*stage1("runs/whole", "train.save_every=1", "data.workers=0"), cwd=trained)  # nothing that changes the result
-    error = mser(*stage1("runs/whole", "train.save_every=3", "train.keep=5", "train.lr=0.5"), cwd=trained, code=2)
-    assert "train.lr" in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+    code, error = in_process(stage1("runs/whole", "train.lr=0.5"), monkeypatch, capsys, trained)
+    assert code == 2 and "train.lr" in error and len(error.splitlines()) == 1
 
 
 def test_every_way_to_batch_trains_and_a_damaged_clip_within_the_budget_is_replaced(trained: Path) -> None:
@@ -176,13 +181,6 @@ def test_stage_2_resumes_bit_for_bit_too(trained: Path) -> None:
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_zero2_trains_and_exports(trained: Path) -> None:
-    mser(*stage1("runs/zero2", "engine.deepspeed=zero2"), "--nproc", "2", cwd=trained)
-    assert json.loads((trained / "runs/zero2/summary.json").read_text())["zero_stage"] == 2
-    three, two = (lines(trained / name)[0]["train/loss"] for name in ("runs/whole", "runs/zero2"))
-    assert two == pytest.approx(three, rel=1e-5), "the first loss does not depend on how the state is sharded"
-
-
 WAVEFORM = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": [8] * 7,
     "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0,
@@ -198,8 +196,15 @@ def partitioned(folder: Path) -> str:
     return str(folder / "partitioned.json")
 
 
-def waveform_steps(rank: int, ranks: int, kind: str, deepspeed: str) -> dict[str, torch.Tensor]:
-    """Three steps on this rank's part of eight clips of different lengths: the weights behind them, whole."""
+KINDS = ("wav2vec2", "hubert", "wavlm")
+
+
+def waveform_steps(rank: int, ranks: int, deepspeed: str) -> dict[str, dict[str, torch.Tensor]]:
+    """For each kind, three steps on this rank's part of eight clips of different lengths: the weights then, whole."""
+    return {kind: steps_of_kind(rank, ranks, kind, deepspeed) for kind in KINDS}
+
+
+def steps_of_kind(rank: int, ranks: int, kind: str, deepspeed: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     qformer = cfg.QFormer(queries=2, layers=1, width=16, heads=2, dropout=0.0)
     speech = build_speech(cfg.Encoder(arch={"model_type": kind, **WAVEFORM}), qformer, Attention("sdpa", "test"))
@@ -219,15 +224,23 @@ def waveform_steps(rank: int, ranks: int, kind: str, deepspeed: str) -> dict[str
     return engine.full_state()
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm"])
-def test_zero3_trains_every_weight_of_a_waveform_encoder(kind: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def waveform_weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of every kind, under ZeRO-2 in one process, and under ZeRO-3 in two."""
+    [whole] = run(waveform_steps, 1, 1, "zero2")
+    return whole, run(waveform_steps, 2, 2, partitioned(tmp_path_factory.mktemp("zero3")))[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero3_trains_every_weight_of_a_waveform_encoder(
+    kind: str, waveform_weights: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
     """Against one process under ZeRO-2, which keeps weights whole.
 
     The position convolution makes its weight of two others at every forward (weight norm), and WavLM's attention takes
     weights of its submodules without calling them: both have gone wrong under ZeRO-3 (DeepSpeed issue 1045).
     """
-    [whole] = run(waveform_steps, 1, 1, kind, "zero2")
-    found = run(waveform_steps, 2, 2, kind, partitioned(tmp_path))[0]
+    whole, found = (weights[kind] for weights in waveform_weights)
     assert found.keys() == whole.keys()
     for name, value in whole.items():
         if name.endswith(("key.bias", "k_proj.bias", "scale.log_scale")):
@@ -236,14 +249,14 @@ def test_zero3_trains_every_weight_of_a_waveform_encoder(kind: str, tmp_path: Pa
         assert error < 1e-4, f"{name} is off by {error:.1e}"
 
 
-def test_a_waveform_encoder_from_the_command_line(folder: Path) -> None:
+def test_a_waveform_encoder_from_the_command_line(trained: Path) -> None:
     encoder = f"encoder.arch={json.dumps({'model_type': 'wav2vec2', **WAVEFORM})}"
-    words = [encoder, f"engine.deepspeed={partitioned(folder)}", "train.steps=4"]
-    mser(*stage1("runs/wave", *words), "--nproc", "2", cwd=folder)
-    card = json.loads((folder / "runs/wave/export/card.json").read_text())
+    words = [encoder, f"engine.deepspeed={partitioned(trained)}", "train.steps=4"]
+    mser(*stage1("runs/wave", *words), "--nproc", "2", cwd=trained)
+    card = json.loads((trained / "runs/wave/export/card.json").read_text())
     assert card["speech"]["features"] == {"n_mels": None, "normalize": True, "pad_seconds": None}
     words = ["eval", "demo_eval", "data.sets=shards", "data.workers=1", "stage1=runs/wave", "stage2=null"]
-    assert "unseen languages" in mser(*words, "out=runs/wave_eval", cwd=folder)
+    assert "unseen languages" in mser(*words, "out=runs/wave_eval", cwd=trained)
 
 
 def test_bfloat16_trains_both_stages(trained: Path) -> None:
@@ -257,11 +270,20 @@ def test_bfloat16_trains_both_stages(trained: Path) -> None:
     mser("eval", "demo_eval", "data.sets=shards", "out=runs/bf16_eval", "dtype=bfloat16", *runs, cwd=trained)
 
 
-def test_mistakes_on_two_ranks_end_with_one_line_and_code_2(trained: Path) -> None:
-    cases = {
-        "does not divide": stage1("runs/bad", "train.global_batch=9"),
+def test_mistakes_end_with_one_line_and_code_2(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some on two ranks, of which one speaks; the others, which take the same way, in this process."""
+    two = {
         "did you mean train.": stage1("runs/bad", "train.global_batsch=8"),
+        "does not divide": stage1("runs/bad", "train.global_batch=9"),
         "did you mean happy": stage1("runs/bad", "data.labels=[anger, hapy]"),
+    }
+    for expected, words in two.items():
+        error = mser(*words, "--nproc", "2", cwd=trained, code=2)
+        assert expected in error and "Traceback" not in error, error
+        assert len([line for line in error.splitlines() if line.startswith("mser: error")]) == 1, error
+    one = {
         "no such run folder": stage2("runs/bad", LLM, "stage1=runs/nowhere"),
         "run of stage 2": stage2("runs/bad", LLM, "stage1=runs/two"),
         "flash_attention_2": stage1("runs/bad", "engine.attention=flash_attention_2"),
@@ -269,15 +291,15 @@ def test_mistakes_on_two_ranks_end_with_one_line_and_code_2(trained: Path) -> No
         "folder of a training run": ["eval", "demo_eval", "stage1=runs/whole", "stage2=null", "data.sets=shards"],
         "contradicts": stage1("runs/bad", "engine.deepspeed=zero3_bf16"),
     }
-    for expected, words in cases.items():
+    for expected, words in one.items():
         out = ["out=runs/whole"] if words[0] == "eval" else []
-        error = mser(*words, *out, "--nproc", "2", cwd=trained, code=2)
-        assert expected in error and "Traceback" not in error, error
-        assert len([line for line in error.splitlines() if line.startswith("mser: error")]) == 1, error
-        assert not (trained / "runs/bad/config.yaml").exists(), "nothing is left that looks like a run"
+        code, error = in_process([*words, *out], monkeypatch, capsys, trained)
+        assert code == 2 and expected in error, error
+        assert error.startswith("mser: error") and len(error.splitlines()) == 1, error
+    assert not (trained / "runs/bad/config.yaml").exists(), "nothing is left that looks like a run"
 
 
-def test_torchrun_starts_the_same_command(trained: Path) -> None:
+def test_torchrun_starts_the_same_command_and_zero2_trains_as_zero3(trained: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [
         sys.executable,
@@ -289,13 +311,11 @@ def test_torchrun_starts_the_same_command(trained: Path) -> None:
         "-m",
         "mser_dist",
     ]
-    done = subprocess.run(
-        [*command, *stage1("runs/torchrun", "train.steps=2")],
-        cwd=trained,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = stage1("runs/zero2", "engine.deepspeed=zero2", "train.steps=2")
+    done = subprocess.run([*command, *words], cwd=trained, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((trained / "runs/torchrun/summary.json").read_text())["world_size"] == 2
+    summary = json.loads((trained / "runs/zero2/summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["zero_stage"] == 2
+    assert (trained / "runs/zero2/export/speech.safetensors").is_file()
+    three, two = (lines(trained / name)[0]["train/loss"] for name in ("runs/whole", "runs/zero2"))
+    assert two == pytest.approx(three, rel=1e-5), "the first loss does not depend on how the state is sharded"

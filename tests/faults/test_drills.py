@@ -53,11 +53,10 @@ def no_orphan(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def work(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(finished_stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the small set and an undisturbed stage 1 of six steps, in ``runs/whole``."""
-    folder = tmp_path_factory.mktemp("drills")
-    shutil.copytree(tiny_set, folder / "shards")
-    mser(*stage1("runs/whole", *PLAIN), *TWO, cwd=folder)
+    folder = tmp_path_factory.mktemp("drills") / "work"
+    shutil.copytree(finished_stage1, folder)
     return folder
 
 
@@ -135,6 +134,8 @@ def test_a_signal_to_one_rank_saves_the_same_step_everywhere(work: Path) -> None
     run = work / "runs/signalled"
     words = stage1("runs/signalled", "train.save_every=5", "train.keep=9", "tracking.enabled=false")
     words.append("train.save_best=false")
+    error = drilled("1|starting DeepSpeed|INT", *words, cwd=work, code=SAVED)  # before the first step
+    assert "SIGINT: stopped at step 0" in error and not (run / "checkpoints").exists()
     error = drilled("1|step 1|TERM", *words, cwd=work, code=SAVED)  # in a step
     assert "SIGTERM: stopped at step 1" in error and checkpoints(run) == ["step-000001"]
     error = drilled("0|validating|USR2", *words, cwd=work, code=SAVED)  # in a validation
@@ -189,7 +190,7 @@ def test_a_rank_that_hangs_is_named_although_its_process_lives(work: Path) -> No
 def test_a_job_stops_and_saves_before_its_time_is_over(work: Path) -> None:
     words = stage1("runs/late", "train.steps=5000", "train.val_every=0", "tracking.enabled=false")
     job = {"SLURM_JOB_ID": "1"}
-    ends = str(time.time() + time_to_save(0) + 45)
+    ends = str(time.time() + time_to_save(0) + 35)
     error = mser(*words, *TWO, cwd=work, code=SAVED, SLURM_JOB_END_TIME=ends, **job)
     assert "the job's time is almost over: stopped at step" in error
     saved = checkpoints(work / "runs/late")
