@@ -10,6 +10,7 @@ from mser_dist.data.shard_columns import Column
 from mser_dist.errors import UserError
 
 _CHUNK = 2048  # steps worked on at once
+_ROWS = 1 << 16  # clips looked up at once: temporaries of a few MB, not of 80 bytes a clip
 _FIRST = 1000.0  # the first field's balance comes before that of all others
 
 
@@ -60,7 +61,10 @@ class Balance:
         for column in others:
             self.rest = self.rest * len(column.names) + column.codes
             self.rest_count *= len(column.names)
-        self.groups = groups if together > 1 else None
+        self.groups = None
+        if groups is not None and together > 1:
+            # Only which are equal counts: numbered from 0, of 32 bits each.
+            self.groups = np.unique(groups, return_inverse=True)[1].astype(np.int32)
         self.together = together if groups is not None else 1
         if len(self.first.names) * (self.rest_count + 1) ** self.together >= 2**62:
             raise UserError(f"data.balance over {', '.join(fields)} has too many combinations: name fewer fields")
@@ -68,9 +72,17 @@ class Balance:
     def draw(self, steps: int, global_batch: int, random: np.random.Generator) -> NDArray[np.int32]:
         """(steps · global_batch,) samples."""
         units = self._units(random)  # (units, together)
-        types, type_of = np.unique(self._keys(units), return_inverse=True)
+        keys = np.concatenate([self._keys(units[begin : begin + _ROWS]) for begin in range(0, len(units), _ROWS)])
+        types = np.unique(keys)
+        type_of = np.empty(len(keys), dtype=np.min_scalar_type(len(types)))
+        for begin in range(0, len(keys), _ROWS):
+            type_of[begin : begin + _ROWS] = np.searchsorted(types, keys[begin : begin + _ROWS])
+        del keys
         stock = np.bincount(type_of)  # (types,)
-        example = units[np.unique(type_of, return_index=True)[1]]  # (types, together): what a unit of the type is like
+        queue = np.argsort(type_of, kind="stable").astype(np.int32)  # units by type: their order is random already
+        del type_of
+        first = np.append(np.cumsum(stock) - stock, 0)  # where in the queue each type begins
+        example = units[queue[first[:-1]]]  # (types, together): what a unit of the type is like
         parts = [
             self._choose(min(_CHUNK, steps - start), global_batch, example, stock, random)
             for start in range(0, steps, _CHUNK)
@@ -82,19 +94,22 @@ class Balance:
         )
         flat = chosen.astype(np.min_scalar_type(len(types))).ravel()  # small integers are sorted by radix, at once
         del chosen
-        by_type = np.argsort(flat, kind="stable")
+        by_type = np.argsort(flat, kind="stable").astype(np.int32)
         starts = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=len(types) + 1))])
-        nth = np.arange(len(flat)) - np.repeat(starts[:-1], np.diff(starts))  # how often the type was drawn before
-        queue = np.argsort(type_of, kind="stable")  # units by type: their order is random already
-        first = np.concatenate([np.cumsum(stock) - stock, [0]])
-        drawn = np.empty(len(flat), dtype=np.int64)
+        drawn = np.empty(len(flat), dtype=np.int32)
         stock = np.append(stock, 1)
-        drawn[by_type] = queue[first[flat[by_type]] + nth % stock[flat[by_type]]]
+        for begin in range(0, len(flat), _ROWS):
+            slot = by_type[begin : begin + _ROWS]
+            kind = flat[slot]
+            nth = np.arange(begin, begin + len(slot)) - starts[kind]  # how often the type was drawn before
+            drawn[slot] = queue[first[kind] + nth % stock[kind]]
+        del by_type, queue
         samples = units[drawn]
         samples[flat == len(types)] = -1
         samples = samples.reshape(steps, -1)
         there = samples >= 0
-        return samples[there & (np.cumsum(there, axis=1) <= global_batch)]
+        there &= np.cumsum(there, axis=1, dtype=np.int32) <= global_batch
+        return samples[there]
 
     def _units(self, random: np.random.Generator) -> NDArray[np.int32]:
         """(units, together) samples in random order, -1 where a group had no more."""
@@ -102,15 +117,22 @@ class Balance:
         if self.groups is None:
             return order[:, None]
         # Within a group, first one clip of each kind, then the second of each …: neighbours differ where they can.
-        group = np.unique(self.groups[order], return_inverse=True)[1] * len(self.first.names) + self.first.codes[order]
-        kind = np.lexsort((self.rest[order], group))  # stable, so still random among equals
-        nth = np.empty(len(order), dtype=np.int64)
-        nth[kind] = _position_in_run(group[kind] * self.rest_count + self.rest[order][kind])
-        by_group = np.lexsort((nth, group))
+        group = self.groups[order].astype(np.int64)
+        group *= len(self.first.names)
+        group += self.first.codes[order]
+        kind = np.lexsort((self.rest[order], group)).astype(np.int32)  # stable, so still random among equals
+        nth = np.empty(len(order), dtype=np.int32)
+        nth[kind] = _position_in_run(group[kind] * self.rest_count + self.rest[order[kind]])
+        del kind
+        by_group = np.lexsort((nth, group)).astype(np.int32)
+        del nth
         within = _position_in_run(group[by_group])
-        unit = np.cumsum(within % self.together == 0) - 1
+        del group
+        within %= self.together
+        unit = np.cumsum(within == 0, dtype=np.int32)
+        unit -= 1
         units = np.full((int(unit[-1]) + 1, self.together), -1, dtype=np.int32)
-        units[unit, within % self.together] = order[by_group]
+        units[unit, within] = order[by_group]
         return random.permutation(units)
 
     def _keys(self, units: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -173,10 +195,12 @@ def _counts(column: Column, example: NDArray[np.int32]) -> NDArray[np.float32]:
     return result
 
 
-def _position_in_run(values: NDArray[Any]) -> NDArray[np.int64]:
+def _position_in_run(values: NDArray[Any]) -> NDArray[np.int32]:
     """(n,) how many equal values stand directly before each."""
     starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
-    return np.arange(len(values)) - np.repeat(starts, np.diff(np.r_[starts, len(values)]))
+    position = np.arange(len(values), dtype=np.int32)
+    position -= np.repeat(starts.astype(np.int32), np.diff(np.r_[starts, len(values)]))
+    return position
 
 
 def fields_of(names: Sequence[str], coded: dict[str, Column]) -> dict[str, Column]:

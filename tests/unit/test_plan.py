@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import fields
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_a_walk_from_the_middle_is_the_rest_of_the_walk(
     assert [position for position in whole if position.epoch == 0] == [
         Position(0, i) for i in range(min(plan.steps(0), len(whole)))
     ]
+
+
+@pytest.mark.parametrize("kind", ["shuffle", "pairs", "balance", "balance, pairs"])
+def test_planning_takes_few_bytes_a_clip(kind: str) -> None:
+    """Ten million clips are to be planned within 1 GiB, their columns and Python itself (about 0.5 GiB) included."""
+    size = 200_000
+    source = np.random.default_rng(0).integers(0, 2**62, size // 6 + 1)[np.arange(size) // 6]
+    tracemalloc.start()
+    groups, together = (source, 2) if "pairs" in kind else (None, 1)
+    balance = Balance({"label": column(np.arange(size, dtype=np.int32) % 3, "abc")}, 512, groups, together)
+    Plan(size, 512, 0, groups=groups, together=together, balance=balance if "balance" in kind else None).epoch(0)
+    peak = tracemalloc.get_traced_memory()[1] / size
+    tracemalloc.stop()
+    assert peak < 66
 
 
 def test_epochs_and_seeds_differ() -> None:
