@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan(samples: int = 10_000_000) -> dict[str, Any]:
+def plan(samples: int = 10_000_000, only: Collection[str] = tuple(PLANS)) -> dict[str, Any]:
     """Seconds and peak GiB (of the whole process, the set's columns included) to plan an epoch of each kind.
 
     `seconds` and `gib` are of the plain shuffle; worker_mib: a worker's own memory (USS), for a small set and this one.
@@ -173,7 +173,7 @@ def plan(samples: int = 10_000_000) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench_plan-") as name:
         folder = Path(name) / "set"
         write_small(folder, shards=10, each=100)
-        kinds = {kind: _measured(PlanJob(folder, samples, options)) for kind, options in PLANS.items()}
+        kinds = {kind: _measured(PlanJob(folder, samples, PLANS[kind])) for kind in only}
         workers = {
             size: _measured(PlanJob(folder, size, PLANS["shuffle"], read=True))["worker_mib"]
             for size in (10_000, samples)

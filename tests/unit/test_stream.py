@@ -34,6 +34,7 @@ from tests.unit.made_up_set import meta, pcm
 
 LABELS = ["anger", "happy", "sad"]
 START = Position()
+AUGMENT = cfg.Augment(probability=1.0, speed=0.2, gain_db=6.0, noise_snr_db=[5, 20], time_masks=1, freq_masks=1)
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=7), st.integers(0, 100))
@@ -130,8 +131,7 @@ def test_draws_depend_on_seed_epoch_and_clip(shards: ShardSet) -> None:
 
 
 def test_augmentation_is_seeded_by_clip_and_epoch(shards: ShardSet) -> None:
-    augment = cfg.Augment(probability=1.0, speed=0.2, gain_db=6.0, noise_snr_db=[5, 20], time_masks=1, freq_masks=1)
-    clips, plain = clips_of(shards, augment=augment), clips_of(shards)
+    clips, plain = clips_of(shards, augment=AUGMENT), clips_of(shards)
     first, again, later = clips.get(3, 0), clips.get(3, 0), clips.get(3, 1)
     np.testing.assert_array_equal(first.speech, again.speech)
     assert not same(torch.tensor(first.speech.shape), torch.tensor(later.speech.shape)) or not np.array_equal(
@@ -196,8 +196,8 @@ def steps(
     rank: int = 0,
     world: int = 1,
 ) -> list[Step]:
-    clips = clips_of(shards)
-    micro = None if kind == "tokens" else 2
+    clips = clips_of(shards, augment=AUGMENT)
+    micro = None if "tokens" in kind else 2
     return list(training_steps(clips, plan(clips, kind), start, count, micro, rank, world, collate, workers))
 
 

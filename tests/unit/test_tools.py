@@ -68,6 +68,11 @@ def test_bench_plan_measures_the_peak_of_the_process_alone() -> None:
     assert ballast[0] == 1 and 0 < result["gib"] < 1
 
 
+def test_bench_stream_adds_nothing_to_the_memory_that_it_measures() -> None:
+    code = "import sys, tools.bench_stream; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=TOOLS.parent, check=True, timeout=200)
+
+
 def test_pad_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "row.json"
     words = ["pad_difference.py", str(write_set(tmp_path / "set")), "--clips", "2", "--json", str(out)]
@@ -185,7 +190,8 @@ def test_fault_drill_knows_every_drill(tmp_path: Path) -> None:
     done = run_tool("fault_drill", "--list")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line.split("\t")[0] for line in done.stdout.splitlines() if "\ttests/" in line} == DRILLS
-    assert run_tool("fault_drill", "--list", "--only", "no-such-drill").returncode == 2
+    (tmp_path / "test_none.py").touch()
+    assert run_tool("fault_drill", "--list", "--only", "no-such-drill", "--tests", tmp_path).returncode == 2
 
 
 def test_fault_drill_reports_what_failed_and_what_could_not_run(tmp_path: Path) -> None:
