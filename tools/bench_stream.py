@@ -9,8 +9,9 @@ decodes in the process itself; a round runs each once, one after the other, and 
 The page cache is warm. Peers that this project does not depend on are installed, at pinned versions, into environments
 under --envs; one that cannot be installed, fails, or gives other log-mels than ours is a row with an "error".
 
-The log-mel of the peers is transformers' WhisperFeatureExtractor: "longest" one clip a call, which is its fastest way
-and that of the rows that do not name theirs; "longest-of-16" a batch a call; "30s" its default, padded to 30 seconds.
+The log-mel of the peers is transformers' WhisperFeatureExtractor: "longest" with padding="longest" on batches of 16;
+"one-by-one" a clip a call, which is its fastest way and that of the rows that do not name theirs; "30s" its default,
+padded to 30 seconds.
 `ratio` is ours / that row in clips per second of CPU time, for wall time counts the machine's other work too;
 `samples_per_s` is by wall time. `wave_ratio` is the same from tar to waveform, without the log-mel.
 """

@@ -27,8 +27,8 @@ class Peer:
 
 PEERS = {
     "ours": Peer("ours", "ours", "mser-dist"),
-    "webdataset+longest": Peer("wds", "longest", "webdataset"),
-    "webdataset+longest-of-16": Peer("wds", "longest of 16", "webdataset"),
+    "webdataset+longest": Peer("wds", "longest of 16", "webdataset"),
+    "webdataset+one-by-one": Peer("wds", "longest", "webdataset"),
     "webdataset+30s": Peer("wds", "30s", "webdataset"),
     "hf-datasets": Peer(
         "hf", "longest", "datasets", ("datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "xxhash==4.1.0")
