@@ -48,7 +48,7 @@ class Tracker:
         self.uri = record.tracking_uri  # what is written down and printed holds no password
         self._opened = time.monotonic()
         log = out / "log.jsonl"
-        cut = log.is_file() and not log.read_bytes().endswith(b"\n")
+        cut = log.is_file() and not (log.read_bytes() or b"\n").endswith(b"\n")  # empty where no step was done
         self._log = log.open("a", encoding="utf-8")
         if cut:  # a kill in the middle of a line: the next one begins afresh
             self._log.write("\n")

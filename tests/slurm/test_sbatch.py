@@ -130,6 +130,7 @@ def test_a_node_that_dies_takes_the_job_back_to_its_last_checkpoint(cluster: Clu
     """All processes of one node's step are killed, SLURM's own among them; the rest ends, and the job starts again."""
     run = folder / "runs/node"
     words = [*STAGE1, "out=runs/node", f"train.steps={LONG}", "train.save_every=4", "engine.peer_seconds=10"]
+    words.append("tracking.run_name=node")
     job = cluster.sbatch(*TWO_NODES, script("stage1"), *words, cwd=folder, env={"MSER_LINGER": "20"})
     wait_for('"step": 6', run / "log.jsonl")
     name = f"slurmstepd: [{job}.0]"

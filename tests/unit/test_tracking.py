@@ -95,6 +95,19 @@ def test_all_of_a_run_is_in_mlflow_and_a_resume_continues_it(runs: Path) -> None
     assert [row["step"] for row in again.rows()] == [1, 2, 2, 3]
 
 
+@pytest.mark.parametrize("left", ["", '{"step": 1, "time": 5.0, "train/loss": 2.0}\n', '{"step": 1, "ti'])
+def test_a_log_goes_on_where_a_stop_left_it(runs: Path, left: str) -> None:
+    """Before the first step, after one, and in the middle of a line."""
+    out = runs / "run"
+    out.mkdir(parents=True)
+    (out / "log.jsonl").write_text(left)
+    tracker = start(out, enabled=False)
+    tracker.metrics(2, {"train/loss": 1.0})
+    tracker.close("FINISHED")
+    *before, last = (out / "log.jsonl").read_text().splitlines()
+    assert before == left.splitlines() and json.loads(last)["step"] == 2
+
+
 def test_the_machines_load_goes_along(runs: Path) -> None:
     tracker = start(runs / "run")
     assert tracker.run_id
