@@ -173,7 +173,12 @@ class Engine:
         reduces at the last backward pass alone, which `no_sync` marks.
         """
         with self._engine.coalesce_grad_reduction() if self._coalesces else nullcontext():
-            yield
+            try:
+                yield
+            except BaseException:  # DeepSpeed would now reduce what there is, and wait for ranks that do not come
+                for parameter in self.module.parameters():
+                    parameter.grad = parameter.grad_accum = None  # type: ignore[attr-defined]
+                raise
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

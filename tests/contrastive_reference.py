@@ -56,7 +56,7 @@ def reference(
     scores = scale * x @ y.T
     positive, candidate = own, torch.ones_like(own)
     if "texts" in options:
-        kept = torch.tensor([int(t) not in text[:j].tolist() for j, t in enumerate(text)])
+        kept = torch.tensor([int(t) not in text[:j].tolist() for j, t in enumerate(text)])  # a text has one label
         scores, same = scores[:, kept], same[:, kept]
         positive = text[:, None] == text[kept][None, :]
         candidate = torch.ones_like(positive)

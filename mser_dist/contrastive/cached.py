@@ -4,8 +4,9 @@
     2. The loss of all embeddings, over all ranks, gives the gradient of each embedding.
     3. Every chunk goes through the towers again, with a graph, and is told its embeddings' gradients.
 
-The random state is replayed, so dropout gives the same embeddings both times. The last chunk keeps its graph from the
-first pass and is not computed twice.
+The random state of torch is replayed, so dropout gives the same embeddings both times; randomness of another library is
+not. The last chunk keeps its graph from the first pass and is not computed twice. What a forward pass changes, such as
+the running mean of a BatchNorm, is changed twice by all other chunks.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,14 +59,13 @@ def cached_backward(
         last = number == len(chunks) - 1
         with torch.set_grad_enabled(last), nullcontext() if alone or not last else no_sync():
             passed.append(embed(chunk))
-    after = _RandomState()
-
     leaves = Embedded(
-        tuple(torch.cat(parts).detach().requires_grad_() for parts in zip(*(e.rows for e in passed), strict=True)),
-        tuple(each.detach().requires_grad_() for each in passed[-1].shared),
+        tuple(_leaf(torch.cat(parts)) for parts in zip(*(e.rows for e in passed), strict=True)),
+        tuple(_leaf(each) for each in passed[-1].shared),
     )
     value, extras = loss(leaves)
     value.backward()
+    after = _RandomState()
     sizes = [len(e.rows[0]) for e in passed]
     row_grads = [_grad(leaf).split(sizes) for leaf in leaves.rows]
     shared_grads = [_grad(leaf) for leaf in leaves.shared]
@@ -84,11 +84,17 @@ def cached_backward(
             for row, grads in zip(kept.rows, row_grads, strict=True):
                 surrogate = surrogate + (row.to(grads[number].dtype) * grads[number]).sum()
             for each, grad in zip(kept.shared, shared_grads, strict=True):
-                surrogate = surrogate + (each * grad).sum() / len(chunks)
+                surrogate = surrogate + (each.to(grad.dtype) * grad).sum() / len(chunks)
             backward(surrogate)
             del kept, surrogate
     after.restore()
     return value.detach(), extras
+
+
+def _leaf(embedding: Tensor) -> Tensor:
+    """In fp32 at least: the gradients of a large batch's mean are too small for float16, before any loss scaling."""
+    wide = embedding.dtype if embedding.dtype == torch.float64 else torch.float32
+    return embedding.detach().to(wide).requires_grad_()
 
 
 def _grad(leaf: Tensor) -> Tensor:

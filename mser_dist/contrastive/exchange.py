@@ -24,7 +24,8 @@ Visit = Callable[[int, Sequence[Tensor], Sequence[Tensor]], None]
 
 def world(group: Any = None) -> tuple[int, int]:
     """(rank, size) in a process group; (0, 1) without one."""
-    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(group), dist.get_world_size(group)) if there else (0, 1)
 
 
 def gather_numbers(numbers: Sequence[int], device: torch.device, group: Any = None) -> list[list[int]]:

@@ -20,7 +20,7 @@ class ContrastiveOutput:
 
     loss: Tensor
     excess: Tensor  # loss minus its floor, the least value that these positives allow
-    accuracy: Tensor  # share of the rows whose nearest column is a positive
+    accuracy: Tensor  # share of the rows whose nearest column is a positive; of equally near ones any one decides
     positives: Tensor  # a row, in the mean
     alignment: Tensor  # mean squared distance of positives (arXiv 2005.10242), for embeddings of unit length
     false_negatives: Tensor  # share of the negatives that have the row's own label
@@ -58,31 +58,33 @@ def contrastive_loss(
             "siglip": each pair by itself (2303.15343); all pairs of one label are positives. Needs `bias`.
         labels: (B,) int64 ids, which every loss but "infonce" needs; there they only tell the false negatives.
         texts: (B,) int64 ids of y: of several columns of one id only the first, over all ranks, is compared with.
-            The pair itself is then the row and that column.
+            The pair itself is then the row and that column. Where positives go by label, the first of each label.
         bias: () of "siglip".
+        symmetric: columns are queries too, half of the loss; "siglip" has no directions.
         gather: "all_gather" (fewer messages) or "ring" (memory that shrinks with the number of ranks).
         tile: scores are computed in blocks of so many rows and columns; 0: all at once.
 
     Raises `ValueError` on all ranks where tensors do not fit each other, here or between ranks.
     """
-    what = f"{loss} {symmetric} {gather} {labels is None} {texts is None}"
-    problem = _problem(x, y, labels, texts)
+    what = f"{loss} {symmetric} {labels is None} {texts is None}"
+    problem = _problem(x, y, scale, bias, gather, tile, labels, texts)
     if loss not in get_args(Loss):
         problem = f"loss={loss!r}: use one of {', '.join(get_args(Loss))}"
     elif labels is None and loss != "infonce":
         problem = f"loss={loss!r} needs labels"
     elif (loss == "siglip") != (bias is not None):
         problem = "bias goes with loss='siglip', and only with it"
-    sizes = _agree(len(x), x, what, problem, group)
+    sizes = _agree(x, gather, what, problem, group)
     own = torch.arange(len(x), device=x.device) + sum(sizes[: world(group)[0]])
     columns = [own] + [ids for ids in (labels, texts) if ids is not None]
     ids = gather_rows(torch.stack(columns, 1), sizes, group)  # (N, 1 to 3)
     instance, label, text = ids[:, 0], ids[:, 1] if labels is not None else None, ids[:, -1]
     kept = torch.ones(len(ids), dtype=torch.bool, device=x.device)  # (N,) the columns that take part
+    by_instance = loss in ("infonce", "masked")
     if texts is not None:
-        kept = _first_of_each(text)
+        kept = _first_of_each(text[:, None] if by_instance else ids[:, 1:])
         y = y[kept[own]]
-    if loss in ("infonce", "masked"):
+    if by_instance:
         positive = instance if texts is None else text
     else:
         assert label is not None
@@ -122,7 +124,7 @@ def parallel_loss(
 
     x: (B, D) of unit length; sources, labels: (B,) int64 ids; the rest as in `contrastive_loss`.
     """
-    sizes = _agree(len(x), x, f"parallel {gather}", _problem(x, x, sources, labels), group)
+    sizes = _agree(x, gather, "parallel", _problem(x, x, scale, None, gather, tile, sources, labels), group)
     ids = gather_rows(torch.stack([sources, labels], 1), sizes, group)  # (N, 2)
     source, label = ids.unbind(1)
     rows = _Ids(sizes, source, neutral=label, label=None)
@@ -136,25 +138,41 @@ def uniformity(x: Tensor, limit: int = 512) -> Tensor:
     """log of the mean of exp(-2 · squared distance) over pairs of rows (arXiv 2005.10242), of at most `limit` rows.
 
     x: (B, D) of unit length. 0 where all rows are one, near -4 where many are spread out; NaN for fewer than two.
+    Of this rank alone, and in fp32.
     """
     x = x[:limit].float()
-    squared = (2 - 2 * x @ x.T).clamp(min=0)  # (b, b)
+    with torch.autocast(x.device.type, enabled=False):
+        squared = (2 - 2 * x @ x.T).clamp(min=0)  # (b, b)
     apart = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     return squared[apart].mul(-2).exp().mean().log()
 
 
-def _problem(x: Tensor, y: Tensor, *ids: Tensor | None) -> str | None:
+def _problem(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, gather: str, tile: int, *ids: Tensor | None
+) -> str | None:
+    """What is wrong with arguments; to be told on all ranks together, since one that raises alone leaves the rest."""
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
         return f"embeddings of shapes {tuple(x.shape)} and {tuple(y.shape)}: both must be (rows, one width)"
-    for each in (y, *(i for i in ids if i is not None)):
+    for each in (each for each in ids if each is not None):
+        if each.dim() != 1 or each.dtype != torch.int64:
+            return f"ids of shape {tuple(each.shape)} and {each.dtype}: they must be (rows,) of torch.int64"
+    for each in (each for each in (y, *ids) if each is not None):
         if len(each) != len(x):
             return f"{len(x)} rows, but {len(each)} of another argument: row i of all of them is one pair"
-    return None
+    for each in (each for each in (y, scale, bias, *ids) if each is not None):
+        if each.device != x.device:
+            return f"embeddings on {x.device}, but another argument on {each.device}: move it there"
+    if scale.numel() != 1 or (bias is not None and bias.numel() != 1):
+        return "scale and bias must be one number each: a LogitScale gives as many as it has terms"
+    if gather not in EXCHANGES:
+        return f"gather={gather!r}: use one of {', '.join(EXCHANGES)}"
+    return f"tile={tile}: use 0 or more" if tile < 0 else None
 
 
-def _agree(rows: int, x: Tensor, what: str, problem: str | None, group: Any) -> list[int]:
+def _agree(x: Tensor, gather: str, what: str, problem: str | None, group: Any) -> list[int]:
     """The number of rows of each rank. Raises `ValueError` on every rank if one of them has a problem or differs."""
-    width = x.shape[-1] if x.dim() else 0
+    rows, width = x.shape if x.dim() == 2 else (0, 0)
+    what = f"{what} {gather} {'float64' if x.dtype == torch.float64 else 'float32'}"
     told = gather_numbers([rows, problem is not None, width, zlib.crc32(what.encode())], x.device, group)
     if problem:
         raise ValueError(problem)
@@ -169,8 +187,8 @@ def _agree(rows: int, x: Tensor, what: str, problem: str | None, group: Any) -> 
 
 
 def _first_of_each(ids: Tensor) -> Tensor:
-    """(N,) bool: the first row of each id."""
-    kinds, inverse = torch.unique(ids, return_inverse=True)
+    """(N, k) ids → (N,) bool: the first row of each combination of ids."""
+    kinds, inverse = torch.unique(ids, dim=0, return_inverse=True)
     place = torch.arange(len(ids), device=ids.device)
     first = place.new_full((len(kinds),), len(ids)).scatter_reduce_(0, inverse, place, "amin")
     kept = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -188,7 +206,7 @@ class _Ids(NamedTuple):
 
     def those(self, kept: Tensor) -> "_Ids":
         """Some of them, by a (n,) mask."""
-        sizes = [int(part.sum()) for part in kept.split(self.sizes)]
+        sizes = torch.stack([part.sum() for part in kept.split(self.sizes)]).tolist()  # one wait for the device, not W
         return _Ids(sizes, self.positive[kept], *(None if ids is None else ids[kept] for ids in self[2:]))
 
 
@@ -260,7 +278,7 @@ def _loss(
         excess=value.detach() - floor.to(dtype),
         accuracy=(sums[0] / among).to(dtype),
         positives=(of_row.clamp(min=0).sum() / among).to(dtype),
-        alignment=(2 - 2 * sums[1] / among).to(dtype),
+        alignment=((count > 0) * 2 - 2 * sums[1] / among).to(dtype),
         false_negatives=_false_negatives(rows, columns, row_ids, column_ids).to(dtype),
         rows=count.to(dtype),
     )

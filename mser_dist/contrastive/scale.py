@@ -10,7 +10,10 @@ from torch.autograd.function import once_differentiable
 
 
 class _Bounded(torch.autograd.Function):
-    """Clamp whose gradient is only stopped where it would push further out: a value at its bound can come back."""
+    """Clamp whose gradient is only stopped where it would push further out: a value at its bound can come back.
+
+    The gradient has to be the whole loss's on every rank, as `Scores` gives it: a rank's part may have another sign.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, low: float, high: float) -> Tensor:

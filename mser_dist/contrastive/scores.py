@@ -49,8 +49,8 @@ class Scores(torch.autograd.Function):
     """(x, y, scale, bias) → the loss over all ranks' pairs (), and sums over all rows: (hits, cosine of positives).
 
     x: (B, D), y: this rank's columns (b, D), scale and bias: () tensors; bias is read by kind "sigmoid" alone.
-    The gradients are those of the loss times the number of ranks: exact after the mean that DDP and ZeRO take.
-    Collective, forward and backward.
+    The gradients of x and y are those of the loss times the number of ranks, those of scale and bias are whole on every
+    rank: exact after the mean that DDP and ZeRO take. Collective, forward and backward.
     """
 
     @staticmethod
@@ -88,9 +88,10 @@ class Scores(torch.autograd.Function):
             exchange.sweep([columns, *shifts], gathered, rows.differentiate_block)
             y_grad = exchange.home(gathered.pop())
             x_grad = rows.finish(y, y_grad)  # not yet times the scale
+            # Whole on every rank: a bound asks for its sign, which a rank's own part may not have.
+            parts = torch.stack([rows.dot(lambda here: x_grad[here]).sum(), rows.bias_grad.double()])
+            scale_grad, bias_grad = (all_sum(parts, exchange.group) * grad).to(x.dtype).unbind()
             factor = grad * ctx.ranks
-            scale_grad = rows.dot(lambda here: x_grad[here]).sum().to(x.dtype) * factor
-            bias_grad = rows.bias_grad * factor
             return x_grad.mul_(scale * factor), y_grad.mul_(factor), scale_grad, bias_grad, None
 
 

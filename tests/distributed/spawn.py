@@ -1,5 +1,6 @@
 """Starts a function in several real processes that share a gloo group."""
 
+import faulthandler
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ def run(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
 def _entry(
     rank: int, function: Callable[..., Any], ranks: int, port: int, folder: str, arguments: tuple[Any, ...]
 ) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     hush()
     distributed.init(

@@ -97,6 +97,15 @@ def test_plain_infonce_cannot_go_below_the_log_of_the_class_size() -> None:
     assert float(unique.loss) == pytest.approx(0.0, abs=1e-5) and float(unique.false_negatives) == 0
 
 
+def test_a_text_under_two_labels_stays_a_positive_of_both() -> None:
+    """Where positives go by label; a pair that is its own positive keeps the one column."""
+    label, text = torch.tensor([0, 1, 1]), torch.tensor([7, 7, 8])
+    both = contrastive_loss(unit(0, 3), unit(1, 3), torch.tensor(14.0), labels=label, texts=text)
+    assert float(both.rows) == 3 and float(both.positives) == pytest.approx(5 / 3)
+    one = contrastive_loss(unit(0, 3), unit(1, 3), torch.tensor(14.0), loss="infonce", texts=text)
+    assert float(one.rows) == 3 and float(one.positives) == 1
+
+
 def test_telemetry() -> None:
     x, y = unit(0), unit(1)
     out = contrastive_loss(x, y, torch.tensor(14.0), labels=LABEL, tile=3)
@@ -135,7 +144,7 @@ def test_without_parallel_clips_the_term_is_zero_with_a_zero_gradient() -> None:
     x = unit(3).requires_grad_()
     out = parallel_loss(x, torch.arange(N), torch.zeros(N, dtype=torch.long), torch.tensor(14.0))
     out.loss.backward()
-    assert float(out.loss.detach()) == 0.0 and float(out.rows) == 0
+    assert float(out.loss.detach()) == 0.0 and float(out.rows) == 0 and float(out.alignment) == 0
     assert x.grad is not None and not x.grad.any()
 
 
@@ -177,12 +186,15 @@ def saved_elements(n: int, tile: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        contrastive_loss(x, y, torch.tensor(14.0), loss="infonce", tile=tile)
+        out = contrastive_loss(x, y, torch.tensor(14.0), loss="infonce", tile=tile)
+    for value in vars(out.loss.grad_fn.pairs).values():  # type: ignore[union-attr]
+        if isinstance(value, Tensor):
+            pack(value)
     return sum(saved.values())
 
 
 def test_what_is_kept_grows_with_the_rows_and_not_with_their_square() -> None:
-    assert saved_elements(64, 16) < 2.1 * saved_elements(32, 16) < 32 * 32 * 2.1
+    assert saved_elements(128, 16) < 2.1 * saved_elements(64, 16) < 64 * 64 * 2.1
 
 
 @pytest.mark.parametrize(
@@ -195,6 +207,12 @@ def test_what_is_kept_grows_with_the_rows_and_not_with_their_square() -> None:
         ({"loss": "siglip"}, "bias goes with"),
         ({"bias": torch.zeros(())}, "bias goes with"),
         ({"loss": "clip"}, "use one of infonce, supcon, sum, masked, siglip"),
+        ({"labels": LABEL.float()}, r"ids of shape \(10,\) and torch.float32: they must be \(rows,\) of torch.int64"),
+        ({"labels": LABEL[:, None]}, r"ids of shape \(10, 1\)"),
+        ({"labels": LABEL.to("meta")}, "embeddings on cpu, but another argument on meta"),
+        ({"scale": torch.ones(2)}, "one number each"),
+        ({"gather": "all_reduce"}, "use one of all_gather, ring"),
+        ({"tile": -1}, "use 0 or more"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], says: str) -> None:
@@ -272,6 +290,27 @@ def test_cached_gradients_are_those_of_one_pass_dropout_included() -> None:
     assert torch.equal(after, torch.get_rng_state())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_a_small_gradient_of_a_float16_embedding_reaches_the_tower() -> None:
+    """Where backward scales the loss: the cache must not have lost it before."""
+    tower = nn.Linear(6, 4)
+    data = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+    def backward(loss: Tensor) -> None:
+        (loss * 2**16).backward()
+
+    cached_backward(
+        data.split(4),
+        lambda chunk: Embedded((tower(chunk).half(),)),
+        lambda embedded: (1e-9 * embedded.rows[0].square().sum(), None),
+        backward=backward,
+    )
+    found = tower.weight.grad
+    assert found is not None
+    tower.weight.grad = None
+    (2**16 * 1e-9 * tower(data).square().sum()).backward()
+    torch.testing.assert_close(found, tower.weight.grad, rtol=1e-2, atol=1e-7)  # float16 has 11 bits
 
 
 def test_caching_without_chunks_is_refused() -> None:
