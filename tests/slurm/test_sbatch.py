@@ -125,6 +125,13 @@ def seconds_to_a_step(cluster: Cluster, job: str, run: Path, after: int = 0) -> 
     return float(first) - datetime.fromisoformat(cluster.show(job)["StartTime"]).timestamp()
 
 
+def rank_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("SLURM_PROCID")
+    except psutil.Error:  # it has just ended
+        return None
+
+
 @pytest.mark.drill("slurm-node-death")
 def test_a_node_that_dies_takes_the_job_back_to_its_last_checkpoint(cluster: Cluster, folder: Path) -> None:
     """All processes of one node's step are killed, SLURM's own among them; the rest ends, and the job starts again."""
@@ -136,7 +143,7 @@ def test_a_node_that_dies_takes_the_job_back_to_its_last_checkpoint(cluster: Clu
     name = f"slurmstepd: [{job}.0]"
     steps = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
     assert len(steps) == 2, "one for each node"
-    victim = next(p for p in steps if any(c.environ().get("SLURM_PROCID") == "1" for c in p.children(recursive=True)))
+    victim = next(p for p in steps if any(rank_of(c) == "1" for c in p.children(recursive=True)))
     for process in [victim, *victim.children(recursive=True)]:
         process.kill()
     expected = undisturbed(folder)  # meanwhile: the machine has nothing to do until the job starts again
