@@ -140,7 +140,12 @@ def _parser() -> argparse.ArgumentParser:
 
     def config_words(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("config", metavar="CONFIG", help="YAML file or preset name")
-        sub.add_argument("words", metavar="key=value", nargs="*", help="overrides; `mser config --keys` lists the keys")
+        sub.add_argument(
+            "words",
+            metavar="key=value",
+            nargs="*",
+            help="overrides; `mser config --keys stage1` (stage2, eval) lists the keys",
+        )
 
     demo = verb("demo", _demo, "from nothing to a zero-shot table, on a laptop", _DEMO_HELP)
     demo.add_argument(
