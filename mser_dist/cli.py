@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             "words",
             metavar="key=value",
             nargs="*",
-            help="overrides; `mser config --keys stage1` (stage2, eval) lists the keys",
+            help="overrides; mser config --keys stage1 lists them",
         )
 
     demo = verb("demo", _demo, "from nothing to a zero-shot table, on a laptop", _DEMO_HELP)
