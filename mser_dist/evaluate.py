@@ -127,7 +127,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
             _publish(config, tracker, rows, tables, predictions)
             report |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
             write_json(out / "report.json", report)
-    distributed.barrier()
+        distributed.barrier()  # within: who waits for the report is alive, listens to signals, and looks after rank 0
     return report
 
 

@@ -14,7 +14,7 @@ _LATE = 10  # seconds that a shared file system may take to show another node's 
 _ENDED = frozenset({
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT",
 })  # fmt: skip
-_OURS = re.compile(r"^mser_dist\.errors\.UserError: ", re.MULTILINE)  # in a traceback
+_OURS = re.compile(r"^mser_dist\.errors\.(?:User|Passing)Error: ", re.MULTILINE)  # in a traceback
 _PRINTED = re.compile(r"^mser: error.*?: (.*)", re.MULTILINE)  # in a log
 _GIVEN_UP = re.compile(r"^mser: (exit code \d+; .*)", re.MULTILINE)  # by `requeue.py`, in that of rank 0
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import IO
 
@@ -57,7 +58,8 @@ def local(ranks: int, arguments: Sequence[str]) -> int:
         if failed and code != SAVED and processes[0].returncode != 2:
             sys.stderr.write(_tail(quiet[failed - 1]))
         if code > 128:
-            sys.stderr.write(f"mser: rank {failed} was ended by {signal.Signals(code - 128).name}\n")
+            with suppress(ValueError):  # an exit code of its own
+                sys.stderr.write(f"mser: rank {failed} was ended by {signal.Signals(code - 128).name}\n")
         return code
     finally:
         _end(processes)

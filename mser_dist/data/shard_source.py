@@ -1,6 +1,7 @@
 """Where the shards of a data set are: a local folder, a tar, or a URL; each with its index."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,6 +14,8 @@ from mser_dist.data.shard_index import REPACK
 from mser_dist.data.shard_reader import Shard
 from mser_dist.data.shard_writer import DATASET_FILE, LOCK_FILE
 from mser_dist.errors import UserError
+
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 def list_shards(path: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
@@ -42,6 +45,8 @@ def facts(description: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]
         listed = [shard for _, split in sorted(description["splits"].items()) for shard in split["shards"]]
         result = {shard["file"]: shard for shard in listed if shard.keys() >= {"count", "bytes", "sha256", "index"}}
         strange = any(Path(file).name != file for file in result)
+        # They become names of files in the cache.
+        strange |= not all(_HASH.fullmatch(shard[key]) for shard in result.values() for key in ("sha256", "index"))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{name}: does not list its shards; {REPACK}") from None
     if strange or len(result) < len(listed):
