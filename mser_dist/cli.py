@@ -40,8 +40,8 @@ _PACK_HELP = """\
 Make shards from a corpus, with speaker-disjoint train, val and test splits.
 
   mser pack emodb data/emodb shards/emodb
-  mser pack manifest clips.csv shards/mine      CSV or JSONL: path, emotion, language, speaker
-                                                (optional: gender, text, split, source_id, corpus)
+  mser pack manifest clips.csv shards/mine      CSV, TSV or JSONL: path, emotion, language, speaker
+                                                (optional: id, label, gender, text, split, source_id, corpus)
 
 Interrupted, the same command goes on from the finished shards, which wait in OUT.partial.
 """

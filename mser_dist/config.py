@@ -218,7 +218,9 @@ class Train:
     grad_clip: float = opt(1.0, "clip the global gradient norm; 0: off")
     log_every: int = opt(5, "steps between logged points")
     val_every: int = opt(0, "steps between validations; 0: only at the end")
-    save_every: int = opt(0, "steps between checkpoints; 0: none but at the end, and when the job is asked to stop")
+    save_every: int = opt(
+        0, "steps between checkpoints; 0: none by steps; the end, a stop, save_minutes and save_best save all the same"
+    )
     save_minutes: float = opt(0.0, "minutes between checkpoints, besides save_every; 0: off")
     save_best: bool = opt(True, "save also where the validation UA is the best so far, so that it can be kept")
     keep: int = opt(2, "newest checkpoints kept; the one with the best validation UA is kept besides")
@@ -247,7 +249,7 @@ class Tracking:
     )
 
     def check(self) -> None:
-        if self.uri and re.search(r"//[^/]*:[^/]*@", self.uri):
+        if self.uri and re.search(r"//[^/]*:[^/]*@|(?i:[?&;](?:password|passwd|pwd|token|secret)=)", self.uri):
             raise UserError(
                 "tracking.uri holds a password, and config.yaml keeps every key: leave it out, and export "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI for a database"

@@ -64,8 +64,14 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
         micro, accumulation = micro * accumulation, 1
     decided = {
         "train_batch_size": (config.train.global_batch, "train.global_batch"),
-        "train_micro_batch_size_per_gpu": (micro, "train.micro_batch"),
-        "gradient_accumulation_steps": (accumulation, "train.global_batch / (train.micro_batch · world size)"),
+        "train_micro_batch_size_per_gpu": (
+            micro,
+            "train.global_batch / world size" if config.stage == 1 else "train.micro_batch",
+        ),
+        "gradient_accumulation_steps": (
+            accumulation,
+            "gradient caching" if config.stage == 1 else "train.global_batch / (train.micro_batch · world size)",
+        ),
         "gradient_clipping": (config.train.grad_clip, "train.grad_clip"),
     }
     for key, (value, source) in decided.items():

@@ -44,6 +44,8 @@ _SETUP = [
     "cache=${TMPDIR:-/tmp}/mser-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}",
     "export TRITON_CACHE_DIR=$cache/triton TORCH_EXTENSIONS_DIR=$cache/torch_extensions",
 ]
+# A job that a task of an array submits inherits these, and would be taken for that task.
+_NO_ARRAY = "unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID"
 # What happens behind srun. Its own exit code is the largest of all ranks, those included that it ended because of the
 # first to fail: `task.py` keeps that one's.
 _AT_END = """\
@@ -262,7 +264,7 @@ def _parameters(
         "signal_delay_s": need.signal_seconds,
         "array_parallelism": parallel,
         "wckey": None,  # a site that keeps wckeys refuses one that it does not know
-        "setup": [*need.setup, *_SETUP, *_end(configs, place)],
+        "setup": [*need.setup, *_SETUP, *([] if len(configs) > 1 else [_NO_ARRAY]), *_end(configs, place)],
         "srun_args": srun,
         "additional_parameters": extra,
     }

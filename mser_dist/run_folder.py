@@ -1,6 +1,7 @@
 """A run's folder: taken for one config, and given back to it alone."""
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -66,14 +67,16 @@ def claimed(out: Path, patience: float) -> Iterator[None]:
     Waits `patience` seconds for a start that is just ending. `UserError` then; but a lock of an earlier start of this
     SLURM job is that of a dead node, which some network file systems keep, and is passed over.
     """
-    job, lock = os.environ.get("SLURM_JOB_ID", ""), out / ".lock"
+    job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    lock = out / ".lock"
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
         deadline = time.monotonic() + patience
         while (handle := lock_file(lock)) is None:
             holder = lock.read_text(encoding="utf-8")
             if time.monotonic() > deadline:
-                if job and holder.startswith(f"job {job} "):
+                before = re.match(r"job (\S+), start (\d+) ", holder)
+                if job and before and before[1] == job and int(before[2]) < start:
                     distributed.warn(f"{lock} is still held by {holder}, an earlier start of this job: going on")
                     break
                 raise UserError(
@@ -82,7 +85,9 @@ def claimed(out: Path, patience: float) -> Iterator[None]:
             time.sleep(0.5)
         if handle is not None:
             os.truncate(handle, 0)
-            os.write(handle, f"job {job or 'none'} on {socket.gethostname()}, process {os.getpid()}".encode())
+            os.write(
+                handle, f"job {job or 'none'}, start {start} on {socket.gethostname()}, process {os.getpid()}".encode()
+            )
     except OSError as error:
         raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
     try:

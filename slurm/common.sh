@@ -66,10 +66,10 @@ run_on_all() {
   exit "$code"
 }
 
-# clean FOLDER: remove it on every node of the job. It is no loss if that fails: a node's /tmp is not for ever.
+# clean FOLDER: remove it on every node of the job. Briefly, as a job may have little time left to be queued again; a node's /tmp is not for ever.
 clean() {
   rm -rf "$1"
   if ((${SLURM_JOB_NUM_NODES:-1} > 1)); then
-    timeout 30 srun --quiet --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 rm -rf "$1" || true
+    timeout 5 srun --quiet --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 rm -rf "$1" || true
   fi
 }

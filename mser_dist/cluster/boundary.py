@@ -53,7 +53,8 @@ class Boundary:
         """Whether one more step might leave too little time to save."""
         if self.ends is None or not self._main:
             return False
-        return self.ends - time.time() < time_to_save(self.checkpoints.seconds) + 2 * self._slowest
+        under_way = 0.0 if self.checkpoints.written else self.checkpoints.seconds  # the last save has to wait for it
+        return self.ends - time.time() < under_way + time_to_save(self.checkpoints.seconds) + 2 * self._slowest
 
 
 def time_to_save(seconds: float) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 from mser_dist.cluster.preempt import SAVED
 
 _FAILURES, _STARTS = 3, 10  # failures, and starts of any kind, without a step forward
-# What a run that saved ends with, and one that does not listen to USR1, USR2 and TERM, such as an evaluation (128 + n).
+# What a run that saved ends with, and one that was not listening yet to USR1, USR2 and TERM (128 + n).
 _NO_FAULT = (SAVED, 128 + 10, 128 + 12, 128 + 15)
 
 
@@ -51,9 +51,14 @@ def requeue(code: int, out: Path) -> int:
 
 
 def _job() -> str | None:
-    """The job's id; of one task of an array, for the array's own id would mean all of them."""
-    array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    """The job's id; of one task of an array ARRAY_TASK, for the last task's own id is that of the whole array."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and "SLURM_ARRAY_TASK_ID" in os.environ:  # a job that a task of an array has submitted inherits them, too
+        for line in (_ask("squeue", "--noheader", "--array", "--job", job, "--format=%A %i") or "").splitlines():
+            own, name = line.split()
+            if own == job:
+                return name
+    return job
 
 
 def _no_step_forward(out: Path, code: int, job: str) -> str | None:

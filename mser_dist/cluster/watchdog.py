@@ -81,7 +81,7 @@ class Watchdog:
         rank, ranks = self.world.rank, self.world.world_size
         seen: dict[int, tuple[str, float]] = {}  # rank → (its last beat, when it came)
         moved, ticks_then = time.monotonic(), -1
-        count = 0
+        count, pulse = 0, b""
         while not self._over.wait(min(5.0, self.silence / 5)):
             if self._was_paused():
                 seen, moved = {}, time.monotonic()
@@ -89,10 +89,11 @@ class Watchdog:
             try:
                 store.set(f"beat/{rank}", f"{count} {self._ticks} {socket.gethostname()} {self._where}")
                 if rank:  # rank 0 sets the pulse after each look at the others
-                    store.get("beat/0")
+                    last, pulse = pulse, store.get("beat/0")
                     if store.check([_VERDICT]):
                         return self._end(store.get(_VERDICT).decode())
-                    self._last_answer = time.monotonic()
+                    if pulse != last:  # the store has a thread of its own: it answers also where rank 0 stands still
+                        self._last_answer = time.monotonic()
                     continue
             except Exception:  # rank 0's process has gone, or does not answer: `_guard` counts the time
                 continue

@@ -4,6 +4,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,11 +88,13 @@ class ShardReader:
         return file
 
     def _dropped(self, number: int) -> bool:
-        """Whether a shard's local copy was damaged and is removed, so that the next read fetches it again."""
+        """Whether a shard's local copy was damaged and is removed or replaced, so that the next read finds another."""
         shard = self.shards[number]
         if not (shard.is_remote and shard.own_hash and self.cache):
             return False
-        self._local.files.pop(number, None)
+        file = self._local.files.pop(number, None)
+        if file is not None and not file.is_at(self.cache.path_of(shard.name, shard.sha256)):
+            return True  # another reader has noticed first
         return self.cache.drop_if_damaged(shard.name, shard.sha256)
 
     def _open(self, shard: Shard) -> "_OpenFile":
@@ -135,6 +138,12 @@ class _OpenFile:
     def pread(self, size: int, offset: int) -> bytes:
         """Read without moving the file's position, which forked processes share."""
         return os.pread(self._descriptor, size, offset)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a path still leads to this file."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._descriptor), path.stat())
+        return False
 
     def __del__(self) -> None:
         if self._descriptor >= 0:

@@ -53,6 +53,17 @@ def test_it_stops_while_there_is_time_to_save(tmp_path: Path) -> None:
     assert slow.stop == "the job's time is almost over"
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_a_save_under_way_has_to_end_before_the_last_one(
+    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoints, "written", property(lambda self: written))
+    one = boundary(tmp_path, ends=time.time() + time_to_save(40) + 20)
+    one.checkpoints.seconds = 40.0
+    one.poll()
+    assert (one.stop is None) is written
+
+
 def test_a_block_that_listens_within_another_shares_its_flag() -> None:
     with listen() as outer:
         with listen() as inner:

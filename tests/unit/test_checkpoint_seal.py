@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,21 @@ def test_what_rank_0_cannot_see_is_not_published(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match=r"rank-00001.safetensors is not to be seen by rank 0: out= must be"):
         publish(staging, {"rank-00001.safetensors": (3, "abc")}, {"step": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001.partial"]
+
+
+@pytest.mark.parametrize(("job", "start", "passes"), [("7", "1", True), ("7", "0", False), ("8", "1", False)])
+def test_only_a_later_start_of_the_same_job_passes_a_lock_over(
+    job: str, start: str, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of one start are two trainings in one folder."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    held = claimed(tmp_path, patience=0.0)
+    with held:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+        refused = nullcontext() if passes else pytest.raises(UserError, match="another process is training in")
+        with refused, claimed(tmp_path, patience=0.0):
+            pass
 
 
 def test_a_folder_is_held_by_one_training(tmp_path: Path) -> None:

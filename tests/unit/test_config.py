@@ -113,6 +113,8 @@ def test_large_seeds_keep_every_digit(tmp_path: Path) -> None:
         (["data.workers=-1"], "data.workers must not be negative"),
         (["data.max_seconds=0"], "data.max_seconds must be positive"),
         (["seed=-1"], "seed must not be negative"),
+        (["tracking.uri=http://me:secret@host"], "tracking.uri holds a password"),
+        (["tracking.uri=postgresql://db/x?user=me&password=secret"], "tracking.uri holds a password"),
         (["train.global_batch=0"], "train.global_batch must be positive, not 0"),
         (["train.steps=0"], "train.steps must be positive, not 0"),
         (["train.epochs=0"], "train.epochs must be positive"),

@@ -171,6 +171,15 @@ def test_a_claim_of_a_dead_process_does_not_stop_others(memory: str, tmp_path: P
     assert not list((tmp_path / "cache").glob(".*claim"))
 
 
+def test_a_rotten_copy_is_replaced_for_every_reader_that_has_it_open(memory: str, tmp_path: Path) -> None:
+    readers = [ShardSet.open(memory, cache=RemoteCache(tmp_path / "cache")) for _ in range(2)]
+    expected = [reader.read(0).audio for reader in readers]
+    for copy in (tmp_path / "cache").glob("*.tar"):
+        with copy.open("r+b") as file:
+            file.write(bytes(copy.stat().st_size))
+    assert [reader.read(0).audio for reader in readers] == expected
+
+
 def test_a_local_copy_that_rots_is_fetched_again(url: str, tmp_path: Path) -> None:
     shards = ShardSet.open(url, cache=RemoteCache(tmp_path / "cache"))
     before = everything(shards)

@@ -57,8 +57,14 @@ def test_a_task_of_an_array_is_asked_about_alone(
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\ncase "$*" in *%A*) echo "100 100_8"; echo "123 100_7";; *) echo PENDING;; esac\n')
+    squeue.chmod(0o755)
     requeue(75, tmp_path)
-    assert "squeue does not know job 100_7" in capsys.readouterr().err
+    assert "job 100_7 is PENDING" in capsys.readouterr().err
+    squeue.write_text('#!/bin/sh\ncase "$*" in *%A*) echo "123 123";; *) echo PENDING;; esac\n')
+    requeue(75, tmp_path)
+    assert "job 123 is PENDING" in capsys.readouterr().err, "its variables are those of the task that submitted it"
 
 
 def test_what_somebody_else_has_decided_is_no_failure_of_this_start(

@@ -24,16 +24,6 @@ from tests.unit.made_up_set import meta, pcm, write_set
 from tests.unit.test_shards import write_foreign
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_set(tmp_path_factory.mktemp("damage") / "set")
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "set"))
-
-
 def _read_all(shards: ShardSet) -> list[str]:
     return [shards.read(i).meta["id"] for i in range(len(shards))]
 

@@ -1,5 +1,4 @@
 import concurrent.futures
-import shutil
 import tempfile
 import threading
 from contextlib import suppress
@@ -16,16 +15,6 @@ from mser_dist.data.shard_writer import DatasetWriter, shard_name
 from mser_dist.data.shards import ShardSet
 from mser_dist.errors import UserError
 from tests.unit.made_up_set import meta, pcm, write_set
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_set(tmp_path_factory.mktemp("shards") / "set")
-
-
-@pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "set"))
 
 
 @pytest.mark.parametrize(

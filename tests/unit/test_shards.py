@@ -18,11 +18,6 @@ from mser_dist.errors import UserError
 from tests.unit.made_up_set import meta, pcm, write_set
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_set(tmp_path_factory.mktemp("shards") / "set")
-
-
 def test_written_set_reads_back(finished: Path) -> None:
     shards = ShardSet.open(finished)
     assert len(shards) == 20

@@ -1,0 +1,28 @@
+"""A rank 0 that stands still in a call which keeps Python's lock, while the store's own thread goes on answering."""
+
+import ctypes
+import time
+
+import pytest
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from mser_dist.cluster.watchdog import LOST, Watchdog
+from mser_dist.distributed import World
+from tests.distributed.spawn import run
+
+pytestmark = pytest.mark.distributed
+
+
+def stand_still(rank: int) -> None:
+    with Watchdog(World(rank, 2), silence=3.0, stall=600.0).watch():
+        time.sleep(2)
+        if rank == 0:
+            ctypes.PyDLL(None).sleep(40)
+        time.sleep(40)
+
+
+def test_the_others_notice_a_rank_0_that_stands_still(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ProcessExitedException) as ended:
+        run(stand_still, 2)
+    assert (ended.value.error_index, ended.value.exit_code) == (1, LOST)
+    assert "rank 0 (127.0.0.1): no answer for 3 s" in capfd.readouterr().err
