@@ -218,9 +218,7 @@ class Train:
     grad_clip: float = opt(1.0, "clip the global gradient norm; 0: off")
     log_every: int = opt(5, "steps between logged points")
     val_every: int = opt(0, "steps between validations; 0: only at the end")
-    save_every: int = opt(
-        0, "steps between checkpoints; 0: none by steps; the end, a stop, save_minutes and save_best save all the same"
-    )
+    save_every: int = opt(0, "steps between checkpoints, besides the end, a stop, save_minutes and save_best; 0: off")
     save_minutes: float = opt(0.0, "minutes between checkpoints, besides save_every; 0: off")
     save_best: bool = opt(True, "save also where the validation UA is the best so far, so that it can be kept")
     keep: int = opt(2, "newest checkpoints kept; the one with the best validation UA is kept besides")
