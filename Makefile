@@ -54,9 +54,10 @@ test-slurm: $(STAMP)  ## the tests on a real SLURM alone; installs Debian's pack
 test-fast: $(STAMP)  ## the unit tests only
 	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff: rules and formatting
+lint: $(STAMP)  ## ruff: rules and formatting; import-linter: a room imports only rooms below it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(STAMP)  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

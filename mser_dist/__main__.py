@@ -2,6 +2,6 @@
 
 import sys
 
-from mser_dist.cli import main
+from mser_dist.cli.main import main
 
 sys.exit(main())

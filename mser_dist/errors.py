@@ -1,4 +1,4 @@
-"""The errors that are shown to a user without a traceback."""
+"""What ends a command without a traceback: mistakes that a user can mend, and an orderly stop."""
 
 
 class UserError(Exception):
@@ -14,3 +14,14 @@ class PassingError(UserError):
     """An error of the machine that may pass, such as a peer that did not come: a job may be started again."""
 
     code = 1
+
+
+class Stopped(Exception):
+    """A job was asked to stop. A training has saved `step` on every rank; an evaluation has none, and begins anew."""
+
+    def __init__(self, reason: str, step: int | None) -> None:
+        self.reason, self.step = reason, step
+        where = "before the end; the same command begins anew"
+        if step is not None:
+            where = f"at step {step}; the same command continues from there"
+        super().__init__(f"{reason}: stopped {where}")

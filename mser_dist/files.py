@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,25 @@ def read_json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once: a reader sees the old one or the new one."""
-    staging = path.with_name(path.name + ".partial")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    """Replace a text file at once: a reader sees the old one or the new one, also after a crash."""
+    # Several processes, on several nodes, may write the same file.
+    staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        with staging.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file at once."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, compact: bool = False) -> None:
+    """Replace a JSON file at once; `compact`: keys in order and no spaces, so that equal values are equal bytes."""
+    if compact:
+        write_text(path, json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")))
+    else:
+        write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def fsync_tree(folder: Path, below: bool = True) -> None:

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic set of shards, made once. Copy it before changing it."""
-    from mser_dist.data.synth_set import write_set
+    from mser_dist.synth.write import write_set
     from tests.tiny_runs import SMALL_SET
 
     folder = tmp_path_factory.mktemp("tiny") / "shards"

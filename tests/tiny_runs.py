@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mser_dist.data.synth import SynthConfig
+from mser_dist.synth.speech import SynthConfig
 
 ROOT = Path(__file__).parents[1]
 # Four sentences in two languages, and Greek to be evaluated on.

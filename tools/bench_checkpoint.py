@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from mser_dist import config as cfg
-from mser_dist import distributed
-from mser_dist.engine import Engine
 from mser_dist.files import fsync_tree
 from mser_dist.quiet import hush
+from mser_dist.ranks import distributed
 from mser_dist.state.checkpoint import Checkpoints
+from mser_dist.training.engine import Engine
 
 
 class Stack(nn.Module):
@@ -51,7 +51,7 @@ def measure(width: int, depth: int, rounds: int, folder: Path) -> list[dict[str,
     hush()
     world = distributed.World()
     distributed.init(world, timeout_minutes=5, device="cpu")
-    config = cfg.Stage1(train=cfg.Train(global_batch=4), engine=cfg.Engine(deepspeed="cpu"))
+    config = cfg.Stage1(train=cfg.TrainConfig(global_batch=4), engine=cfg.EngineConfig(deepspeed="cpu"))
     engine = Engine(Stack(width, depth), config, world, total=10**6, device="cpu")
     batch = torch.randn(4, width)
 

@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import psutil
 
-from mser_dist.config import TrainingClips
-from mser_dist.data import audio
-from mser_dist.data.features import Features
-from mser_dist.data.loader import Clip
-from mser_dist.data.plan import Plan, Position
-from mser_dist.data.shard_columns import Column
-from mser_dist.data.shard_writer import DatasetWriter
-from mser_dist.data.shards import ShardSet
-from mser_dist.data.stream import TOKEN, Clips, plan_of, training_steps
+from mser_dist import audio
+from mser_dist.config import TrainingDataConfig
+from mser_dist.shards.columns import Column
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.writer import DatasetWriter
+from mser_dist.stream.examples import Examples
+from mser_dist.stream.features import Features
+from mser_dist.stream.loader import Example
+from mser_dist.stream.plan import Plan, Position
+from mser_dist.stream.steps import TOKEN, plan_of, training_steps
 
 LABELS = ["anger", "happy", "sad"]
 RANKS, BUDGET = 1024, 8192
@@ -65,7 +66,7 @@ def write_small(folder: Path, shards: int, each: int) -> None:
             writer.write("train", f"k{i:07d}", data, "wav", {**meta, **own, "synthetic": True})
 
 
-def nothing(clips: list[Clip]) -> dict[str, Any]:
+def nothing(clips: list[Example]) -> dict[str, Any]:
     return {"frames": [clip.speech.shape[1] for clip in clips]}
 
 
@@ -77,8 +78,8 @@ def resume(shards: int = 1000, rounds: int = 7) -> dict[str, float]:
 
         def first_batch(share: float) -> float:
             began = time.perf_counter()
-            clips = Clips(ShardSet.open(Path(name) / "set"), LABELS, Features())
-            plan = plan_of(clips.shards, TrainingClips(), 32, 2)
+            clips = Examples(ShardSet.open(Path(name) / "set"), LABELS, Features())
+            plan = plan_of(clips.shards, TrainingDataConfig(), 32, 2)
             at = Position(0, int(share * plan.steps()))
             next(training_steps(clips, plan, at, 1, None, 0, 1, nothing, 0))
             return time.perf_counter() - began
@@ -138,8 +139,8 @@ class PlanJob:
         self.folder, self.size, self.options, self.read = folder, size, options, read
 
     def __call__(self) -> dict[str, float]:
-        clips = Clips(_tiled(ShardSet.open(self.folder), self.size), LABELS, Features())
-        data = TrainingClips(**self.options)
+        clips = Examples(_tiled(ShardSet.open(self.folder), self.size), LABELS, Features())
+        data = TrainingDataConfig(**self.options)
         began, cpu = time.perf_counter(), time.process_time()
         plan = plan_of(clips.shards, data, 512, data.parallel)
         plan.batch(Position())

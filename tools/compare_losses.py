@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mser_dist.cluster import local_ranks
-from mser_dist.config_file import load_training
-from mser_dist.data.synth import SynthConfig
-from mser_dist.data.synth_set import write_set
+from mser_dist.config.file import load_training
 from mser_dist.errors import UserError
 from mser_dist.files import read_json, write_json
+from mser_dist.jobs import local_ranks
+from mser_dist.synth.speech import SynthConfig
+from mser_dist.synth.write import write_set
 
 WORDS = ["contrastive.beta=0", "data.balance=label,language"]
 

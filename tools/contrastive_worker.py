@@ -146,7 +146,7 @@ def real_group(task: dict[str, Any]) -> dict[str, Any]:
 
     import torch.multiprocessing as mp
 
-    from mser_dist.distributed import free_port
+    from mser_dist.ranks.distributed import free_port
 
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(in_group, (task, free_port(), folder), nprocs=task["ranks"])

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from mser_dist import config as cfg
-from mser_dist import exported
-from mser_dist.data.features import Features
-from mser_dist.data.shards import ShardSet
-from mser_dist.data.stream import Clips
+from mser_dist.models import exported
 from mser_dist.models.attention import Attention
 from mser_dist.models.speech import build_speech
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.stream.examples import Examples
+from mser_dist.stream.features import Features
 
 TINY = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
 
@@ -33,11 +33,11 @@ def measure(shards: Path, run: str | None, count: int) -> dict[str, float]:
     if run:
         model = exported.load_speech(exported.find(run, stage=1), attention)
     else:
-        model = build_speech(cfg.Encoder(arch=TINY), cfg.QFormer(), attention)
+        model = build_speech(cfg.EncoderConfig(arch=TINY), cfg.QFormerConfig(), attention)
     model.eval()
     opened = ShardSet.open(shards, split="train")
     labels = [name for name in opened.coded["label"].names if name]
-    waves = Clips(ShardSet.open(shards, split="train", labels=labels), labels, Features(n_mels=None))
+    waves = Examples(ShardSet.open(shards, split="train", labels=labels), labels, Features(n_mels=None))
     rows = []
     for i in range(min(count, len(waves))):
         wave = waves.get(i, 0).speech

@@ -55,7 +55,7 @@ def gather_rows(x: Tensor, sizes: Sequence[int], group: Any = None) -> Tensor:
     return torch.cat([everything[r * most : r * most + size] for r, size in enumerate(sizes)])
 
 
-def all_sum(values: Tensor, group: Any = None) -> Tensor:
+def all_reduce_sum(values: Tensor, group: Any = None) -> Tensor:
     """Summed over the ranks, in place."""
     if world(group)[1] > 1:
         dist.all_reduce(values, group=group)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mser_dist.contrastive.exchange import AllGather, Ring, all_sum
+from mser_dist.contrastive.exchange import AllGather, Ring, all_reduce_sum
 
 Kind = Literal["mean", "sum", "sigmoid"]
 
@@ -62,7 +62,7 @@ class Scores(torch.autograd.Function):
             accumulated = [x.new_full((len(columns),), -torch.inf) for _ in range(rows.column_sums)]
             exchange.sweep([columns], accumulated, rows.look)
             column_lse = [exchange.sum_lse(lse) for lse in accumulated]
-            totals = all_sum(rows.totals(y, column_lse), exchange.group)
+            totals = all_reduce_sum(rows.totals(y, column_lse), exchange.group)
             ctx.save_for_backward(x, y, columns, scale, bias, rows.class_sums, *rows.lse, *column_lse)
             ctx.pairs, ctx.ranks = pairs, len(exchange.sizes)
             sums = totals[1:].clone()
@@ -90,7 +90,7 @@ class Scores(torch.autograd.Function):
             x_grad = rows.finish(y, y_grad)  # not yet times the scale
             # Whole on every rank: a bound asks for its sign, which a rank's own part may not have.
             parts = torch.stack([rows.dot(lambda here: x_grad[here]).sum(), rows.bias_grad.double()])
-            scale_grad, bias_grad = (all_sum(parts, exchange.group) * grad).to(x.dtype).unbind()
+            scale_grad, bias_grad = (all_reduce_sum(parts, exchange.group) * grad).to(x.dtype).unbind()
             factor = grad * ctx.ranks
             return x_grad.mul_(scale * factor), y_grad.mul_(factor), scale_grad, bias_grad, None
 

@@ -13,7 +13,7 @@ from mser_dist.models.speech import SpeechModel
 class Aligner(nn.Module):
     """Speech model and frozen text embeddings, each projected to a shared width and compared by cosine."""
 
-    def __init__(self, speech: SpeechModel, text_width: int, config: cfg.Contrastive) -> None:
+    def __init__(self, speech: SpeechModel, text_width: int, config: cfg.ContrastiveConfig) -> None:
         super().__init__()
         self.speech = speech
         self.speech_head = nn.Linear(speech.width, config.width, bias=False)

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig, Wav2Vec2FeatureExtractor,
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mser_dist import config as cfg
-from mser_dist.data.audio import SAMPLE_RATE
+from mser_dist.audio import SAMPLE_RATE
 from mser_dist.errors import UserError
 from mser_dist.models import sources, waveform
 from mser_dist.models.attention import Attention, supported_by
@@ -18,7 +18,7 @@ Encoder = SpeechEncoder | WaveformEncoder
 TYPES = ("whisper", *waveform.MODELS)
 
 
-def build_encoder(config: cfg.Encoder, attention: Attention) -> Encoder:
+def build_encoder(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
     """The encoder a run config asks for: pretrained, or from scratch with `arch`."""
     if config.pretrained is not None:
         return _pretrained(config.pretrained, attention)

@@ -17,9 +17,8 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 
 from mser_dist import config as cfg
-from mser_dist.data import prompts
 from mser_dist.errors import UserError
-from mser_dist.models import sources
+from mser_dist.models import prompts, sources
 from mser_dist.models.attention import Attention
 
 _CHAT = (
@@ -29,7 +28,7 @@ _CHAT = (
 
 
 def build_llm(
-    config: cfg.LLM, labels: list[str], attention: Attention, ds_json: dict[str, Any] | None = None
+    config: cfg.LLMConfig, labels: list[str], attention: Attention, ds_json: dict[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a run config; `labels` shape the vocabulary of a tokenizer made on the spot.
 
@@ -76,7 +75,7 @@ def _dequantised(model: PreTrainedModel, attention: Attention) -> PreTrainedMode
     return plain
 
 
-def _with_lora(model: PreTrainedModel, lora: cfg.Lora) -> PreTrainedModel:
+def _with_lora(model: PreTrainedModel, lora: cfg.LoraConfig) -> PreTrainedModel:
     from peft import LoraConfig, get_peft_model
 
     try:

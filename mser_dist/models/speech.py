@@ -52,7 +52,7 @@ class SpeechModel(nn.Module):
         return tokens.last_hidden_state
 
 
-def build_qformer(config: cfg.QFormer, encoder_width: int, attention: Attention) -> Blip2QFormerModel:
+def build_qformer(config: cfg.QFormerConfig, encoder_width: int, attention: Attention) -> Blip2QFormerModel:
     """BLIP-2's Q-Former (arXiv 2301.12597) from transformers, cross-attending to the speech in every layer."""
     if config.width % config.heads:
         raise UserError(f"qformer.width={config.width} does not divide by qformer.heads={config.heads}")
@@ -71,7 +71,7 @@ def build_qformer(config: cfg.QFormer, encoder_width: int, attention: Attention)
     )
 
 
-def build_speech(encoder: cfg.Encoder, qformer: cfg.QFormer, attention: Attention) -> SpeechModel:
+def build_speech(encoder: cfg.EncoderConfig, qformer: cfg.QFormerConfig, attention: Attention) -> SpeechModel:
     """A fresh speech model for stage 1."""
     speech_encoder = build_encoder(encoder, attention)
     model = SpeechModel(speech_encoder, build_qformer(qformer, speech_encoder.width, attention), qformer.queries)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import HubertModel, PreTrainedConfig, PreTrainedModel, Wav2Vec2Model, WavLMModel
 
-from mser_dist.data.features import Features
 from mser_dist.errors import UserError
+from mser_dist.stream.features import Features
 
 # transformers' WavLM hands torch a boolean mask beside its position bias, at every forward.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")

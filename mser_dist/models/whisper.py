@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from mser_dist.data.features import Features
 from mser_dist.errors import UserError
+from mser_dist.stream.features import Features
 
 
 class SpeechEncoder(nn.Module):

@@ -14,20 +14,27 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from mser_dist import distributed
-from mser_dist.engine import Engine
 from mser_dist.errors import PassingError, UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
+from mser_dist.ranks import distributed
 from mser_dist.state import engine_state
 from mser_dist.state.seal import Sealed, folder_fault, read_seal, seal_fault
 
 _LATE = 30.0  # seconds that a shared file system may take to show another node's files
 _FULL = re.compile(r"no space left|disk quota|os error (28|122)\b", re.IGNORECASE)
+
+
+class Engine(Protocol):
+    """What a checkpoint needs of an engine; `training.engine.Engine` has it."""
+
+    def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
+
+    def restore(self, files: list[Path]) -> None: ...
 
 
 class Checkpoints:
@@ -45,8 +52,8 @@ class Checkpoints:
         self.seconds = 0.0  # how long the last save took until it was durable
         self._damaged: set[str] = set()  # by the last `choose`: they must not be kept instead of whole ones
         self._buffers: dict[str, torch.Tensor] = {}
-        self._writing: _Task | None = None
-        self._publishing: _Task | None = None
+        self._writing: _Background | None = None
+        self._publishing: _Background | None = None
         self._state: dict[str, Any] = {}
         self._began = 0.0
 
@@ -70,7 +77,7 @@ class Checkpoints:
         if failure := distributed.agree(failure):
             raise self._cannot([failure])
         rank, buffers = self.world.rank, {name: self._buffers[name] for name in tensors}
-        self._writing = _Task(lambda: write_part(staging, rank, buffers, description, random))
+        self._writing = _Background(lambda: write_part(staging, rank, buffers, description, random))
         if not self.background:
             self.finish()
 
@@ -123,7 +130,7 @@ class Checkpoints:
 
         if self._publishing:
             self._publishing.join()
-        self._publishing = _Task(publish_and_prune) if self.world.is_main else None
+        self._publishing = _Background(publish_and_prune) if self.world.is_main else None
 
     def _cannot(self, failures: list[str]) -> UserError:
         """A full disk is the user's to mend; any other failure may pass, and the job may be started again."""
@@ -219,7 +226,7 @@ class Checkpoints:
         return found, None
 
 
-class _Task:
+class _Background:
     """A call in a thread, with its result or the first line of its error."""
 
     def __init__(self, call: Callable[[], Any]) -> None:

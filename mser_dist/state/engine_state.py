@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mser_dist import distributed
 from mser_dist.errors import UserError
+from mser_dist.ranks import distributed
 from mser_dist.state import partitions
 from mser_dist.state.partitions import Part
 

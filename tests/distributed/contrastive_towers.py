@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mser_dist import config as cfg
 from mser_dist.contrastive import ContrastiveOutput, Embedded, LogitScale, cached_backward
-from mser_dist.distributed import World
-from mser_dist.engine import Engine
+from mser_dist.ranks.distributed import World
+from mser_dist.training.engine import Engine
 from tests.contrastive_reference import ours
 
 N, D, SCALE = 12, 16, 7.4
@@ -74,8 +74,8 @@ class Wrapped:
             path = Path(folder) / f"{kind}-{ranks}-{rank}.json"
             small = {"stage3_param_persistence_threshold": 0} if kind == "zero3" else {}
             path.write_text(json.dumps({"zero_optimization": {"stage": int(kind[-1]), **small}}))
-            train = cfg.Train(global_batch=4 * ranks, lr=0.0, grad_clip=0.0)  # steps that change nothing
-            config = cfg.Stage1(train=train, engine=cfg.Engine(deepspeed=str(path)))
+            train = cfg.TrainConfig(global_batch=4 * ranks, lr=0.0, grad_clip=0.0)  # steps that change nothing
+            config = cfg.Stage1(train=train, engine=cfg.EngineConfig(deepspeed=str(path)))
             self.engine = Engine(model, config, World(rank, ranks), total=10**6, device="cpu")
         self.model = model
 

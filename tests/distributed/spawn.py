@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from mser_dist import distributed
 from mser_dist.quiet import hush
+from mser_dist.ranks import distributed
 
 
 def run(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:

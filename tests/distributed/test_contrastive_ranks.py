@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from mser_dist import config as cfg
 from mser_dist.contrastive import Embedded, LogitScale, cached_backward, contrastive_loss
-from mser_dist.distributed import World
-from mser_dist.engine import Engine
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.speech import build_speech
+from mser_dist.ranks.distributed import World
 from mser_dist.state import partitions
+from mser_dist.training.engine import Engine
 from tests.distributed.contrastive_towers import LABEL, RELATIVE, SOURCE, TEXT, D, N, Towers, Wrapped, inputs, loss_of
 from tests.distributed.spawn import run
 
@@ -97,8 +97,8 @@ def bounded(rank: int, ranks: int, folder: str) -> dict[str, list[float]]:
     for stage, dtype in ((stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")):
         path = Path(folder) / f"{stage}-{rank}.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        train = cfg.Train(global_batch=ranks, lr=1.0, grad_clip=0.0, warmup=0.0)
-        config = cfg.Stage1(train=train, engine=cfg.Engine(deepspeed=str(path), dtype=dtype))
+        train = cfg.TrainConfig(global_batch=ranks, lr=1.0, grad_clip=0.0, warmup=0.0)
+        config = cfg.Stage1(train=train, engine=cfg.EngineConfig(deepspeed=str(path), dtype=dtype))
         engine = Engine(Scaled(), config, World(rank, ranks), total=1000, device="cpu")
         parameter = dict(engine.module.named_parameters())["scale.log_scale"]
         found = []
@@ -140,8 +140,8 @@ def bfloat16_steps(rank: int, ranks: int, folder: str) -> dict[str, list[float]]
         for count in (1, 3):
             path = Path(folder) / f"bf16-{rank}.json"
             path.write_text(json.dumps({"zero_optimization": {"stage": stage}, **more}))
-            train = cfg.Train(global_batch=N, lr=1e-3, grad_clip=0.0, warmup=0.0)
-            config = cfg.Stage1(train=train, engine=cfg.Engine(deepspeed=str(path), dtype="bfloat16"))
+            train = cfg.TrainConfig(global_batch=N, lr=1e-3, grad_clip=0.0, warmup=0.0)
+            config = cfg.Stage1(train=train, engine=cfg.EngineConfig(deepspeed=str(path), dtype="bfloat16"))
             engine = Engine(Towers(), config, World(rank, ranks), total=1000, device="cpu")
             mine = torch.arange(N).chunk(ranks)[rank]
             x, y = (part.bfloat16() for part in inputs())
@@ -167,11 +167,13 @@ def test_caching_counts_each_gradient_once_in_bfloat16_too(tmp_path: Path) -> No
 def small_aligner() -> Aligner:
     torch.manual_seed(0)
     speech = build_speech(
-        cfg.Encoder(arch={"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}),
-        cfg.QFormer(queries=2, layers=1, width=16, heads=2, dropout=0.0),
+        cfg.EncoderConfig(
+            arch={"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+        ),
+        cfg.QFormerConfig(queries=2, layers=1, width=16, heads=2, dropout=0.0),
         Attention("sdpa", "test"),
     )
-    model = Aligner(speech, D, cfg.Contrastive(width=8, beta=0.5, tile=4))
+    model = Aligner(speech, D, cfg.ContrastiveConfig(width=8, beta=0.5, tile=4))
     with torch.no_grad():  # fresh weights give nearly equal embeddings, whose gradients drown in rounding
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -195,7 +197,7 @@ def contrast(model: Aligner, part: slice) -> Callable[[Embedded], tuple[Tensor, 
 def run_config(ranks: int) -> cfg.Stage1:
     # Plain SGD would show the gradient better, but Adam's own division is what the projects' 1/W errors hide behind:
     # three steps with clipping and a schedule show them, for clipping does not forgive a wrong norm.
-    return cfg.Stage1(train=cfg.Train(global_batch=N, lr=1e-2, grad_clip=0.5, weight_decay=0.1, steps=3))
+    return cfg.Stage1(train=cfg.TrainConfig(global_batch=N, lr=1e-2, grad_clip=0.5, weight_decay=0.1, steps=3))
 
 
 def zero3_steps(rank: int, ranks: int, chunks: int) -> dict[str, Tensor]:
@@ -220,7 +222,7 @@ def both_ways(rank: int, ranks: int) -> list[dict[str, Tensor]]:
 
 def plain_steps() -> dict[str, Tensor]:
     """The same three steps in one process without DeepSpeed."""
-    from mser_dist.engine import parameter_groups, schedule
+    from mser_dist.training.engine import parameter_groups, schedule
 
     model, train = small_aligner(), run_config(1).train
     optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), lr=train.lr, betas=(0.9, 0.98))

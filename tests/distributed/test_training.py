@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mser_dist import cli
 from mser_dist import config as cfg
-from mser_dist.data.shards import ShardSet
-from mser_dist.distributed import World
-from mser_dist.engine import Engine, find_json, resolve_json
+from mser_dist.cli import main as cli
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.speech import build_speech
+from mser_dist.ranks.distributed import World
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.training.engine import Engine, find_json, resolve_json
 from tests.distributed.spawn import run
 from tests.tiny_runs import LLM, lines, mser, stage1, stage2
 
@@ -152,7 +152,7 @@ def whole_copies(rank: int, llm: str, ds_json: dict[str, Any]) -> int:
     from mser_dist.models.attention import Attention
     from mser_dist.models.llm import build_llm
 
-    model, _ = build_llm(cfg.LLM(pretrained=llm), cfg.SIX_EMOTIONS, Attention("sdpa", "test"), ds_json)
+    model, _ = build_llm(cfg.LLMConfig(pretrained=llm), cfg.SIX_EMOTIONS, Attention("sdpa", "test"), ds_json)
     return sum(parameter.numel() > 0 for parameter in model.parameters())
 
 
@@ -160,7 +160,7 @@ def test_no_rank_ever_holds_the_whole_pretrained_llm(trained: Path) -> None:
     export = trained / "runs/two/export/llm"
     if not export.exists():
         mser(*stage2("runs/two", LLM, "train.micro_batch=2"), "--nproc", "2", cwd=trained)
-    ds_json = resolve_json(cfg.Stage2(train=cfg.Train(global_batch=8)), world_size=2)
+    ds_json = resolve_json(cfg.Stage2(train=cfg.TrainConfig(global_batch=8)), world_size=2)
     assert run(whole_copies, 2, str(export), ds_json) == [0, 0]
 
 
@@ -206,15 +206,15 @@ def waveform_steps(rank: int, ranks: int, deepspeed: str) -> dict[str, dict[str,
 
 def steps_of_kind(rank: int, ranks: int, kind: str, deepspeed: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    qformer = cfg.QFormer(queries=2, layers=1, width=16, heads=2, dropout=0.0)
-    speech = build_speech(cfg.Encoder(arch={"model_type": kind, **WAVEFORM}), qformer, Attention("sdpa", "test"))
-    model = Aligner(speech, 16, cfg.Contrastive(width=8)).train()
+    qformer = cfg.QFormerConfig(queries=2, layers=1, width=16, heads=2, dropout=0.0)
+    speech = build_speech(cfg.EncoderConfig(arch={"model_type": kind, **WAVEFORM}), qformer, Attention("sdpa", "test"))
+    model = Aligner(speech, 16, cfg.ContrastiveConfig(width=8)).train()
     batch = {
         "speech": torch.randn(8, 3000), "lengths": torch.arange(8) * 300 + 600, "text": torch.randn(8, 16),
     }  # fmt: skip
     ids = {"label": torch.arange(8) % 3, "source": torch.arange(8) // 2, "caption": torch.arange(8) % 3}
     part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
-    config = cfg.Stage1(train=cfg.Train(global_batch=8, lr=1e-2), engine=cfg.Engine(deepspeed=deepspeed))
+    config = cfg.Stage1(train=cfg.TrainConfig(global_batch=8, lr=1e-2), engine=cfg.EngineConfig(deepspeed=deepspeed))
     engine = Engine(model, config, World(rank, ranks), total=3, device="cpu")
     for _ in range(3):
         embedded = engine.forward({name: tensor[part] for name, tensor in batch.items()})

@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pytest
 
-from mser_dist.data import loader
-from mser_dist.data.features import Features
-from mser_dist.data.shards import ShardSet
-from mser_dist.data.stream import Clips
 from mser_dist.errors import UserError
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.stream import loader
+from mser_dist.stream.examples import Examples
+from mser_dist.stream.features import Features
 from tests.unit.made_up_set import pcm
 from tests.unit.test_loader import LABELS, run, write_folder
 
@@ -65,7 +65,7 @@ class Deadly(Features):
 
 
 def test_a_worker_that_dies_is_named_with_its_clip(folder: Path) -> None:
-    clips = Clips(ShardSet.open(folder), LABELS, Deadly(samples=len(pcm(11))))
+    clips = Examples(ShardSet.open(folder), LABELS, Deadly(samples=len(pcm(11))))
     with pytest.raises(UserError, match=r"sample k11: the worker that decoded it died \(signal SIGSEGV\)"):
         list(run(clips, 2))
     assert not children()
@@ -73,8 +73,8 @@ def test_a_worker_that_dies_is_named_with_its_clip(folder: Path) -> None:
 
 def test_within_the_budget_the_workers_start_again(folder: Path) -> None:
     shards = ShardSet.open(folder)
-    plain = [step.batches[0]["index"] for step in run(Clips(shards, LABELS, Features()), 0, 4)]
-    clips = Clips(shards, LABELS, Deadly(samples=len(pcm(11))), max_bad=1)
+    plain = [step.batches[0]["index"] for step in run(Examples(shards, LABELS, Features()), 0, 4)]
+    clips = Examples(shards, LABELS, Deadly(samples=len(pcm(11))), max_bad=1)
     bad = shards.keys.index("k11")
     found = [step.batches[0]["index"] for step in run(clips, 2, 4)]
     for was, now in zip(plain, found, strict=True):
@@ -83,7 +83,7 @@ def test_within_the_budget_the_workers_start_again(folder: Path) -> None:
 
 
 def test_workers_do_nothing_on_signals_and_none_is_left(folder: Path) -> None:
-    steps = run(Clips(ShardSet.open(folder), LABELS, Features()), 2, 30)
+    steps = run(Examples(ShardSet.open(folder), LABELS, Features()), 2, 30)
     first = next(steps)
     workers = children()
     assert len(workers) == 2
@@ -93,7 +93,7 @@ def test_workers_do_nothing_on_signals_and_none_is_left(folder: Path) -> None:
     assert len([first, *steps]) == 30
     psutil.wait_procs(workers, timeout=10)
     assert not children()
-    abandoned = run(Clips(ShardSet.open(folder), LABELS, Features()), 2, 30)
+    abandoned = run(Examples(ShardSet.open(folder), LABELS, Features()), 2, 30)
     next(abandoned)
     workers = children()
     del abandoned
@@ -117,7 +117,7 @@ def test_a_signal_to_a_worker_that_has_just_been_forked(
     sender = threading.Thread(target=send)
     sender.start()
     try:
-        assert len(list(run(Clips(ShardSet.open(folder), LABELS, Features()), 2, 6))) == 6
+        assert len(list(run(Examples(ShardSet.open(folder), LABELS, Features()), 2, 6))) == 6
     finally:
         stop.set()
         sender.join()
@@ -136,11 +136,11 @@ def _start_late(parent: int, worker: int) -> None:
 def test_workers_die_with_their_parent(folder: Path) -> None:
     script = f"""
         import time
-        from mser_dist.data.features import Features
-        from mser_dist.data.shards import ShardSet
-        from mser_dist.data.stream import Clips
+        from mser_dist.stream.features import Features
+        from mser_dist.shards.shard_set import ShardSet
+        from mser_dist.stream.examples import Examples
         from tests.unit.test_loader import LABELS, run
-        steps = run(Clips(ShardSet.open({str(folder)!r}), LABELS, Features()), 2, 30)
+        steps = run(Examples(ShardSet.open({str(folder)!r}), LABELS, Features()), 2, 30)
         next(steps)
         print("ready", flush=True)
         time.sleep(60)
@@ -159,7 +159,7 @@ def test_workers_die_with_their_parent(folder: Path) -> None:
 
 def test_a_worker_killed_from_outside_is_replaced(folder: Path) -> None:
     """With a clip in hand or none: as many steps come. Workers that die again and again end the run."""
-    clips = Clips(ShardSet.open(folder), LABELS, Features(), max_bad=9)
+    clips = Examples(ShardSet.open(folder), LABELS, Features(), max_bad=9)
     expected = [len(step.batches[0]["index"]) for step in run(clips, 0, 30)]
     steps = run(clips, 1, 30)
     found = []
@@ -177,7 +177,7 @@ def test_a_worker_killed_from_outside_is_replaced(folder: Path) -> None:
 
 
 def test_leaving_does_not_wait_for_a_busy_worker(folder: Path) -> None:
-    steps = run(Clips(ShardSet.open(folder), LABELS, Slow()), 1)
+    steps = run(Examples(ShardSet.open(folder), LABELS, Slow()), 1)
     began = time.monotonic()
     before = signal.signal(signal.SIGALRM, _leave)
     signal.alarm(1)  # to the process: one raised by a thread would not wake this one, which waits for the worker

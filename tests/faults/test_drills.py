@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mser_dist.cluster.boundary import time_to_save
-from mser_dist.cluster.preempt import SAVED
-from mser_dist.cluster.watchdog import LOST
+from mser_dist.ranks.boundary import time_to_save
+from mser_dist.ranks.preempt import SAVED
+from mser_dist.ranks.watchdog import LOST
 from mser_dist.state.seal import read_seal, seal_fault
 from tests.tiny_runs import LLM, TWO, losses, mser, stage1, stage2
 

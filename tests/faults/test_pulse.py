@@ -6,8 +6,8 @@ import time
 import pytest
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from mser_dist.cluster.watchdog import LOST, Watchdog
-from mser_dist.distributed import World
+from mser_dist.ranks.distributed import World
+from mser_dist.ranks.watchdog import LOST, Watchdog
 from tests.distributed.spawn import run
 
 pytestmark = pytest.mark.distributed

@@ -17,10 +17,10 @@ import pytest
 import requests
 
 from mser_dist import config as cfg
-from mser_dist import tracking
-from mser_dist.data.synth_set import write_set
-from mser_dist.tracking import Tracker, run_id_of
-from mser_dist.tracking_sync import sync
+from mser_dist.runs import tracking
+from mser_dist.runs.sync import sync
+from mser_dist.runs.tracking import Tracker, run_id_of
+from mser_dist.synth.write import write_set
 from tests.tiny_runs import SMALL_SET, TWO, losses, mser, stage1
 from tests.tiny_runs import start as start_mser
 
@@ -86,7 +86,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def start(out: Path, uri: str) -> Tracker:
     out.mkdir(exist_ok=True)
     (out / "config.yaml").write_text("stage: 1\n")
-    return Tracker(cfg.Tracking(experiment="test", uri=uri), out, {}, {"lr": "1"})
+    return Tracker(cfg.TrackingConfig(experiment="test", uri=uri), out, {}, {"lr": "1"})
 
 
 def steps_of(out: Path, uri: str, name: str = "loss") -> Counter[int]:
@@ -142,8 +142,8 @@ KILLED = """\
 import os, signal, sys, time
 from pathlib import Path
 from mser_dist import config as cfg
-from mser_dist.tracking import Tracker
-tracker = Tracker(cfg.Tracking(experiment="test", uri=sys.argv[2]), Path(sys.argv[1]), {}, {"lr": "1"})
+from mser_dist.runs.tracking import Tracker
+tracker = Tracker(cfg.TrackingConfig(experiment="test", uri=sys.argv[2]), Path(sys.argv[1]), {}, {"lr": "1"})
 for step in range(1000):
     tracker.metrics(step, {"loss": float(step), "other": 0.5})
     time.sleep(0.01)

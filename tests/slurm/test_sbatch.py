@@ -12,10 +12,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from mser_dist.data import audio
-from mser_dist.data.synth import SynthConfig
-from mser_dist.data.synth_set import write_set
-from mser_dist.tracking import run_id_of
+from mser_dist import audio
+from mser_dist.runs.tracking import run_id_of
+from mser_dist.synth.speech import SynthConfig
+from mser_dist.synth.write import write_set
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT
 from tests.tiny_runs import ENCODER, LLM, QFORMER, losses, mser

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from mser_dist import launch
-from mser_dist.cluster import sweep
-from mser_dist.cluster.job import Job
-from mser_dist.data.synth import SynthConfig
-from mser_dist.data.synth_set import write_set
 from mser_dist.errors import UserError
+from mser_dist.jobs import launch, sweep
+from mser_dist.jobs.job import Job
+from mser_dist.synth.speech import SynthConfig
+from mser_dist.synth.write import write_set
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT
 
@@ -44,7 +43,7 @@ def here(data: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("SLURM_CONF", "PYTHONPATH", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, cluster.env[name])
     for name in ("_ASK_EVERY", "_LATE"):
-        monkeypatch.setattr(f"mser_dist.cluster.job.{name}", 1)
+        monkeypatch.setattr(f"mser_dist.jobs.job.{name}", 1)
     return data
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mser_dist.data import audio
-from mser_dist.data.shard_writer import DatasetWriter
+from mser_dist import audio
+from mser_dist.shards.writer import DatasetWriter
 
 LANGUAGES = ("de", "el", "fr")
 

@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 
 from mser_dist import config as cfg
-from mser_dist.tracking import Tracker, run_id_of
+from mser_dist.runs.tracking import Tracker, run_id_of
 
 
 class Silent:
@@ -45,7 +45,7 @@ def start(
 ) -> Tracker:
     out.mkdir(exist_ok=True)
     # A new experiment for each: the artifact folder is kept in the experiment, and the database here is a copy.
-    config = cfg.Tracking(experiment=f"test-{out.parent.name}", **options)
+    config = cfg.TrackingConfig(experiment=f"test-{out.parent.name}", **options)
     (out / "config.yaml").write_text(f"stage: 1\ntrain: {{lr: 0.1}}\ntracking: {{experiment: {config.experiment}}}\n")
     return Tracker(config, out, tags or {}, params or {})
 

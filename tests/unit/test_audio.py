@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
-from mser_dist.data import audio
+from mser_dist import audio
 from mser_dist.errors import UserError
 
 

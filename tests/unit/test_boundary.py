@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.cluster.boundary import Boundary, time_to_save
-from mser_dist.cluster.preempt import Flag, listen
-from mser_dist.config import Train
-from mser_dist.distributed import World
+from mser_dist.ranks.boundary import Boundary, time_to_save
+from mser_dist.ranks.distributed import World
+from mser_dist.ranks.preempt import Flag, listen
 from mser_dist.state.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 
 
-def boundary(tmp_path: Path, ends: float | None = None, rank: int = 0, **train: float) -> Boundary:
-    return Boundary(Flag(), Checkpoints(tmp_path, World(rank, 2), keep=1), Train(**train), ends)  # type: ignore[arg-type]
+def boundary(tmp_path: Path, ends: float | None = None, rank: int = 0, save_minutes: float = 0.0) -> Boundary:
+    return Boundary(Flag(), Checkpoints(tmp_path, World(rank, 2), keep=1), save_minutes, ends, is_main=rank == 0)
 
 
 def test_nothing_happens_until_something_does(tmp_path: Path) -> None:
@@ -48,7 +47,7 @@ def test_it_stops_while_there_is_time_to_save(tmp_path: Path) -> None:
         short.poll()
         assert (short.stop is not None) is stops
     slow = boundary(tmp_path, ends=time.time() + 100)
-    slow.checkpoints.seconds = 70.0
+    slow.saves.seconds = 70.0
     slow.poll()
     assert slow.stop == "the job's time is almost over"
 
@@ -59,7 +58,7 @@ def test_a_save_under_way_has_to_end_before_the_last_one(
 ) -> None:
     monkeypatch.setattr(Checkpoints, "written", property(lambda self: written))
     one = boundary(tmp_path, ends=time.time() + time_to_save(40) + 20)
-    one.checkpoints.seconds = 40.0
+    one.saves.seconds = 40.0
     one.poll()
     assert (one.stop is None) is written
 
@@ -76,7 +75,7 @@ def test_a_signal_is_heard_when_nobody_reads_what_is_said_any_more() -> None:
     """Ctrl-C ends `mser train 2>&1 | tee log` as a whole: the other end of the pipe is gone first."""
     code = (
         "import os, signal, sys\n"
-        "from mser_dist.cluster.preempt import listen\n"
+        "from mser_dist.ranks.preempt import listen\n"
         "reader, writer = os.pipe()\n"
         "os.close(reader); os.dup2(writer, 1); os.dup2(writer, 2)\n"
         "with listen() as flag:\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.distributed import World
 from mser_dist.errors import UserError
-from mser_dist.run_folder import claimed, seen_by_all
+from mser_dist.ranks.distributed import World
+from mser_dist.runs.folder import claimed, seen_by_all
 from mser_dist.state import checkpoint
 from mser_dist.state.checkpoint import Checkpoints, publish
 from mser_dist.state.seal import read_seal, seal_fault

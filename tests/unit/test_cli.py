@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mser_dist import __version__, cli, distributed
-from mser_dist.config_file import PRESETS
-from mser_dist.data import audio
+from mser_dist import __version__, audio
+from mser_dist.cli import main as cli
+from mser_dist.config.file import PRESETS
 from mser_dist.errors import UserError
+from mser_dist.ranks import distributed
 from tests.unit.made_up_set import write_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,11 +42,11 @@ def refused(code: int, error: str, *parts: str) -> None:
 
 
 def test_the_parser_imports_nothing_heavy() -> None:
-    code = "import sys, mser_dist.cli; mser_dist.cli._parser(); print(*sorted(sys.modules))"
+    code = "import sys, mser_dist.cli.main; mser_dist.cli.main._parser(); print(*sorted(sys.modules))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     loaded = set(done.stdout.split())
-    assert "mser_dist.cli" in loaded
+    assert "mser_dist.cli.main" in loaded
     heavy = {"torch", "numpy", "mlflow", "transformers", "deepspeed", "matplotlib", "soundfile", "webdataset"}
     assert not loaded & heavy
 

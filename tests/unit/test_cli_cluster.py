@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from mser_dist import cli
-from mser_dist.config_file import load_training, to_yaml
+from mser_dist.cli import main as cli
+from mser_dist.config.file import load_training, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = ["submit", "sweep", "sync", "doctor", "requeue"]
@@ -26,11 +26,11 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_parser_imports_neither_submitit_nor_mlflow() -> None:
-    code = "import sys, mser_dist.cli; mser_dist.cli._parser(); print(*sorted(sys.modules))"
+    code = "import sys, mser_dist.cli.main; mser_dist.cli.main._parser(); print(*sorted(sys.modules))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     loaded = set(done.stdout.split())
-    assert "mser_dist.cli_cluster" in loaded and not loaded & {"submitit", "mlflow", "torch", "mser_dist.launch"}
+    assert "mser_dist.cli.jobs" in loaded and not loaded & {"submitit", "mlflow", "torch", "mser_dist.jobs.launch"}
 
 
 def test_a_dry_run_shows_what_sbatch_would_get(

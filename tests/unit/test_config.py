@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mser_dist import config as cfg
-from mser_dist import config_file
-from mser_dist.config_fields import key_table
-from mser_dist.config_file import load_any, load_evaluation, load_training
+from mser_dist.config import file as config_file
+from mser_dist.config.fields import key_table
+from mser_dist.config.file import load_any, load_evaluation, load_training
 from mser_dist.errors import UserError
 
 PRESETS = sorted(path.stem for path in config_file.PRESETS.glob("*.yaml"))
@@ -43,8 +43,12 @@ def test_the_presets_of_the_design_are_there() -> None:
 def test_defaults_then_file_then_command_line(tmp_path: Path) -> None:
     config = stage1(tmp_path, "train.lr=3e-4", "qformer.heads=2", more="train: {lr: 0.01, epochs: 3}\n")
     assert isinstance(config, cfg.Stage1)
-    assert (config.train.lr, config.train.epochs, config.train.global_batch) == (3e-4, 3.0, cfg.Train().global_batch)
-    assert (config.qformer.heads, config.qformer.width) == (2, cfg.QFormer().width)
+    assert (config.train.lr, config.train.epochs, config.train.global_batch) == (
+        3e-4,
+        3.0,
+        cfg.TrainConfig().global_batch,
+    )
+    assert (config.qformer.heads, config.qformer.width) == (2, cfg.QFormerConfig().width)
 
 
 def test_an_override_reaches_into_sections_and_sets_them_whole(tmp_path: Path) -> None:
@@ -55,7 +59,7 @@ def test_an_override_reaches_into_sections_and_sets_them_whole(tmp_path: Path) -
     assert (config.data.sets, config.data.languages) == (["a", "b"], ["de", "fr"])
     lora = load_training("whisper-small_smollm2_stage2", ["llm.lora.rank=4"])
     assert isinstance(lora, cfg.Stage2)
-    assert lora.llm.lora == cfg.Lora(rank=4)
+    assert lora.llm.lora == cfg.LoraConfig(rank=4)
     plain = load_training("whisper-small_smollm2_stage2", [])
     assert load_training("whisper-small_smollm2_stage2", ["llm.lora={rank: 4}", "llm.lora=null"]) == plain
 
@@ -228,7 +232,7 @@ def test_every_key_is_explained(cls: type) -> None:
 
 @given(batch=st.integers(1, 4096), world=st.integers(1, 64), micro=st.one_of(st.none(), st.integers(-2, 300)))
 def test_batch_shape_multiplies_out_or_is_refused(batch: int, world: int, micro: int | None) -> None:
-    train = cfg.Train(global_batch=batch, micro_batch=micro)
+    train = cfg.TrainConfig(global_batch=batch, micro_batch=micro)
     fits = batch % world == 0 and (micro is None or (micro > 0 and batch // world % min(micro, batch // world) == 0))
     if fits:
         per_pass, accumulation = cfg.batch_shape(train, world)
@@ -241,6 +245,6 @@ def test_batch_shape_multiplies_out_or_is_refused(batch: int, world: int, micro:
 
 def test_batch_shape_proposes_what_fits() -> None:
     with pytest.raises(UserError, match=r"does not divide by the world size 3: set train\.global_batch=63 or"):
-        cfg.batch_shape(cfg.Train(global_batch=64), 3)
+        cfg.batch_shape(cfg.TrainConfig(global_batch=64), 3)
     with pytest.raises(UserError, match="choose a divisor of 32"):
-        cfg.batch_shape(cfg.Train(global_batch=64, micro_batch=5), 2)
+        cfg.batch_shape(cfg.TrainConfig(global_batch=64, micro_batch=5), 2)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.data.clip import Clip, safe_id
-from mser_dist.data.corpora import CORPORA, parse_emodb, parse_savee
-from mser_dist.data.emotions import COMMON, to_label
-from mser_dist.data.manifest import parse_manifest
+from mser_dist.corpora.manifest import parse_manifest
+from mser_dist.corpora.parsers import CORPORA, parse_emodb, parse_savee
+from mser_dist.corpora.recording import Recording, safe_id
 from mser_dist.errors import UserError
+from mser_dist.shards.emotions import COMMON, to_label
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -18,7 +18,7 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def facts(clips: Iterable[Clip]) -> list[tuple[str | None, ...]]:
+def facts(clips: Iterable[Recording]) -> list[tuple[str | None, ...]]:
     return [(clip.label, clip.language, clip.speaker, clip.gender) for clip in clips]
 
 
@@ -141,7 +141,7 @@ def test_manifest_csv(tmp_path: Path) -> None:
         encoding="utf-8-sig",
     )
     first, second = parse_manifest(file)
-    assert first == Clip(
+    assert first == Recording(
         path=tmp_path / "s1/a.wav",
         emotion="Anger",
         label="anger",

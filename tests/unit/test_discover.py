@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from mser_dist.distributed import World, check_gpus, discover
 from mser_dist.errors import UserError
+from mser_dist.ranks.distributed import World, check_gpus, discover
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NODELIST": "localhost"}

@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mser_dist.cluster import doctor
-from mser_dist.cluster import doctor_checks as checks
-from mser_dist.cluster.doctor import Check, guarded
-from mser_dist.distributed import free_port
 from mser_dist.errors import UserError
+from mser_dist.jobs import doctor
+from mser_dist.jobs import doctor_checks as checks
+from mser_dist.jobs.doctor import Check, guarded
+from mser_dist.ranks.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # What rank 1 does as soon as it is in the process group: SIGNAL is a name of one.
@@ -64,7 +64,7 @@ def no_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_this_machine(tmp_path: Path, no_child_left: None) -> None:
     out, report = tmp_path / "runs", tmp_path / "report.json"
     call = f"run(Path({str(out)!r}), json=Path({str(report)!r}))"
-    code = f"from mser_dist.cluster.doctor import run; raise SystemExit({call})"
+    code = f"from mser_dist.jobs.doctor import run; raise SystemExit({call})"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "HF_TOKEN": "hf_very_secret"}
     ended = subprocess.run(
         [sys.executable, "-c", f"from pathlib import Path; {code}"], env=env, capture_output=True, text=True
@@ -332,7 +332,7 @@ def test_a_rank_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, no_child_lef
 @pytest.mark.distributed
 def test_ranks_do_not_outlive_a_killed_doctor(at_start: Callable[[str], None], tmp_path: Path) -> None:
     at_start(ONCE_JOINED.replace("SIGNAL", "SIGUSR1"))  # rank 1 sleeps in mid-exchange, rank 0 waits for it
-    code = "from mser_dist.cluster.doctor import two_processes; two_processes()"
+    code = "from mser_dist.jobs.doctor import two_processes; two_processes()"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     try:
         deadline = time.monotonic() + 60
@@ -359,8 +359,8 @@ def test_two_nodes(blind: bool, tmp_path: Path) -> None:
     if blind and (not shutil.which("unshare") or subprocess.run([*hide, "true"], capture_output=True).returncode):
         pytest.skip("no right to mount a file system of one's own")
     code = (
-        "import sys; from pathlib import Path; from mser_dist.distributed import discover\n"
-        "from mser_dist.cluster import doctor_checks; from mser_dist.cluster.doctor import guarded, job_ranks, show\n"
+        "import sys; from pathlib import Path; from mser_dist.ranks.distributed import discover\n"
+        "from mser_dist.cluster import doctor_checks; from mser_dist.jobs.doctor import guarded, job_ranks, show\n"
         "world, here = discover(), [guarded('cores', doctor_checks.cores)]\n"
         f"found = [*job_ranks(world, Path({str(tmp_path)!r}), here)]\n"
         "if world.is_main: [show(check) for check in found]\n"

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mser_dist import cli
-from mser_dist.data import audio
-from mser_dist.data.inspect_set import NO_LABEL, UNKNOWN, WIDTH, describe, draw, format_report
-from mser_dist.data.shard_writer import DatasetWriter
-from mser_dist.data.shards import ShardSet
+from mser_dist import audio
+from mser_dist.cli import main as cli
+from mser_dist.shards.inspect import NO_LABEL, UNKNOWN, WIDTH, describe, draw, format_report
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.writer import DatasetWriter
 from tests.unit.made_up_set import meta, pcm
 
 CLIP = st.fixed_dictionaries(

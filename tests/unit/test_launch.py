@@ -13,16 +13,14 @@ import psutil
 import pytest
 import submitit
 
-from mser_dist import launch
-from mser_dist.cluster import job as job_module
-from mser_dist.cluster import task
-from mser_dist.cluster.job import Job
-from mser_dist.cluster.preempt import Stopped
-from mser_dist.cluster.task import Task
 from mser_dist.config import Stage1
-from mser_dist.config_file import load_training, to_yaml
-from mser_dist.distributed import free_port
-from mser_dist.errors import UserError
+from mser_dist.config.file import load_training, to_yaml
+from mser_dist.errors import Stopped, UserError
+from mser_dist.jobs import job as job_module
+from mser_dist.jobs import launch, task
+from mser_dist.jobs.job import Job
+from mser_dist.jobs.task import Task
+from mser_dist.ranks.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["data.sets=shards", "train.global_batch=8", "tracking.enabled=false"]
@@ -120,7 +118,7 @@ def test_the_lines_around_srun(srun: int, first: int | None, ends: int, asks: st
     assert "RANK" not in environment and environment["OMP_NUM_THREADS"] == "1"
     assert not Path(environment["TRITON_CACHE_DIR"]).parent.exists()
     asked = [line for line in done.stdout.splitlines() if line.startswith("asked")]
-    assert asked == ([f"asked: -m mser_dist.cluster.requeue {asks} {tmp_path}/the other"] if asks else [])
+    assert asked == ([f"asked: -m mser_dist.jobs.requeue {asks} {tmp_path}/the other"] if asks else [])
 
 
 # ---- what is refused before a job exists
@@ -332,8 +330,8 @@ def test_halves_of_an_earlier_start_are_cleared(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.timeout(240)
 def test_a_training_signalled_at_one_rank_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two real ranks: USR2 to rank 1 alone; the summary is that of the run that went on."""
-    from mser_dist.data.synth import SynthConfig
-    from mser_dist.data.synth_set import write_set
+    from mser_dist.synth.speech import SynthConfig
+    from mser_dist.synth.write import write_set
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

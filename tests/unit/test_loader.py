@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mser_dist.data import audio
-from mser_dist.data.features import Features
-from mser_dist.data.loader import Clip
-from mser_dist.data.plan import Plan, Position
-from mser_dist.data.shard_verify import verify
-from mser_dist.data.shard_writer import DatasetWriter
-from mser_dist.data.shards import ShardSet
-from mser_dist.data.stream import Clips, Step, one_pass, training_steps
+from mser_dist import audio
 from mser_dist.errors import UserError
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.verify import verify
+from mser_dist.shards.writer import DatasetWriter
+from mser_dist.stream.examples import Examples
+from mser_dist.stream.features import Features
+from mser_dist.stream.loader import Example
+from mser_dist.stream.plan import Plan, Position
+from mser_dist.stream.steps import Step, one_pass, training_steps
 from tests.unit.made_up_set import meta, pcm
 
 LABELS = ["happy", "sad"]
@@ -31,11 +32,11 @@ def write_folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def collate(clips: list[Clip]) -> dict[str, Any]:
+def collate(clips: list[Example]) -> dict[str, Any]:
     return {"index": [clip.index for clip in clips], "seconds": [clip.speech.shape[1] for clip in clips]}
 
 
-def run(clips: Clips, workers: int, count: int = 3, rank: int = 0, world: int = 1) -> Iterator[Step]:
+def run(clips: Examples, workers: int, count: int = 3, rank: int = 0, world: int = 1) -> Iterator[Step]:
     plan = Plan(len(clips), 6, 0)
     return training_steps(clips, plan, Position(), count, None, rank, world, collate, workers)
 
@@ -58,7 +59,7 @@ def damage(folder: Path, key: str) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_clip_stops_the_run_and_is_named(folder: Path, workers: int) -> None:
     damage(folder, "k07")
-    clips = Clips(ShardSet.open(folder), LABELS, Features())
+    clips = Examples(ShardSet.open(folder), LABELS, Features())
     with pytest.raises(UserError, match=r"train-000001\.tar: sample k07: what the shard holds is not") as caught:
         list(run(clips, workers))
     assert "\n" not in str(caught.value)
@@ -68,14 +69,14 @@ def test_a_damaged_clip_stops_the_run_and_is_named(folder: Path, workers: int) -
 def test_within_the_budget_another_clip_of_the_step_takes_its_place(
     folder: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sound = [list(run(Clips(ShardSet.open(folder), LABELS, Features()), 0, 3, rank, 2)) for rank in range(2)]
+    sound = [list(run(Examples(ShardSet.open(folder), LABELS, Features()), 0, 3, rank, 2)) for rank in range(2)]
     damage(folder, "k07")
     damage(folder, "k12")
     shards = ShardSet.open(folder)
     bad = {shards.keys.index("k07"), shards.keys.index("k12")}
     reported = 0
     for rank in range(2):
-        steps = list(run(Clips(shards, LABELS, Features(), max_bad=2), workers, 3, rank, 2))
+        steps = list(run(Examples(shards, LABELS, Features(), max_bad=2), workers, 3, rank, 2))
         for before, after in zip(sound[rank], steps, strict=True):
             [expected], [found] = (step.batches for step in (before, after))
             assert len(found["index"]) == len(expected["index"])  # its shape is that of every other rank
@@ -86,19 +87,19 @@ def test_within_the_budget_another_clip_of_the_step_takes_its_place(
     assert reported == 2
     assert capsys.readouterr().err.count("another clip takes its place") == 2
     with pytest.raises(UserError, match=r"sample k(07|12): .*\(bad clip number 2, data.max_bad=1\)"):
-        list(run(Clips(shards, LABELS, Features(), max_bad=1), workers))
+        list(run(Examples(shards, LABELS, Features(), max_bad=1), workers))
 
 
 def test_a_step_without_one_good_clip_stops_the_run(folder: Path) -> None:
     for i in range(18):
         damage(folder, f"k{i:02d}")
     with pytest.raises(UserError, match=r"sample k\d\d: .*and so is every other clip of its step"):
-        list(run(Clips(ShardSet.open(folder), LABELS, Features(), max_bad=100), 1))
+        list(run(Examples(ShardSet.open(folder), LABELS, Features(), max_bad=100), 1))
 
 
 def test_evaluation_leaves_a_damaged_clip_out(folder: Path) -> None:
     damage(folder, "k07")
-    clips = Clips(ShardSet.open(folder), LABELS, Features(), max_bad=1)
+    clips = Examples(ShardSet.open(folder), LABELS, Features(), max_bad=1)
     _, batches = one_pass(clips, 4, 0, 1, collate, 0)
     found = sorted(i for indices, _ in batches for i in indices.tolist() if i >= 0)
     assert [clips.shards.key(i) for i in found] == [f"k{i:02d}" for i in range(18) if i != 7]
@@ -106,7 +107,7 @@ def test_evaluation_leaves_a_damaged_clip_out(folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_vanishes_is_named_and_no_budget_covers_it(folder: Path, workers: int) -> None:
-    clips = Clips(ShardSet.open(folder), LABELS, Features(), max_bad=100)
+    clips = Examples(ShardSet.open(folder), LABELS, Features(), max_bad=100)
     (folder / "train-000002.tar").unlink()
     with pytest.raises(UserError, match=r"train-000002\.tar: cannot be read"):
         list(run(clips, workers))
@@ -149,13 +150,13 @@ def test_unusual_audio_is_read_or_named(tmp_path: Path, name: str) -> None:
             writer.write("train", f"good{i}", data, "wav", meta(i, label=LABELS[i % 2]))
         data = FINE.get(name) or UNFIT[name][0]
         writer.write("train", name, data, "wav", meta(1, label="sad"))
-    clips = Clips(ShardSet.open(tmp_path / "set"), LABELS, Features())
+    clips = Examples(ShardSet.open(tmp_path / "set"), LABELS, Features())
     if name in FINE:
         assert len({i for step in run(clips, 0, 1) for i in step.batches[0]["index"]}) == 5
     else:
         with pytest.raises(UserError, match=rf"train-000000\.tar: sample {name}: .*{UNFIT[name][1]}"):
             list(run(clips, 0, 1))
-        tolerant = Clips(clips.shards, LABELS, Features(), max_bad=1)
+        tolerant = Examples(clips.shards, LABELS, Features(), max_bad=1)
         assert [len(step.batches[0]["index"]) for step in run(tolerant, 0, 2)] == [6, 6]
 
 
@@ -190,8 +191,8 @@ def test_a_pipe_url_is_no_command(tmp_path: Path) -> None:
 
 
 def test_a_set_without_an_index_reads_the_same(folder: Path) -> None:
-    before = [step.batches for step in run(Clips(ShardSet.open(folder), LABELS, Features()), 0)]
+    before = [step.batches for step in run(Examples(ShardSet.open(folder), LABELS, Features()), 0)]
     for index in folder.glob("*.idx.json"):
         index.unlink()
     (folder / "dataset.json").unlink()
-    assert [step.batches for step in run(Clips(ShardSet.open(folder), LABELS, Features()), 0)] == before
+    assert [step.batches for step in run(Examples(ShardSet.open(folder), LABELS, Features()), 0)] == before

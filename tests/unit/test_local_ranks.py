@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mser_dist.cluster import local_ranks
+from mser_dist.jobs import local_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,7 +96,7 @@ def test_ending_the_launcher_ends_the_ranks(
     ranks(f"open(r'{tmp_path}/pid' + str(rank), 'w').write(str(os.getpid()))\ntime.sleep(60)")
     files = [tmp_path / f"pid{rank}" for rank in range(2)]
     # -S: the launcher itself runs no `sitecustomize`.
-    code = "import sys; from mser_dist.cluster.local_ranks import local; sys.exit(local(2, ['config']))"
+    code = "import sys; from mser_dist.jobs.local_ranks import local; sys.exit(local(2, ['config']))"
     launcher = subprocess.Popen([sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}; {code}"])
     try:
         assert waited(lambda: all(file.exists() and file.read_text() for file in files))

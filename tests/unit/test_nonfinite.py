@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mser_dist.nonfinite import Buffers, poison
+from mser_dist.training.nonfinite import Buffers, poison
 
 
 @pytest.mark.parametrize("value", [1.5, 0.0, -2.0])

@@ -14,30 +14,30 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mser_dist.data import audio
-from mser_dist.data.clip import Clip
-from mser_dist.data.pack import pack
-from mser_dist.data.shard_verify import verify
-from mser_dist.data.shards import ShardSet
-from mser_dist.data.splits import split_by_speaker
+from mser_dist import audio
+from mser_dist.corpora.pack import pack
+from mser_dist.corpora.recording import Recording
+from mser_dist.corpora.splits import split_by_speaker
 from mser_dist.errors import UserError
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 EMOTIONS = ("anger", "happy", "neutral", "sad")
 
 
-def clip(speaker: str, number: int, language: str = "de", corpus: str = "c", split: str | None = None) -> Clip:
+def clip(speaker: str, number: int, language: str = "de", corpus: str = "c", split: str | None = None) -> Recording:
     emotion = EMOTIONS[number % 4]
     name = f"{corpus}_{speaker}_{language}_{number}"
     gender = "female" if sum(map(ord, speaker)) % 2 else "male"
-    return Clip(Path(name), emotion, emotion, language, speaker, corpus, name, name, gender, None, split)
+    return Recording(Path(name), emotion, emotion, language, speaker, corpus, name, name, gender, None, split)
 
 
-def corpus_of(speakers: int, each: int = 8, **options: Any) -> list[Clip]:
+def corpus_of(speakers: int, each: int = 8, **options: Any) -> list[Recording]:
     return [clip(f"s{s:02d}", number, **options) for s in range(speakers) for number in range(each)]
 
 
-def speakers_of(clips: list[Clip], split: str) -> set[tuple[str, str]]:
+def speakers_of(clips: list[Recording], split: str) -> set[tuple[str, str]]:
     return {(c.corpus, c.speaker) for c in clips if c.split == split}
 
 
@@ -81,7 +81,7 @@ def test_a_rare_emotion_reaches_the_test() -> None:
     """Two of twenty speakers alone have "fear": a blind draw puts one into each of train and test only 1 time in 3."""
     clips = corpus_of(20)
     rare = [clip(speaker, 0) for speaker in ("s03", "s17")]
-    fear = [Clip(c.path, "fear", "fear", c.language, c.speaker, c.corpus, c.id + "f", c.id + "f") for c in rare]
+    fear = [Recording(c.path, "fear", "fear", c.language, c.speaker, c.corpus, c.id + "f", c.id + "f") for c in rare]
     for seed in range(10):
         done = split_by_speaker(clips + fear, val_fraction=0, test_fraction=0.2, seed=seed)
         assert {c.split for c in done if c.label == "fear"} == {"train", "test"}

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mser_dist.data.balance import Balance, fields_of
-from mser_dist.data.packing import pack
-from mser_dist.data.plan import Plan, Position
-from mser_dist.data.shard_columns import Column
 from mser_dist.errors import UserError
+from mser_dist.shards.columns import Column
+from mser_dist.stream.balance import Balance, fields_of
+from mser_dist.stream.packing import pack
+from mser_dist.stream.plan import Plan, Position
 
 
 def fresh(plan: Plan, **changes: Any) -> Plan:
@@ -188,7 +188,7 @@ def test_weights_with_packs_make_an_epoch_of_the_sets_size(windows: int, more: i
     tokens = np.random.default_rng(seed).integers(1, 50, size)
     options: dict[str, Any] = {"parts": np.arange(size) % 2, "weights": [3, 1]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mser_dist.data.plan.WINDOW", 16)
+        patch.setattr("mser_dist.stream.plan.WINDOW", 16)
         order = Plan(size, 4, seed, batching="tokens", tokens=tokens, budget=100, **options).epoch(0).order
     assert len(order) == size
     for start in range(0, size, 16):

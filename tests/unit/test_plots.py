@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import image
 
-from mser_dist import plots
+from mser_dist.runs import plots
 
 
 def drawn(path: Path) -> np.ndarray:

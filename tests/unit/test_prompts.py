@@ -2,7 +2,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mser_dist.config import SIX_EMOTIONS
-from mser_dist.data import prompts
+from mser_dist.models import prompts
 from mser_dist.models.llm import small_tokenizer
 
 SPEECH_ID = -1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist import cli
-from mser_dist.config_file import load_evaluation, load_training
+from mser_dist.cli import main as cli
+from mser_dist.config.file import load_evaluation, load_training
 
 ROOT = Path(__file__).parents[2]
 NOUNS = {"mser train", "mser pack", "mser submit"}  # the commands as such, in a sentence

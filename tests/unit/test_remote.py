@@ -12,15 +12,16 @@ from typing import Any
 import fsspec
 import pytest
 
-from mser_dist.data import remote
-from mser_dist.data.features import Features
-from mser_dist.data.loader import Clip
-from mser_dist.data.plan import Plan, Position
-from mser_dist.data.remote import RemoteCache
-from mser_dist.data.shard_verify import verify
-from mser_dist.data.shards import ShardSet
-from mser_dist.data.stream import Clips, training_steps
 from mser_dist.errors import UserError
+from mser_dist.shards import remote
+from mser_dist.shards.remote import RemoteCache
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.verify import verify
+from mser_dist.stream.examples import Examples
+from mser_dist.stream.features import Features
+from mser_dist.stream.loader import Example
+from mser_dist.stream.plan import Plan, Position
+from mser_dist.stream.steps import training_steps
 from tests.unit.made_up_set import write_set
 
 
@@ -211,14 +212,14 @@ def test_many_processes_fetch_a_shard_once(url: str, tmp_path: Path) -> None:
     assert len([path for path in Handler.asked if path.endswith(".tar")]) == 4
 
 
-def keys(clips: list[Clip]) -> dict[str, Any]:
+def keys(clips: list[Example]) -> dict[str, Any]:
     return {"index": [clip.index for clip in clips]}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_reads_a_remote_set_ahead_in_workers(url: str, tmp_path: Path, workers: int) -> None:
     shards = ShardSet.open(url, keep={"label": "happy"}, cache=RemoteCache(tmp_path / "cache"))
-    clips = Clips(shards, ["happy"], Features())
+    clips = Examples(shards, ["happy"], Features())
     steps = training_steps(clips, Plan(len(clips), 2, 0), Position(), 12, None, 0, 1, keys, workers)
     found = [i for step in steps for i in step.batches[0]["index"]]
     assert set(found) == set(range(len(clips)))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.cluster import rendezvous
-from mser_dist.cluster.rendezvous import meet
-from mser_dist.distributed import free_port
 from mser_dist.errors import UserError
+from mser_dist.ranks import rendezvous
+from mser_dist.ranks.distributed import free_port
+from mser_dist.ranks.rendezvous import meet
 
 
 def late(port: int) -> None:

@@ -103,7 +103,7 @@ def test_job_scripts_say_where_the_repository_is_looked_for(stage: str, tmp_path
 @pytest.mark.parametrize("stage", STAGES)
 def test_job_scripts_default_to_a_preset_that_exists(stage: str) -> None:
     found = re.search(rf"^run_on_all {VERBS[stage]} (\S+)", (ROOT / "slurm" / f"{stage}.sh").read_text(), re.MULTILINE)
-    assert found and (ROOT / "mser_dist" / "configs" / f"{found[1]}.yaml").is_file()
+    assert found and (ROOT / "mser_dist" / "config" / "presets" / f"{found[1]}.yaml").is_file()
 
 
 def test_every_dependency_has_a_tested_version() -> None:
@@ -130,9 +130,11 @@ def test_the_wheel_and_the_sdist_carry_the_data_files(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"mser_dist/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
-    expected |= {f"mser_dist/configs/{path.name}" for path in (ROOT / "mser_dist" / "configs").glob("*.yaml")}
+    expected |= {
+        f"mser_dist/config/presets/{path.name}" for path in (ROOT / "mser_dist" / "config" / "presets").glob("*.yaml")
+    }
     assert len(expected) >= 2, "no configs in the checkout"
-    assert expected | {"mser_dist/data/sentences.json", "mser_dist/cli.py"} <= names
+    assert expected | {"mser_dist/synth/sentences.json", "mser_dist/cli/main.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "slurm/"))]
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.cluster.requeue import requeue
+from mser_dist.jobs.requeue import requeue
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import webdataset
 
-from mser_dist.data import audio, tarsafe
-from mser_dist.data.features import Features
-from mser_dist.data.loader import Request
-from mser_dist.data.shard_verify import verify
-from mser_dist.data.shard_writer import DatasetWriter
-from mser_dist.data.shards import ShardSet
-from mser_dist.data.stream import Clips
+from mser_dist import audio
 from mser_dist.errors import UserError
+from mser_dist.shards import tarsafe
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.verify import verify
+from mser_dist.shards.writer import DatasetWriter
+from mser_dist.stream.examples import Examples
+from mser_dist.stream.features import Features
+from mser_dist.stream.loader import Request
 from tests.unit.made_up_set import meta, pcm, write_set
 from tests.unit.test_shards import write_foreign
 
@@ -88,8 +89,8 @@ def test_damage_is_found_by_verify_and_by_reading(copy: Path, name: str) -> None
         _read_all(ShardSet.open(copy))
     shards = ShardSet.open(copy, split="train")
     labels: list[Any] = [None, "happy"]
-    requests = Clips(shards, labels, Features()).requests(np.arange(len(shards)))
-    decoder = Clips(shards, labels, Features()).decoder(lambda clips: {"keys": [shards.key(c.index) for c in clips]})
+    requests = Examples(shards, labels, Features()).requests(np.arange(len(shards)))
+    decoder = Examples(shards, labels, Features()).decoder(lambda clips: {"keys": [shards.key(c.index) for c in clips]})
     answer = decoder(Request(0, 0, [requests]))  # what a worker does
     assert answer.bad and all("not what its index says" in problem for problem in answer.bad.values())
     assert not {shards.key(i) for i in answer.bad} & set(answer.batches[0]["keys"])

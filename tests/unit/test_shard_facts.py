@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from mser_dist.data.shard_source import facts
 from mser_dist.errors import UserError
+from mser_dist.shards.source import facts
 
 GOOD: dict[str, Any] = {"file": "train-000000.tar", "count": 1, "bytes": 1, "sha256": "a" * 64, "index": "b" * 64}
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import webdataset
 
-from mser_dist import cli
-from mser_dist.data import audio, shard_index
-from mser_dist.data.shard_verify import verify
-from mser_dist.data.shard_writer import DatasetWriter
-from mser_dist.data.shards import ShardSet
+from mser_dist import audio
+from mser_dist.cli import main as cli
 from mser_dist.errors import UserError
+from mser_dist.shards import index as shard_index
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.verify import verify
+from mser_dist.shards.writer import DatasetWriter
 from tests.unit.made_up_set import meta, pcm, write_set
 
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mser_dist.data import audio
-from mser_dist.data.shard_verify import verify
-from mser_dist.data.shard_writer import DatasetWriter, shard_name
-from mser_dist.data.shards import ShardSet
+from mser_dist import audio
 from mser_dist.errors import UserError
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.verify import verify
+from mser_dist.shards.writer import DatasetWriter, shard_name
 from tests.unit.made_up_set import meta, pcm, write_set
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from mser_dist.data import audio, shard_index
-from mser_dist.data.shard_verify import verify
-from mser_dist.data.shard_writer import DatasetWriter
-from mser_dist.data.shards import ShardSet
+from mser_dist import audio
 from mser_dist.errors import UserError
+from mser_dist.shards import index as shard_index
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.verify import verify
+from mser_dist.shards.writer import DatasetWriter
 from tests.unit.made_up_set import meta, pcm, write_set
 
 
@@ -117,7 +118,7 @@ def _read_all(shards: ShardSet) -> list[str]:
 
 def test_reads_in_threads_forks_and_spawns(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "mser_dist.data.shard_reader.MAX_OPEN", 2
+        "mser_dist.shards.reader.MAX_OPEN", 2
     )  # fewer than the shards, so that files are closed and reopened
     shards = ShardSet.open(finished)
     assert _read_all(shards) == shards.keys

@@ -9,32 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mser_dist import audio
 from mser_dist import config as cfg
-from mser_dist.data import audio
-from mser_dist.data.features import Features
-from mser_dist.data.loader import Clip
-from mser_dist.data.plan import Plan, Position
-from mser_dist.data.shard_writer import DatasetWriter
-from mser_dist.data.shards import ShardSet
-from mser_dist.data.stream import (
-    Clips,
-    Step,
-    one_pass,
-    open_clips,
-    open_training_clips,
-    pad_speech,
-    plan_of,
-    position_in,
-    shuffled,
-    state_of,
-    training_steps,
-)
 from mser_dist.errors import UserError
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.writer import DatasetWriter
+from mser_dist.stream.examples import Examples, open_clips, open_training_clips, pad_speech, shuffled
+from mser_dist.stream.features import Features
+from mser_dist.stream.loader import Example
+from mser_dist.stream.plan import Plan, Position
+from mser_dist.stream.steps import Step, one_pass, plan_of, position_in, state_of, training_steps
 from tests.unit.made_up_set import meta, pcm
 
 LABELS = ["anger", "happy", "sad"]
 START = Position()
-AUGMENT = cfg.Augment(probability=1.0, speed=0.2, gain_db=6.0, noise_snr_db=[5, 20], time_masks=1, freq_masks=1)
+AUGMENT = cfg.AugmentConfig(probability=1.0, speed=0.2, gain_db=6.0, noise_snr_db=[5, 20], time_masks=1, freq_masks=1)
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=7), st.integers(0, 100))
@@ -73,12 +62,12 @@ def two_sets(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Shar
     return ShardSet.open([Path(shards.shards[0].name).parent, out])
 
 
-def clips_of(shards: ShardSet, **options: Any) -> Clips:
+def clips_of(shards: ShardSet, **options: Any) -> Examples:
     given: dict[str, Any] = {"features": Features(), "max_seconds": 1.0, "seed": 5}
-    return Clips(shards, LABELS, **(given | options))
+    return Examples(shards, LABELS, **(given | options))
 
 
-def collate(clips: list[Clip]) -> dict[str, Any]:
+def collate(clips: list[Example]) -> dict[str, Any]:
     draws = torch.tensor([clip.draw.random() for clip in clips])
     return {**pad_speech(clips), "index": [clip.index for clip in clips], "draws": draws}
 
@@ -118,7 +107,7 @@ def test_a_waveform_and_padding_when_asked(shards: ShardSet) -> None:
 
 
 def test_labels_are_numbered_as_the_config_orders_them(shards: ShardSet) -> None:
-    reverse = Clips(shards, LABELS[::-1], Features())
+    reverse = Examples(shards, LABELS[::-1], Features())
     assert [LABELS[::-1][n] for n in reverse.label] == list(shards.column("label"))
 
 
@@ -138,7 +127,7 @@ def test_augmentation_is_seeded_by_clip_and_epoch(shards: ShardSet) -> None:
         first.speech, later.speech
     )
     assert first.draw.random() == plain.get(3, 0).draw.random()  # captions are the same with and without it
-    unchanged = clips_of(shards, augment=cfg.Augment(probability=1.0))
+    unchanged = clips_of(shards, augment=cfg.AugmentConfig(probability=1.0))
     np.testing.assert_array_equal(unchanged.get(3, 0).speech, plain.get(3, 0).speech)
 
 
@@ -183,8 +172,8 @@ def pool(shards: ShardSet, two_sets: ShardSet) -> Callable[[str], ShardSet]:
     return lambda kind: two_sets if "weights" in KINDS[kind] else shards
 
 
-def plan(clips: Clips, kind: str = "pairs", batch: int = 8) -> Plan:
-    return plan_of(clips.shards, cfg.TrainingClips(**KINDS[kind]), batch, KINDS[kind]["parallel"], clips.seed)
+def plan(clips: Examples, kind: str = "pairs", batch: int = 8) -> Plan:
+    return plan_of(clips.shards, cfg.TrainingDataConfig(**KINDS[kind]), batch, KINDS[kind]["parallel"], clips.seed)
 
 
 def steps(
@@ -316,9 +305,9 @@ def test_one_pass_covers_the_set_in_equal_rounds(shards: ShardSet, batch: int, w
 # ---- what a config can ask for in vain
 
 
-def data(shards: ShardSet, **options: Any) -> cfg.TrainingClips:
+def data(shards: ShardSet, **options: Any) -> cfg.TrainingDataConfig:
     folder = shards.shards[0].name.rpartition("/")[0]
-    return cfg.TrainingClips(**({"sets": [folder], "labels": LABELS} | options))
+    return cfg.TrainingDataConfig(**({"sets": [folder], "labels": LABELS} | options))
 
 
 @pytest.mark.parametrize(

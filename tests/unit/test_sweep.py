@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from mser_dist import launch
-from mser_dist.cluster import sweep
 from mser_dist.config import Stage1
-from mser_dist.config_file import to_yaml
-from mser_dist.distributed import free_port
+from mser_dist.config.file import to_yaml
 from mser_dist.errors import UserError
+from mser_dist.jobs import launch, sweep
+from mser_dist.ranks.distributed import free_port
 
 BASE = ["data.sets=shards", "out=runs/x"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mser_dist.data import synth
-from mser_dist.data.espeak import Espeak
-from mser_dist.data.synth import EMOTIONS, LANGUAGES, SynthConfig, Utterance, generate, plan, render
 from mser_dist.errors import UserError
+from mser_dist.synth import speech as synth
+from mser_dist.synth.espeak import Espeak
+from mser_dist.synth.speech import EMOTIONS, LANGUAGES, SynthConfig, Utterance, generate, plan, render
 
 espeakng_loader = pytest.importorskip("espeakng_loader", reason="pip install espeakng-loader")
 
@@ -70,7 +70,7 @@ def pitch_hz(wave: np.ndarray, rate: int) -> float:
 def test_a_clip_does_not_depend_on_what_was_spoken_before() -> None:
     first = {line: digest(*line) for line in LINES}
     assert {line: digest(*line) for line in reversed(LINES)} == first
-    code = "import hashlib, sys; from mser_dist.data.espeak import Espeak; "
+    code = "import hashlib, sys; from mser_dist.synth.espeak import Espeak; "
     code += "print(hashlib.sha256(Espeak().synthesize(*sys.argv[1:])[0].tobytes()).hexdigest())"
     alone = subprocess.run([sys.executable, "-c", code, *LINES[-1]], capture_output=True, text=True, check=True)
     assert alone.stdout.strip() == first[LINES[-1]]

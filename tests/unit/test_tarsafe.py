@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from mser_dist.data import audio, tarsafe
-from mser_dist.data.shards import ShardSet
+from mser_dist import audio
 from mser_dist.errors import UserError
+from mser_dist.shards import tarsafe
+from mser_dist.shards.shard_set import ShardSet
 from tests.unit.made_up_set import pcm
 
 

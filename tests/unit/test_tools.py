@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from mser_dist.data.audio import encode
+from mser_dist.audio import encode
 from tests.tiny_runs import ENCODER, QFORMER
 from tests.unit.made_up_set import write_set
 from tools import bench_encoder, bench_plan

@@ -12,11 +12,10 @@ import mlflow
 import pytest
 
 from mser_dist import config as cfg
-from mser_dist import tracking
-from mser_dist.cluster.preempt import Stopped
-from mser_dist.errors import UserError
-from mser_dist.tracking import Tracker, run_id_of, tracked, tracking_uri
-from mser_dist.tracking_sync import sync
+from mser_dist.errors import Stopped, UserError
+from mser_dist.runs import tracking
+from mser_dist.runs.sync import sync
+from mser_dist.runs.tracking import Tracker, run_id_of, tracked, tracking_uri
 from tests.unit.mlflow_runs import Silent, client_of, files_of, history, log_lines, run_of, start
 
 DEAD = "http://127.0.0.1:9"  # nothing listens there
@@ -128,10 +127,10 @@ def test_sibling_runs_share_an_experiment(runs: Path) -> None:
 
 def test_where_a_run_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    assert tracking_uri(cfg.Tracking(), out) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(cfg.TrackingConfig(), out) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    assert tracking_uri(cfg.Tracking(), out) == "http://tracking:5000"
-    assert tracking_uri(cfg.Tracking(uri="sqlite:///x.db"), out) == "sqlite:///x.db"
+    assert tracking_uri(cfg.TrackingConfig(), out) == "http://tracking:5000"
+    assert tracking_uri(cfg.TrackingConfig(uri="sqlite:///x.db"), out) == "sqlite:///x.db"
 
 
 def test_the_environment_decides_where_and_sync_remembers_it(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +193,7 @@ def test_a_server_that_never_answers_holds_nothing_up(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1000")  # what returns has not waited for it
     monkeypatch.setattr(tracking, "_FIRST_ANSWER", 0.1)
     out = runs / "run"
-    with tracked(cfg.Tracking(uri=silent.uri, experiment=f"test-{runs.name}"), *_prepared(out)) as tracker:
+    with tracked(cfg.TrackingConfig(uri=silent.uri, experiment=f"test-{runs.name}"), *_prepared(out)) as tracker:
         assert tracker and silent.heard.wait(30)
         for step in range(100):
             tracker.metrics(step, {"loss": float(step)})
@@ -226,7 +225,7 @@ def test_the_status_tells_how_a_run_ended(runs: Path, end: BaseException | None,
     out = runs / "run"
     with (
         nullcontext() if end is None else pytest.raises(type(end)),
-        tracked(cfg.Tracking(experiment=f"test-{runs.name}"), *_prepared(out)) as tracker,
+        tracked(cfg.TrackingConfig(experiment=f"test-{runs.name}"), *_prepared(out)) as tracker,
     ):
         assert tracker
         tracker.describe("# What it is")
@@ -240,7 +239,7 @@ def test_the_status_tells_how_a_run_ended(runs: Path, end: BaseException | None,
 
 
 def test_other_ranks_track_nothing(tmp_path: Path) -> None:
-    with tracked(cfg.Tracking(), tmp_path, {}, {}, main=False) as tracker:
+    with tracked(cfg.TrackingConfig(), tmp_path, {}, {}, main=False) as tracker:
         assert tracker is None
     assert not list(tmp_path.iterdir())
 
@@ -280,7 +279,7 @@ def test_a_run_folder_of_an_earlier_version_is_synced(runs: Path) -> None:
 def test_stage_2_is_linked_to_a_stage_1_that_gets_its_id_later(runs: Path) -> None:
     one, two = runs / "one", runs / "two"
     start(one, enabled=False).close("FINISHED")
-    config = cfg.Tracking(experiment=f"test-{runs.name}")
+    config = cfg.TrackingConfig(experiment=f"test-{runs.name}")
     config.parent = "0123456789abcdef0123456789abcdef"  # type: ignore[attr-defined,unused-ignore]
     with tracked(config, *_prepared(two), links={"mser.stage1_run_id": one}):
         pass
@@ -365,7 +364,7 @@ def test_the_log_of_a_killed_and_resumed_run_reads_as_one(tmp_path: Path) -> Non
     out.mkdir()
     lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 2.0}', '{"step": 2, "val/ua": 0.5}']
     (out / "log.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))  # killed in the middle of a line
-    tracker = Tracker(cfg.Tracking(enabled=False), out, {}, {})
+    tracker = Tracker(cfg.TrackingConfig(enabled=False), out, {}, {})
     tracker.metrics(2, {"loss": 2.5})  # went on from the checkpoint of step 1
     tracker.metrics(3, {"loss": math.nan})
     rows = tracker.rows()

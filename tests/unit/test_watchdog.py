@@ -2,8 +2,8 @@
 
 import pytest
 
-from mser_dist.cluster.watchdog import Watchdog, _is_of_a_collective, _named
-from mser_dist.distributed import World
+from mser_dist.ranks.distributed import World
+from mser_dist.ranks.watchdog import Watchdog, _is_of_a_collective, _named
 
 
 def test_one_process_needs_none() -> None:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from transformers import HubertConfig, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
 
 from mser_dist import config as cfg
-from mser_dist.data.features import Features
 from mser_dist.errors import UserError
 from mser_dist.models.attention import Attention
 from mser_dist.models.encoders import build_encoder
 from mser_dist.models.waveform import MODELS, WaveformEncoder
+from mser_dist.stream.features import Features
 
 SDPA = Attention("sdpa", "test")
 ARCH: dict[str, Any] = {
@@ -29,7 +29,7 @@ ENCODERS: dict[tuple[str, str], WaveformEncoder] = {}
 def encoder(kind: str = "wav2vec2", norm: str = "layer") -> WaveformEncoder:
     if (kind, norm) not in ENCODERS:
         torch.manual_seed(0)
-        built = build_encoder(cfg.Encoder(arch={"model_type": kind, "feat_extract_norm": norm, **ARCH}), SDPA)
+        built = build_encoder(cfg.EncoderConfig(arch={"model_type": kind, "feat_extract_norm": norm, **ARCH}), SDPA)
         assert isinstance(built, WaveformEncoder)
         ENCODERS[kind, norm] = built.eval()
     return ENCODERS[kind, norm]
@@ -72,7 +72,7 @@ def test_a_clip_has_the_features_that_transformers_gives_it_alone(kind: str, nor
 def test_every_weight_is_trained_and_nothing_is_masked_or_skipped(kind: str) -> None:
     torch.manual_seed(0)
     dropouts = {f"{name}_dropout": 0.0 for name in ("hidden", "activation", "attention")}
-    trained = build_encoder(cfg.Encoder(arch={"model_type": kind, **ARCH, **dropouts}), SDPA).train()
+    trained = build_encoder(cfg.EncoderConfig(arch={"model_type": kind, **ARCH, **dropouts}), SDPA).train()
     inputs = waves([6000, 5000])
     first, mask = trained(*inputs)
     torch.testing.assert_close(first[mask], trained(*inputs)[0][mask], rtol=0, atol=0)
@@ -93,7 +93,7 @@ def checkpoint(folder: Path, **extractor: Any) -> Wav2Vec2ForCTC:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_checkpoint_is_fed_as_its_own_feature_extractor_would(normalize: bool, tmp_path: Path) -> None:
     own = checkpoint(tmp_path, do_normalize=normalize)
-    model = build_encoder(cfg.Encoder(pretrained=str(tmp_path)), SDPA).eval()
+    model = build_encoder(cfg.EncoderConfig(pretrained=str(tmp_path)), SDPA).eval()
     assert model.features == Features(n_mels=None, normalize=normalize)
     wave = np.random.default_rng(0).normal(0.3, 0.1, 5000).astype(np.float32)
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(tmp_path)
@@ -105,19 +105,19 @@ def test_a_checkpoint_is_fed_as_its_own_feature_extractor_would(normalize: bool,
 def test_a_checkpoint_that_does_not_say_how_it_is_fed_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"no preprocessor_config.json.*do_normalize"):
-        build_encoder(cfg.Encoder(pretrained=str(tmp_path)), SDPA)
+        build_encoder(cfg.EncoderConfig(pretrained=str(tmp_path)), SDPA)
     Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="8000 Hz"):
-        build_encoder(cfg.Encoder(pretrained=str(tmp_path)), SDPA)
+        build_encoder(cfg.EncoderConfig(pretrained=str(tmp_path)), SDPA)
 
 
 def test_another_kind_of_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="type bert: name one of whisper, wav2vec2, hubert, wavlm"):
-        build_encoder(cfg.Encoder(pretrained=str(tmp_path)), SDPA)
+        build_encoder(cfg.EncoderConfig(pretrained=str(tmp_path)), SDPA)
     HubertConfig(conv_pos_batch_norm=True).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="conv_pos_batch_norm"):
-        build_encoder(cfg.Encoder(pretrained=str(tmp_path)), SDPA)
+        build_encoder(cfg.EncoderConfig(pretrained=str(tmp_path)), SDPA)
 
 
 @pytest.mark.parametrize(
@@ -132,5 +132,5 @@ def test_another_kind_of_checkpoint_is_named(tmp_path: Path) -> None:
 )
 def test_a_mistake_in_arch_is_named(arch: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named) as error:
-        build_encoder(cfg.Encoder(arch=arch), SDPA)
+        build_encoder(cfg.EncoderConfig(arch=arch), SDPA)
     assert "\n" not in str(error.value)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mser_dist.data import audio
-from mser_dist.data.shard_writer import DatasetWriter
-from mser_dist.data.synth import SynthConfig, generate
+from mser_dist import audio
 from mser_dist.errors import UserError
+from mser_dist.shards.writer import DatasetWriter
+from mser_dist.synth.speech import SynthConfig, generate
 from tools.stream_peers.common import SHARD_CLIPS
 
 Pcm = NDArray[np.int16]  # [samples]

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mser_dist.data import audio
-from mser_dist.data.shards import ShardSet
+from mser_dist import audio
+from mser_dist.shards.shard_set import ShardSet
 from tools.stream_peers.common import Wave
 
 

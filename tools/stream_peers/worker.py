@@ -39,7 +39,7 @@ def _padded(mels: list[Mel]) -> NDArray[np.float32]:
 
 
 def _ours() -> Extract:
-    from mser_dist.data.features import Features
+    from mser_dist.stream.features import Features
 
     features = Features()
     return lambda waves: _padded([features(wave) for wave in waves])

@@ -15,9 +15,9 @@ from typing import Any
 
 
 def _install(drills: dict[str, list[str]]) -> None:
-    from mser_dist import stages
-    from mser_dist.cluster import watchdog
+    from mser_dist.ranks import watchdog
     from mser_dist.state import checkpoint, engine_state
+    from mser_dist.training import stages
 
     poisoned = False
 

@@ -1,0 +1,210 @@
+"""The verbs of the ``mser`` command that have to do with a cluster: submit, sweep, requeue, sync, doctor."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mser_dist.errors import UserError
+
+_SUBMIT_HELP = """\
+Submit a training or an evaluation as a job: to SLURM, or to this machine where there is no SLURM. One task is one rank.
+
+  mser submit my_stage1.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 train.lr=3e-4
+  mser submit my_stage2.yaml --nodes 4 --gpus-per-node 8 --after JOBID      starts when that job has ended well
+  mser submit demo_stage1 --local --tasks-per-node 2 --wait                 two ranks on this machine
+  mser submit my_stage1.yaml --nodes 4 --dry-run                            shows what sbatch would get
+
+Before the wall time ends, and when the job is preempted, all ranks save; the job goes back in the queue and continues.
+"""
+_SWEEP_HELP = """\
+Submit one job for each combination of values, as an array; each has its own folder in `out`, and all are children of
+one MLflow run.
+
+  mser sweep my_stage1.yaml train.lr=1e-4,3e-4 seed=0,1 out=runs/lr --nodes 2 --gpus-per-node 8 --parallel 2
+
+runs in runs/lr/lr=1e-4_seed=0 and three more. A key's last part is enough where it is unambiguous: lr=1e-4,3e-4.
+A key with a single value is the same for all. A comma in brackets or quotes does not separate: encoder.arch={…},{…}.
+A key that is a list takes bracketed lists: data.sets=[a],[a,b] are two values, data.sets=a,b is one.
+"""
+_SYNC_HELP = """\
+Send to MLflow what is missing there of a run: the server was down, or tracking was off. Nothing is sent twice.
+
+  mser sync runs/stage1 runs/stage2
+"""
+_DOCTOR_HELP = """\
+What this machine or allocation can do: Python, torch, GPUs, attention kernels, DeepSpeed, SLURM, MLflow, disks, and an
+all-reduce between real processes; a remedy beside each thing that is missing. `srun mser doctor` checks an allocation.
+"""
+
+Verb = Callable[..., argparse.ArgumentParser]
+
+
+def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Register the verbs; the two functions are those that ``cli.py`` makes its own with."""
+    submit = verb("submit", _submit, "submit a training or an evaluation as a job", _SUBMIT_HELP)
+    config_words(submit)
+    _job_options(submit).add_argument("--parsable", action="store_true", help="print the id alone, for --after")
+
+    sweep = verb("sweep", _sweep, "submit a job for each combination of values", _SWEEP_HELP)
+    sweep.add_argument("config", metavar="CONFIG", help="YAML file or preset name")
+    sweep.add_argument("words", metavar="key=A,B", nargs="*", help="values to combine, and overrides of one value")
+    _job_options(sweep).add_argument("--parallel", type=int, metavar="N", help="at once (default: all; locally 1)")
+
+    sync = verb("sync", _sync, "send to MLflow what is missing there", _SYNC_HELP)
+    sync.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    sync.add_argument("--uri", help="to this MLflow (default: the run's own)")
+
+    doctor = verb("doctor", _doctor, "what this machine or allocation can do", _DOCTOR_HELP)
+    doctor.add_argument("--out", type=Path, default=Path("runs"), metavar="FOLDER", help="check the disk where runs go")
+    doctor.add_argument("--no-ranks", action="store_true", help="without the all-reduce between two processes")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the findings to a file")
+
+    requeue = verb("requeue", _requeue, "put the SLURM job that this runs in back in the queue, if that can help")
+    requeue.add_argument("code", type=int, metavar="CODE", help="exit code of `srun mser train`")
+    config_words(requeue)
+
+
+def _job_options(sub: argparse.ArgumentParser) -> Any:
+    ask = sub.add_argument_group("resources")
+    ask.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
+    ask.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks (default: the GPUs per node, or 1)")
+    ask.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="default: none")
+    ask.add_argument("--cpus-per-task", type=int, metavar="N", help="a node's cores by its ranks: they decode audio")
+    ask.add_argument("--time", default="24:00:00", help="wall time, as for sbatch (default: %(default)s)")
+    ask.add_argument("--partition", metavar="NAME")
+    ask.add_argument("--account", metavar="NAME")
+    ask.add_argument("--signal", type=int, default=180, metavar="S", help="save S seconds before the time is over")
+    ask.add_argument(
+        "--setup", action="append", default=[], metavar="LINE", help="first run this, e.g. 'module load cuda'"
+    )
+    ask.add_argument("--slurm", action="append", default=[], metavar="KEY[=VALUE]", help="other options, e.g. mem=64G")
+    how = sub.add_argument_group("submission")
+    how.add_argument("--after", metavar="JOBID", help="start when this job, or these (12:13), ended well")
+    how.add_argument("--local", action="store_true", help="run on this machine, also where there is SLURM")
+    how.add_argument("--folder", type=Path, default=Path("runs/jobs"), help="of logs (default: %(default)s)")
+    how.add_argument("--wait", action="store_true", help="wait for the end and show the result")
+    how.add_argument("--dry-run", action="store_true", help="print what sbatch would get, and submit nothing")
+    return how
+
+
+def _resources(options: argparse.Namespace) -> dict[str, Any]:
+    slurm: dict[str, str | bool] = {}
+    for word in options.slurm:
+        key, equals, value = word.lstrip("-").partition("=")
+        slurm[key] = value if equals else True
+    return {
+        "nodes": options.nodes,
+        "tasks_per_node": options.tasks_per_node,
+        "gpus_per_node": options.gpus_per_node,
+        "cpus_per_task": options.cpus_per_task,
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "signal_seconds": options.signal,
+        "setup": options.setup,
+        "slurm": slurm,
+    }
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from mser_dist.jobs import launch
+
+    need = launch.Resources(**_resources(options))
+    config = launch.resolve(options.config, options.words)
+    name = launch.job_name(config)
+    if options.dry_run:
+        print(launch.script([config], need, name=name, after=options.after, folder=options.folder), end="")
+        return
+    cluster = "local" if options.local else launch.where()
+    (job,) = launch.start([config], need, name=name, after=options.after, cluster=cluster, folder=options.folder)
+    if options.parsable:
+        print(job.job_id, flush=True)
+    else:
+        _announce([job], need, cluster)
+    if options.wait:
+        _show(_wait([job], cluster)[0])
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from mser_dist.jobs import launch, sweep
+
+    planned = sweep.trials(options.config, options.words)
+    need = launch.Resources(**_resources(options))
+    if options.parallel is not None and options.parallel < 1:
+        raise UserError(f"--parallel must be 1 or more, not {options.parallel}")
+    shared: dict[str, Any] = {"after": options.after, "folder": options.folder, "parallel": options.parallel}
+    if options.dry_run:
+        print(launch.script([trial.config for trial in planned], need, name="mser-sweep", **shared))
+        print("\n".join(f"# {trial.config.out}" for trial in planned))
+        return 0
+    cluster = "local" if options.local else launch.where()
+    if cluster == "local":
+        print(f"{len(planned)} runs on this machine, {options.parallel or 1} at once", flush=True)
+    jobs = sweep.submit_trials(planned, need, cluster=cluster, **shared)
+    _announce(jobs, need, cluster)
+    if not options.wait:
+        return 0
+    results = _wait(jobs, cluster)
+    print(sweep.format_table(planned, results))
+    return 1 if any(isinstance(result, UserError) for result in results) else 0
+
+
+def _announce(jobs: Sequence[Any], need: Any, cluster: str) -> None:
+    for job in jobs:
+        print(f"job {job.job_id}: {need.nodes} × {need.tasks} ranks → {job.out}")
+    out, err = jobs[-1].logs
+    if cluster == "slurm":
+        print(f"  queue:  squeue -j {jobs[0].job_id.split('_')[0]}")
+    print(f"  output: tail -F {out}\n  errors: {err}", flush=True)
+
+
+def _wait(jobs: Sequence[Any], cluster: str) -> "list[dict[str, Any] | UserError]":
+    """The results in order; Ctrl-C leaves jobs on SLURM alone, and ends those on this machine."""
+    results: list[dict[str, Any] | UserError] = []
+    try:
+        for job in jobs:
+            try:
+                results.append(job.result())
+            except UserError as error:
+                results.append(error)
+    except KeyboardInterrupt:
+        if cluster == "slurm":
+            raise UserError("no longer waiting; the jobs go on (scancel ends them)") from None
+        for job in jobs:
+            job.cancel()
+        raise
+    return results
+
+
+def _show(result: "dict[str, Any] | UserError") -> None:
+    if isinstance(result, UserError):
+        raise result
+    if "zero_shot" in result:
+        from mser_dist.evaluation.evaluate import format_table
+
+        print(format_table(result["zero_shot"]))
+        return
+    val = ", ".join(f"{name} {value:.3f}" for name, value in result["validation"].items()) or "none"
+    print(f"stage {result['stage']}: {result['steps']} steps in {result['seconds']:.0f} s; validation: {val}")
+    print(f"  model: {result['out']}/export")
+
+
+def _sync(options: argparse.Namespace) -> None:
+    from mser_dist.runs.sync import sync
+
+    for run in options.runs:
+        print(sync(run, options.uri), flush=True)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from mser_dist.jobs.doctor import run
+
+    return int(run(options.out, not options.no_ranks, options.json))
+
+
+def _requeue(options: argparse.Namespace) -> int:
+    from mser_dist.config.file import load_any
+    from mser_dist.jobs.requeue import requeue
+
+    return int(requeue(options.code, Path(load_any(options.config, options.words).out)))

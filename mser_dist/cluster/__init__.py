@@ -1,1 +1,0 @@
-"""Ranks of a job: how they meet, stop, fail and start again."""

@@ -1,0 +1,43 @@
+"""Says what can be set in a run and what it means. Nothing heavy is imported: a typo answers at once."""
+
+from mser_dist.config.keys import (
+    SIX_EMOTIONS,
+    AugmentConfig,
+    Common,
+    ContrastiveConfig,
+    DataConfig,
+    EncoderConfig,
+    EngineConfig,
+    Evaluation,
+    LLMConfig,
+    LoraConfig,
+    QFormerConfig,
+    Stage1,
+    Stage2,
+    TextConfig,
+    TrackingConfig,
+    TrainConfig,
+    TrainingDataConfig,
+    batch_shape,
+)
+
+__all__ = [
+    "SIX_EMOTIONS",
+    "AugmentConfig",
+    "Common",
+    "ContrastiveConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "EngineConfig",
+    "Evaluation",
+    "LLMConfig",
+    "LoraConfig",
+    "QFormerConfig",
+    "Stage1",
+    "Stage2",
+    "TextConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TrainingDataConfig",
+    "batch_shape",
+]

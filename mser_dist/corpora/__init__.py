@@ -1,0 +1,1 @@
+"""Turns the recordings of a corpus into shards: one parser a corpus, manifests, splits by speaker, `mser pack`."""

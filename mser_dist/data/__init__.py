@@ -1,1 +1,0 @@
-"""From corpora or synthesis to shards, and from shards to batches."""

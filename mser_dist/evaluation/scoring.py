@@ -1,0 +1,44 @@
+"""How each stage scores the labels of a clip. One scorer for validation in training and for the final evaluation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mser_dist.models import prompts
+from mser_dist.models.aligner import Aligner
+from mser_dist.models.speech_llm import SPEECH, SpeechLLM
+from mser_dist.models.text import TextTower
+
+
+class PromptScorer:
+    """Stage 1: cosine of a clip with each label's prompts, averaged in the shared space."""
+
+    def __init__(self, model: Aligner, tower: TextTower, labels: list[str]) -> None:
+        self.model = model
+        self.texts = [tower.embed(prompts.label_prompts(label)) for label in labels]  # K × (P_k, text_width)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """(B, K) cosines."""
+        labels = torch.stack([self.model.embed_text(text).mean(0) for text in self.texts])  # (K, D)
+        speech = self.model.embed_speech(batch["speech"], batch["lengths"])  # (B, D)
+        return speech @ nn.functional.normalize(labels, dim=-1).T
+
+
+class AnswerScorer:
+    """Stage 2: log-likelihood of each label's answer, its end included."""
+
+    def __init__(self, model: SpeechLLM, tokenizer: Any, labels: list[str]) -> None:
+        self.model = model
+        queries = model.speech.query_count
+        instruction = prompts.instructions(labels)[0]
+        self.prompt = torch.tensor(prompts.prompt_ids(tokenizer, instruction, queries, SPEECH))
+        self.answers = [torch.tensor(prompts.answer_ids(tokenizer, label)) for label in labels]
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """(B, K) log-likelihoods, summed over an answer's tokens."""
+        device = batch["speech"].device
+        answers = [answer.to(device) for answer in self.answers]
+        return self.model.score(batch["speech"], batch["lengths"], self.prompt.to(device), answers)

@@ -1,0 +1,104 @@
+"""After a job has ended: whether SLURM should start it again.
+
+Called with srun's exit code by slurm/common.sh (`mser requeue`), and by the script of a submitted job (`launch.py`) as
+``python -m mser_dist.jobs.requeue CODE OUT``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from mser_dist.ranks.preempt import SAVED
+
+_FAILURES, _STARTS = 3, 10  # failures, and starts of any kind, without a step forward
+# What a run that saved ends with, and one that was not listening yet to USR1, USR2 and TERM (128 + n).
+_NO_FAULT = (SAVED, 128 + 10, 128 + 12, 128 + 15)
+
+
+def requeue(code: int, out: Path) -> int:
+    """Ask SLURM to start this job, of the run folder `out`, again if that is of use; the exit code to end with.
+
+    It is of use after a preemption or a crash; not after a mistake that the user must mend (2), not where the job was
+    cancelled, and not when it has failed three times, or was stopped ten times, at one step.
+    """
+    job = _job()
+    if code in (0, 2) or job is None:
+        return code
+    state = _ask("squeue", "--noheader", "--job", job, "--format=%T")
+    if state not in ("RUNNING", None):  # cancelled, out of time, or put back into the queue by SLURM or submitit
+        _say(f"exit code {code}; job {job} is {state or 'over'}: not started again from here")
+        return code
+    why = _no_step_forward(out, code, job)
+    if why:
+        _say(f"exit code {code}; {why}, so the job is not started again: see {out / 'ends.jsonl'}")
+        return code
+    if state is None:
+        _say(f"exit code {code}; squeue does not know job {job}, or does not answer: not started again from here")
+        return code
+    if _ask("scontrol", "requeue", job) is None:
+        _say(f"`scontrol requeue {job}` failed: start it again by hand; the same command continues")
+        return code
+    _say(f"exit code {code}: job {job} is queued again")
+    time.sleep(60)  # SLURM ends this process; were it to return first, the job would count as failed
+    return code
+
+
+def _job() -> str | None:
+    """The job's id; of one task of an array ARRAY_TASK, for the last task's own id is that of the whole array."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and "SLURM_ARRAY_TASK_ID" in os.environ:  # a job that a task of an array has submitted inherits them, too
+        for line in (_ask("squeue", "--noheader", "--array", "--job", job, "--format=%A %i") or "").splitlines():
+            own, name = line.split()
+            if own == job:
+                return name
+    return job
+
+
+def _no_step_forward(out: Path, code: int, job: str) -> str | None:
+    """Write the end of this start down; why there should be no other one, if the last ones were all at one step."""
+    found = [p.name[5:] for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
+    step = max(map(int, found), default=0)
+    end = {"step": step, "code": code, "job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
+    file = out / "ends.jsonl"
+    ends = [end]
+    with suppress(OSError):  # a full disk, say: then there is nothing to count by
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({**end, "time": round(time.time())}) + "\n")
+        ends = list(_ends(file, job))  # who submits it anew has perhaps mended something
+    here = list(takewhile(lambda row: row["step"] == step, reversed(ends)))
+    failures = sum(row["code"] not in _NO_FAULT for row in here)
+    if failures >= _FAILURES:
+        return f"failed {failures} times at step {step}"
+    return f"{len(here)} starts did not get beyond step {step}" if len(here) >= _STARTS else None
+
+
+def _ends(file: Path, job: str) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, TypeError, KeyError):  # a line that was cut
+            row = json.loads(line)
+            if row["job"] == job:
+                yield {"step": row["step"], "code": row["code"]}
+
+
+def _ask(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _say(text: str) -> None:
+    print(f"mser: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(requeue(int(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,170 @@
+"""A finished run's model on disk: ``<run>/export``, in safetensors and Hugging Face format.
+
+- ``export/card.json``: stage, labels, languages trained on, shapes, hashes; written last, so that it means "whole"
+- ``export/speech.safetensors``: encoder + Q-Former, what stage 2 takes from stage 1
+- ``export/heads.safetensors``: stage 1: projections and scales; stage 2: the projector
+- ``export/llm/``: stage 2: the LLM and its tokenizer as `from_pretrained` reads them (LoRA: the adapter)
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from mser_dist import __version__
+from mser_dist import config as cfg
+from mser_dist.errors import UserError
+from mser_dist.files import file_sha256, fsync_tree, write_json
+from mser_dist.models.aligner import Aligner
+from mser_dist.models.attention import Attention
+from mser_dist.models.llm import build_llm, load_llm
+from mser_dist.models.speech import SpeechModel, speech_card, speech_from_card
+from mser_dist.models.speech_llm import SpeechLLM
+from mser_dist.stream.features import Features
+
+
+def find(run: str, stage: int) -> Path:
+    """The export of a finished run. Raises `UserError` if it is missing, unfinished or of the other stage."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UserError(f"stage{stage}={run}: there is no such run folder; run `mser train` for stage {stage} first")
+    card_file = folder / "export" / "card.json"
+    if not card_file.is_file():
+        raise UserError(f"stage{stage}={run}: the run has no finished export (no {card_file}): let it train to its end")
+    card = read_card(card_file.parent)
+    if card["stage"] != stage:
+        raise UserError(f"stage{stage}={run}: this is a run of stage {card['stage']}; name a run of stage {stage}")
+    return card_file.parent
+
+
+def read_card(export: Path) -> dict[str, Any]:
+    """The card of an export."""
+    try:
+        card = json.loads((export / "card.json").read_text(encoding="utf-8"))
+        _ = card["stage"], card["labels"], card["files"], card["speech"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{export / 'card.json'} is not the card of an exported run ({error!r}): export again"
+        ) from error
+    return card
+
+
+def features_of(card: dict[str, Any]) -> Features:
+    """What the encoder of an export is fed, by its card."""
+    return Features(**card["speech"]["features"])
+
+
+def write(
+    export: Path, model: nn.Module, state: dict[str, Tensor], card: dict[str, Any], tokenizer: Any = None
+) -> None:
+    """Publish an export at once: all files under a staging name, then one rename.
+
+    `state` is the whole model's state by name, on the CPU; `model` gives shapes and LLM config, its own weights may be
+    partitioned.
+    """
+    staging = export.with_name(export.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        parts: dict[str, dict[str, Tensor]] = {"speech": {}, "heads": {}, "llm": {}}
+        for name, tensor in state.items():
+            head, _, rest = name.partition(".")
+            if head in ("speech", "llm"):
+                parts[head][rest] = tensor
+            else:
+                parts["heads"][name] = tensor
+        for part in ("speech", "heads"):
+            save_file(parts[part], staging / f"{part}.safetensors")
+        if isinstance(model, SpeechLLM):
+            _write_llm(staging / "llm", model.llm, parts["llm"])
+            tokenizer.save_pretrained(staging / "llm")
+        files = {str(p.relative_to(staging)): file_sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+        write_json(staging / "card.json", {"version": __version__, **card, "files": files})
+        fsync_tree(staging)
+        shutil.rmtree(export, ignore_errors=True)
+        staging.rename(export)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(f"cannot write the export to {export}: {error}; free space and start again") from error
+
+
+def _write_llm(folder: Path, llm: Any, state: dict[str, Tensor]) -> None:
+    if hasattr(llm, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        folder.mkdir()
+        llm.peft_config["default"].save_pretrained(str(folder))
+        adapter = get_peft_model_state_dict(llm, state_dict=state)
+        save_file({k: v.contiguous() for k, v in adapter.items()}, folder / "adapter_model.safetensors")
+    else:
+        llm.save_pretrained(folder, state_dict=state)
+
+
+def _checked(export: Path, card: dict[str, Any]) -> None:
+    for name, digest in card["files"].items():
+        path = export / name
+        if not path.is_file() or file_sha256(path) != digest:
+            state = "differs from the sum in card.json" if path.is_file() else "is missing"
+            raise UserError(f"{path} {state}: the export is damaged; train or copy the run again")
+
+
+def load_speech(export: Path, attention: Attention) -> SpeechModel:
+    """Encoder and Q-Former of an export of either stage."""
+    card = read_card(export)
+    _checked(export, card)
+    speech = speech_from_card(card["speech"], attention)
+    speech.load_state_dict(load_file(export / "speech.safetensors"))
+    return speech
+
+
+def load_aligner(export: Path, attention: Attention, dtype: torch.dtype = torch.float32) -> Aligner:
+    """The whole stage-1 model (without its text tower, which `card["text"]` names)."""
+    card = read_card(export)
+    model = Aligner(load_speech(export, attention), card["text_width"], cfg.ContrastiveConfig(**card["contrastive"]))
+    return _with_heads(model, export).to(dtype).eval()
+
+
+def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = torch.float32) -> tuple[SpeechLLM, Any]:
+    """The whole stage-2 model and its tokenizer."""
+    card = read_card(export)
+    speech = load_speech(export, attention)
+    folder = export / "llm"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        base, _ = build_llm(cfg.LLMConfig(pretrained=card["llm"]), card["labels"], attention)
+        llm = PeftModel.from_pretrained(base, str(folder))
+    else:
+        llm = load_llm(folder, attention, dtype)
+    model = _with_heads(SpeechLLM(speech, llm), export)
+    return model.to(dtype).eval(), tokenizer
+
+
+def _with_heads(model: Any, export: Path) -> Any:
+    heads = load_file(export / "heads.safetensors")
+    wanted = {name for name in model.state_dict() if not name.startswith(("speech.", "llm."))}
+    if wanted != set(heads):
+        raise UserError(
+            f"{export}: heads.safetensors does not fit the model ({sorted(wanted ^ set(heads))[:3]}): export again"
+        )
+    model.load_state_dict(heads, strict=False)
+    return model
+
+
+def aligner_card(model: Aligner) -> dict[str, Any]:
+    """Shape of a stage-1 model as JSON."""
+    from dataclasses import asdict
+
+    return {"speech": speech_card(model.speech), "contrastive": asdict(model.config)}
+
+
+def speech_llm_card(model: SpeechLLM, pretrained: str | None) -> dict[str, Any]:
+    """Shape of a stage-2 model as JSON; `pretrained` names the LLM it came from."""
+    return {"speech": speech_card(model.speech), "llm": pretrained}

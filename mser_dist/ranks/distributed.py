@@ -1,0 +1,273 @@
+"""Who am I among how many: the only reader of RANK, WORLD_SIZE and SLURM_*.
+
+Three launchers, one answer: a single process, ``torchrun`` (or anything that sets RANK and WORLD_SIZE), or one rank per
+``srun`` task. ``torchrun`` inside ``srun`` wins over SLURM's own variables, because it is the inner launcher.
+"""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from mser_dist.errors import PassingError, UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """A process's place in its job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    launcher: str = "single"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def discover(env: Mapping[str, str] | None = None) -> World:
+    """Read the launcher's variables. Raises `UserError` on a half-set or contradictory environment."""
+    env = os.environ if env is None else env
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _from_torchrun(env)
+    # SLURM_STEP_NUM_TASKS exists only inside an srun step; SLURM_NTASKS also in the batch script itself, where one
+    # process that believed it would wait for ever for peers that nobody starts.
+    if "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
+        return _from_slurm(env)
+    return World()
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """An integer of the environment. Raises `UserError` where it is none, or missing without a default."""
+    text = env.get(name, default)
+    if text is None:
+        raise UserError(f"the launcher's environment lacks {name}: check how the job starts its processes")
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} is not a number: check the launcher's environment") from None
+
+
+def _from_torchrun(env: Mapping[str, str]) -> World:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise UserError(
+            f"the environment sets {'RANK' if 'RANK' in env else 'WORLD_SIZE'} but not {', '.join(missing)}: "
+            "unset it for a single process, or start with torchrun, srun or `mser train --nproc N`"
+        )
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}: check the launcher's environment")
+    local = _number(env, "LOCAL_RANK", 0)
+    return World(rank, size, local, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), "torchrun")
+
+
+def _from_slurm(env: Mapping[str, str]) -> World:
+    rank, size = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
+    addr = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
+    # Where `_meet` begins to look for a free port: 0 would be one that the peers cannot know.
+    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", 0)
+    port = _number(env, "MASTER_PORT", 20000 + (job * 7 + step) % 12000)
+    return World(rank, size, _number(env, "SLURM_LOCALID", 0), addr, port, "srun")
+
+
+def check_gpus(env: Mapping[str, str] | None = None) -> None:
+    """Raise `UserError` where a SLURM step has more or fewer tasks on this node than GPUs.
+
+    One task is one rank is one GPU. A task that sees a single one, by the step's binding or by CUDA_VISIBLE_DEVICES,
+    may leave others idle.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env or not env.get("SLURM_GPUS_ON_NODE") or not env.get("SLURM_STEP_TASKS_PER_NODE"):
+        return  # another launcher inside the step, no step, or no GPU in it
+    gpus, node = _number(env, "SLURM_GPUS_ON_NODE"), _number(env, "SLURM_NODEID", 0)
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # 8(x3),4
+    counts = [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
+    tasks = counts[node] if node < len(counts) else gpus
+    bound = len(env.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    if tasks > gpus or (tasks < gpus and not bound):
+        raise UserError(
+            f"{tasks} task{'s' * (tasks > 1)} and {gpus} GPU{'s' * (gpus > 1)} on node {node} of the step: one task is "
+            f"one rank is one GPU: set --ntasks-per-node to --gpus-per-node (in one task, mser train --nproc {gpus}; "
+            "CUDA_VISIBLE_DEVICES=0 for a single GPU on purpose)"
+        )
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of SLURM's compressed list, ``gpu[03-05,9],login1`` → ``gpu03``, as an address that resolves."""
+    head = re.match(r"(?:[^\[\],]|\[\d+[^\]]*\])+", nodelist)  # up to the first comma outside brackets
+    if head is None:
+        raise UserError(f"SLURM's node list {nodelist!r} names no host: set MASTER_ADDR in the job script")
+    return _address(re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0]))
+
+
+def _address(node: str) -> str:
+    """An address of a node: its name where that resolves, else the NodeAddr that SLURM has for it."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node  # the usual site; no question to slurmctld from each of a thousand ranks
+    except OSError:
+        pass
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "node", node], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return node  # no scontrol in the container: the name is what there is
+    found = re.search(r"NodeAddr=(\S+)", shown)
+    return found[1] if found else node
+
+
+def job_end() -> float | None:
+    """When the scheduler will end this job, as `time.time` counts, or None where that is not known."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    if text := os.environ.get("SLURM_JOB_END_TIME"):  # newer versions of SLURM say it
+        return float(text)
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+        found = re.search(r"\bEndTime=(\S+)", shown)
+        return datetime.fromisoformat(found[1]).timestamp() if found else None
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None  # no scontrol in the container, or no limit: EndTime=Unknown
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on, so that two jobs here do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init(world: World, timeout_minutes: float, device: str) -> None:
+    """Start the default process group (NCCL on CUDA, else gloo) through DeepSpeed. Idempotent.
+
+    Raises `UserError` when the peers cannot be reached in time.
+    """
+    import torch
+
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.world_size),
+        LOCAL_RANK=str(world.local_rank),
+        MASTER_ADDR=world.master_addr,
+        MASTER_PORT=str(free_port() if world.launcher == "single" else world.master_port),
+    )
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of the GPU that it looked for
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    if device == "cuda":
+        # A launcher that shows each task its own GPU only has local ranks beyond what the task sees.
+        count = torch.cuda.device_count()
+        if count > 1 and world.local_rank >= count:
+            raise UserError(
+                f"rank {world.rank} is number {world.local_rank} on a node where it sees {count} GPUs: start as many "
+                "tasks on a node as it has GPUs (--ntasks-per-node and --gpus-per-node are equal)"
+            )
+        local = world.local_rank % count
+        os.environ["LOCAL_RANK"] = str(local)  # DeepSpeed reads it
+        torch.cuda.set_device(local)
+    else:
+        # DeepSpeed would compile its shared-memory op for minutes; it serves only inference_all_reduce.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized():
+        return
+    backend = "nccl" if device == "cuda" else "gloo"
+    limit = timedelta(minutes=timeout_minutes)
+    try:
+        if world.launcher == "srun":
+            from mser_dist.ranks import rendezvous
+
+            with rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port) as store:
+                torch.distributed.init_process_group(
+                    backend, store=store, rank=world.rank, world_size=world.world_size, timeout=limit
+                )
+        deepspeed.init_distributed(backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
+        global _control
+        _control = None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise PassingError(
+            f"rank {world.rank} of {world.world_size} could not join {world.master_addr}:{world.master_port} "
+            f"({str(error).splitlines()[0]}): check that every rank started and that MASTER_ADDR is reachable"
+        ) from error
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def warn(text: str) -> None:
+    """One line for the person at the terminal, on standard error."""
+    print(f"mser: warning: {text}", file=sys.stderr, flush=True)
+
+
+def barrier() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def most(values: list[int]) -> list[int]:
+    """Each value's maximum over the ranks, by the CPU: asking for it does not wait for a GPU's queue."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return values
+    found = torch.tensor(values)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_control)
+    return found.tolist()
+
+
+_control: Any = None  # a gloo group beside NCCL's; None: gloo's own default group
+
+
+def all_sum(values: list[float], device: Any = "cpu") -> list[float]:
+    """Each value summed over the ranks, in double precision."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def agree(value: Any) -> Any:
+    """Rank 0's value on every rank: rank 0 decides, so that ranks that see different disks cannot diverge."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)  # over the backend's own device: NCCL has none but the GPU
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out

@@ -1,0 +1,118 @@
+"""A run's folder: taken for one config, and given back to it alone."""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mser_dist import config as cfg
+from mser_dist.config.file import flatten, read_yaml
+from mser_dist.errors import UserError
+from mser_dist.files import file_sha256, lock_file, read_json, unlock_file, write_text
+from mser_dist.ranks import distributed
+
+# Keys that may change between two starts of a run: they do not touch what is learned.
+_FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.timeout_minutes", "engine.peer_seconds")
+_FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_", "train.keep", "train.background_save")
+_FREE_SAFETY = ("train.trust_", "train.max_skipped")
+
+
+def _has_checkpoint(out: Path) -> bool:
+    return any((out / "checkpoints").glob("step-*"))
+
+
+def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
+    """The summary of a run that has ended already, or None; `UserError` if the folder holds another config's run."""
+    saved, summary = out / "config.yaml", out / "summary.json"
+    if not saved.is_file() or not (summary.is_file() or _has_checkpoint(out)):
+        return None  # nothing to lose
+    old, new = flatten(read_yaml(saved)), flatten(config)
+    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE + _FREE_TRAIN + _FREE_SAFETY)]
+    changed = [key for key in keys if old.get(key) != new.get(key)]
+    if changed:
+        differ = ", ".join(f"{key}={old.get(key)}, now {new.get(key)}" for key in changed[:8])
+        more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+        raise UserError(
+            f"{out} holds a run with another config ({differ}{more}): choose another run folder, or delete this one"
+        )
+    return read_json(summary) if summary.is_file() else None
+
+
+def prepare(out: Path, config_text: str, anew: bool = False) -> None:
+    """Make the folder; `UserError` if it cannot be written.
+
+    A start of another config that left no checkpoint is forgotten, with its log and its MLflow run id; with `anew`, so
+    is any start.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        saved = out / "config.yaml"
+        same = saved.is_file() and saved.read_text(encoding="utf-8") == config_text
+        if anew or not (same or _has_checkpoint(out)):
+            for name in ("log.jsonl", "mlflow.json"):
+                (out / name).unlink(missing_ok=True)
+        write_text(out / "config.yaml", config_text)
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
+
+
+@contextmanager
+def claimed(out: Path, patience: float) -> Iterator[None]:
+    """Hold the run folder for the block: two trainings in it would prune each other's checkpoints.
+
+    Waits `patience` seconds for a start that is just ending. `UserError` then; but a lock of an earlier start of this
+    SLURM job is that of a dead node, which some network file systems keep, and is passed over.
+    """
+    job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    lock = out / ".lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        deadline = time.monotonic() + patience
+        while (handle := lock_file(lock)) is None:
+            holder = lock.read_text(encoding="utf-8")
+            if time.monotonic() > deadline:
+                before = re.match(r"job (\S+), start (\d+) ", holder)
+                if job and before and before[1] == job and int(before[2]) < start:
+                    distributed.warn(f"{lock} is still held by {holder}, an earlier start of this job: going on")
+                    break
+                raise UserError(
+                    f"another process is training in {out} ({holder}): wait for it to end, or choose another out=…"
+                )
+            time.sleep(0.5)
+        if handle is not None:
+            os.truncate(handle, 0)
+            os.write(
+                handle, f"job {job or 'none'}, start {start} on {socket.gethostname()}, process {os.getpid()}".encode()
+            )
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
+    try:
+        yield
+    finally:
+        if handle is not None:
+            unlock_file(handle)
+
+
+def seen_by_all(out: Path, patience: float = 30.0) -> None:
+    """Check that every rank sees the config that rank 0 has just written; collective, `UserError` on all if not.
+
+    A file system that nodes share may be a moment late. On one that they do not share, no checkpoint would be whole.
+    """
+    wanted = distributed.agree(_digest(out / "config.yaml"))
+    deadline = time.monotonic() + patience
+    while (seen := _digest(out / "config.yaml") == wanted) is False and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [host for host, sees in distributed.gather((socket.gethostname(), seen)) if not sees]
+    if blind:
+        raise UserError(
+            f"{blind[0]} does not see the run folder {out} of rank 0: set out= to an absolute path on a file system "
+            "that all nodes share"
+        )
+
+
+def _digest(path: Path) -> str | None:
+    return file_sha256(path) if path.is_file() else None

@@ -1,0 +1,127 @@
+"""A data set of WebDataset tar shards: opened by its indexes, read sample by sample at a known offset.
+
+The data contract: a sample is `<key>.flac` (or wav, ogg, opus, mp3) and `<key>.json` (`shard_index.META_FIELDS`) in a
+plain tar of one split, `<split>-000000.tar`; beside it its index (`shard_index`); beside the shards `dataset.json`. Any
+other folder of WebDataset tars with audio is read too, and indexed on first use.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mser_dist.errors import UserError
+from mser_dist.shards import index as shard_index
+from mser_dist.shards.columns import FIELDS, Filter, Gathered
+from mser_dist.shards.reader import Ref, ShardReader, VanishedError
+from mser_dist.shards.remote import RemoteCache
+from mser_dist.shards.source import load_all
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample as it lies in its shard: the audio file's bytes (not decoded) and its json."""
+
+    key: str
+    audio: bytes
+    text: bytes
+    where: str  # the shard and the key, for messages
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The json; empty where the sample has none."""
+        return shard_index.parse_meta(self.text, self.where) if self.text else {}
+
+
+class ShardSet:
+    """The samples of one or more data sets, as columns: about 50 bytes a sample, and no Python object for one.
+
+    `duration` float32 (n,) seconds; `source` int64 (n,), equal for parallel clips; `shard` (n,), number in `shards`;
+    `coded[name]` a `Column` for each of `FIELDS`.
+    """
+
+    def __init__(self, gathered: Gathered, cache: RemoteCache | None) -> None:
+        """Use `open`."""
+        self.shards = gathered.shards
+        self.reader = ShardReader(self.shards, cache)
+        self.duration = gathered.take("duration").astype(np.float32)
+        self.source = gathered.take("source")
+        self.shard = gathered.take("shard")
+        self.coded = {name: gathered.take_coded(name) for name in FIELDS}
+        self._row = gathered.take("row")  # of the shard's index
+        # [5 × (n,)], as in Ref
+        self._place = [gathered.take(n) for n in ("audio_at", "audio_size", "json_at", "json_size", "crc")]
+        self._keys = gathered.keys
+
+    @classmethod
+    def open(
+        cls,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        split: str | None = None,
+        labels: Collection[str] | None = None,
+        keep: Mapping[str, Any] | None = None,
+        drop: Mapping[str, Any] | None = None,
+        cache: RemoteCache | None = None,
+    ) -> Self:
+        """Open data sets (folders, URLs) or single tars by their indexes alone, in the order given.
+
+        Args:
+            split, labels: keep only these.
+            keep, drop: field → values (one or a list) to keep, or to leave out: any of `FIELDS`, `key`, and `duration`
+                as [shortest, longest] in seconds.
+            cache: of remote sets.
+
+        Raises UserError for a missing or truncated shard, a key that comes twice, a value that no sample has, or a
+        filter that leaves nothing.
+        """
+        listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        cache = cache or RemoteCache()
+        gathered = Gathered(Filter(split, labels, keep or {}, drop or {}))
+        for number, path in enumerate(listed):
+            for shard, index in load_all(path, cache):
+                gathered.add(number, shard, index)
+        gathered.check(", ".join(map(str, listed)))
+        return cls(gathered, cache)
+
+    def __len__(self) -> int:
+        return len(self.duration)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(n,) object array of a coded field's values, so that `set.column("language") == "de"` is a mask."""
+        return self.coded[name].values()
+
+    def key(self, i: int) -> str:
+        return self._keys.of(int(self.shard[i]))[int(self._row[i])]
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key(i) for i in range(len(self))]
+
+    def where(self, i: int) -> str:
+        """Names sample i and its shard, for messages."""
+        return f"{self.shards[self.shard[i]].name}: sample {self.key(i)}"
+
+    def refs(self, indices: Iterable[int]) -> list[Ref]:
+        return [Ref(int(i), int(self.shard[i]), *(int(part[i]) for part in self._place)) for i in indices]
+
+    def read(self, i: int) -> Sample:
+        """Sample i from its shard. UserError unless what lies there is, to the last bit, what was indexed."""
+        try:
+            audio, text = self.reader.read(self.refs([i])[0])
+        except VanishedError:
+            raise
+        except UserError as error:
+            raise UserError(f"{self.where(i)}: {error}") from None
+        return Sample(self.key(i), audio, text, self.where(i))
+
+    def fingerprint(self) -> str:
+        """A hash of which samples these are, with their content and order: equal on every machine."""
+        digest = hashlib.sha256()
+        for column in (*self._place, self.duration, self.source):
+            digest.update(np.ascontiguousarray(column).astype(column.dtype.newbyteorder("<")).tobytes())
+        return digest.hexdigest()[:16]

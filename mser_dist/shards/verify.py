@@ -1,0 +1,152 @@
+"""`mser verify`: everything that can be wrong with a data set, found and named."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mser_dist import audio
+from mser_dist.errors import UserError
+from mser_dist.files import file_sha256
+from mser_dist.progress import bar
+from mser_dist.shards import index as shard_index
+from mser_dist.shards import tarsafe
+from mser_dist.shards.index import SUFFIX
+from mser_dist.shards.reader import Ref, Shard, ShardReader
+from mser_dist.shards.remote import is_remote
+from mser_dist.shards.source import extra_shards, facts, list_shards
+from mser_dist.shards.writer import DATASET_FILE, describe
+
+MAX_DRIFT = 0.1  # seconds by which a lossy file's indexed and decoded lengths may differ (codec delay)
+
+
+def verify(path: str | Path, progress: bool = False) -> list[str]:
+    """Check a local data set to the last byte and sample; returns the problems, one line each ([] = sound).
+
+    Every shard: there, of the size and SHA-256 of its index and of dataset.json, a sound tar whose members are exactly
+    the indexed ones, every sample read and decoded. No extra shard, no key twice.
+    """
+    if is_remote(path):
+        raise UserError(f"{path}: only a local data set can be verified; copy it to this machine first")
+    try:
+        shards, description = list_shards(path)
+        expected = facts(description, str(path)) if description else {}
+    except UserError as error:
+        return [str(error)]
+    problems: list[str] = []
+    if description is not None:
+        extra = extra_shards(path, expected)
+        problems += [f"{shard}: an extra shard that dataset.json does not list" for shard in extra]
+        stray = {file.name.removesuffix(SUFFIX) for file in Path(path).glob(f"*{SUFFIX}")} - expected.keys()
+        problems += [f"{Path(path) / name}{SUFFIX}: an index that dataset.json does not list" for name in sorted(stray)]
+    first_seen: dict[str, Path] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # decoding and hashing let other threads run
+        results = pool.map(partial(_verify_shard, expected=expected), shards)
+        for shard, (keys, found) in zip(
+            shards, bar(results, title="verify", unit="shard", total=len(shards), disable=not progress), strict=True
+        ):
+            problems += found
+            for key in keys:
+                if (first := first_seen.setdefault(key, shard)) is not shard:
+                    problems.append(f"{shard}: the key {key!r} is also in {first}")
+    if not first_seen and not problems:
+        problems.append(f"{path}: no sample is in it, the set is empty")
+    if description is not None and not problems:
+        for name, value in describe(Path(path), expected).items():
+            if description.get(name) != value:
+                problems.append(f"{Path(path) / DATASET_FILE}: its {name!r} is not what the shards hold")
+    return problems
+
+
+def _verify_shard(shard: Path, expected: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """(keys, problems) of one shard."""
+    fact = expected.get(shard.name)
+    if fact is not None and shard.is_file() and not shard.with_name(shard.name + SUFFIX).exists():
+        return [], [f"{shard}: its index is missing; {shard_index.REPACK}"]
+    try:
+        index = shard_index.load(shard)
+    except UserError as error:
+        return [], [str(error)]
+    problems = []
+    index_path = shard.with_name(shard.name + SUFFIX)
+    if fact is not None and file_sha256(index_path) != fact["index"]:
+        problems.append(f"{index_path}: its bytes are not those that were written (SHA-256 differs)")
+    for name in ("count", "bytes", "sha256"):
+        if fact is not None and fact[name] != index[name]:
+            problems.append(f"{shard}: the {name} of its index is not that of dataset.json")
+    if index.get("foreign"):
+        try:
+            if shard_index.from_tar(shard)["columns"] != index["columns"]:
+                problems.append(f"{index_path}: not what a new scan of the tar gives; delete this index")
+        except UserError as error:
+            problems.append(str(error))
+    with shard.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != index["sha256"]:
+            problems.append(f"{shard}: its bytes are not those that were written (SHA-256 differs)")
+    keys = index["columns"]["key"]
+    problems += [f"{shard}: its index has the key {key!r} {n} times" for key, n in Counter(keys).items() if n > 1]
+    problems += _verify_members(shard, index)
+    return keys, problems + _verify_samples(shard, index)
+
+
+def _verify_members(shard: Path, index: dict[str, Any]) -> list[str]:
+    """The tar's own listing against the index: nothing lost, added, moved or renamed."""
+    indexed = set()
+    for row in shard_index.rows(index):
+        indexed.add((row["key"], row["audio_at"], row["audio_size"]))
+        if row["json_at"]:
+            indexed.add((row["key"], row["json_at"], row["json_size"]))
+    try:
+        members = list(tarsafe.scan(shard))
+    except UserError as error:
+        return [str(error)]
+    there = set()
+    for member in members:
+        key, ext = shard_index.split_name(member.name)
+        if ext not in shard_index.IGNORED_EXTENSIONS:
+            there.add((key, member.offset, member.size))
+    if there == indexed:
+        return []
+    return [
+        f"{shard}: {len(indexed - there)} indexed files are not in the tar, "
+        f"{len(there - indexed)} files are not indexed"
+    ]
+
+
+def _verify_samples(shard: Path, index: dict[str, Any]) -> list[str]:
+    """Read and decode every sample, and hold its json against the index."""
+    problems = []
+    reader = ShardReader([Shard(str(shard), index["bytes"], index["sha256"])], None)
+    for i, row in enumerate(shard_index.rows(index)):
+        where = f"{shard}: sample {row['key']}"
+        place = (row[name] for name in ("audio_at", "audio_size", "json_at", "json_size", "crc"))
+        try:
+            data, text = reader.read(Ref(i, 0, *place))
+        except UserError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        try:
+            wave = audio.decode(data, where)
+            meta = {} if index.get("foreign") else shard_index.parse_meta(text, where)
+            if meta:
+                shard_index.check_meta(meta, where)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if abs(len(wave) / audio.SAMPLE_RATE - row["duration"]) > MAX_DRIFT:
+            problems.append(
+                f"{where}: {len(wave) / audio.SAMPLE_RATE:.2f} s of audio, its index says {row['duration']:.2f} s"
+            )
+        if meta:
+            differing = [name for name in (*shard_index.CODED, "duration") if meta[name] != row[name]]
+            if meta["split"] != index["split"]:
+                differing.append("split")
+            if shard_index.source(meta["corpus"], meta["source_id"]) != row["source"]:
+                differing.append("source_id")
+            if differing:
+                problems.append(f"{where}: its json and its index differ in {', '.join(differing)}")
+    return problems

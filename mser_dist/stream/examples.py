@@ -1,0 +1,135 @@
+"""The clips that a config asks for, opened, and what a training makes of them: labels, features, augmentation."""
+
+import difflib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mser_dist import config as cfg
+from mser_dist.errors import UserError
+from mser_dist.shards.remote import RemoteCache
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.stream.features import Features
+from mser_dist.stream.loader import ClipRequest, Collate, Decoder, Example
+
+
+def open_training_clips(data: cfg.TrainingDataConfig) -> ShardSet:
+    """The clips to train on: `open_clips`, and every label must occur, for one that does not is most likely a typo."""
+    shards = open_clips(data, data.split)
+    absent = [label for label in data.labels if label not in shards.coded["label"].names]
+    if absent:
+        everything = ShardSet.open(data.sets, split=data.split, cache=_cache(data))
+        there = [str(label) for label in everything.coded["label"].names if label]
+        if absent[0] in there:
+            raise UserError(
+                f"data.labels names {absent[0]!r}, and the filters leave no clip of it: drop it from data.labels"
+            )
+        near = difflib.get_close_matches(absent[0], there, 1)
+        hint = f"did you mean {near[0]}?" if near else f"labels there: {', '.join(there)}"
+        raise UserError(f"data.labels names {absent[0]!r}, and no clip of the split {data.split!r} has it: {hint}")
+    remote = sum(shard.bytes for shard in shards.shards if shard.is_remote) / 1e9
+    if remote > data.cache_gb and not data.shuffle_shards:
+        fit = max(1, int(len(shards.shards) * data.cache_gb / remote / 2))
+        raise UserError(
+            f"the remote sets hold {remote:.1f} GB and the cache {data.cache_gb:g} GB: a shuffle over all of it would "
+            f"fetch a shard for nearly every clip. Set data.shuffle_shards={fit}, or raise data.cache_gb"
+        )
+    return shards
+
+
+def open_clips(data: cfg.DataConfig, split: str) -> ShardSet:
+    """The clips of a split that a config wants. Raises `UserError` if none is left, or one is too long."""
+    keep = {**({"language": data.languages} if data.languages else {}), **data.keep}
+    shards = ShardSet.open(data.sets, split=split, labels=data.labels, keep=keep, drop=data.drop, cache=_cache(data))
+    long = (shards.duration > data.max_seconds).nonzero()[0]
+    if len(long):
+        raise UserError(
+            f"{shards.where(int(long[0]))} lasts {shards.duration[long[0]]:.1f} s, more than "
+            f"data.max_seconds={data.max_seconds:g}, as do {len(long) - 1} others: leave them out by "
+            f"data.keep={{duration: [0, {data.max_seconds:g}]}}, or cut them when packing (Whisper takes 30 s at most)"
+        )
+    return shards
+
+
+def _cache(data: cfg.DataConfig) -> RemoteCache:
+    return RemoteCache(data.cache_dir, data.cache_gb * 1e9)
+
+
+class Examples:
+    """The clips of a `ShardSet` with what the training makes of them: label numbers, features, augmentation."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        labels: list[str],
+        features: Features,
+        max_seconds: float = 30.0,
+        seed: int = 0,
+        *,
+        shuffle_labels: bool = False,
+        augment: cfg.AugmentConfig | None = None,
+        max_bad: int = 0,
+    ) -> None:
+        self.shards = shards
+        self.features = features
+        self.max_seconds = max_seconds
+        self.seed = seed
+        self.augment = augment if augment and augment.on else None
+        self.max_bad = max_bad
+        column = shards.coded["label"]
+        self.label = np.array([labels.index(name) for name in column.names], dtype=np.int16)[column.codes]  # (n,)
+        if shuffle_labels:
+            self.label = shuffled(self.label, np.random.default_rng([seed, 7]))
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def get(self, index: int, epoch: int) -> Example:
+        """One clip, decoded here and now."""
+        try:
+            return self.decoder(_no_collate).clip(self.requests(np.array([index]))[0], epoch, 0)
+        except UserError as error:
+            raise UserError(f"{self.shards.where(index)}: {error}") from None
+
+    def requests(self, indices: NDArray[Any]) -> list[ClipRequest]:
+        return [
+            ClipRequest(ref, int(self.label[ref.sample]), int(self.shards.source[ref.sample]))
+            for ref in self.shards.refs(indices)
+        ]
+
+    def decoder(self, collate: Collate) -> Decoder:
+        return Decoder(self.shards.reader, self.features, self.seed, self.max_seconds, self.augment, collate)
+
+
+def _no_collate(clips: list[Example]) -> dict[str, Any]:
+    return {}
+
+
+def shuffled(label: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:
+    """(n,) labels permuted so that they tell nothing of the true ones.
+
+    A plain permutation leaves each true class with a slight majority of some wrong label, which a model can learn: its
+    accuracy is then anywhere around chance, class by class. So each class gets every label in the same proportion.
+    """
+    by_class = random.permutation(len(label))
+    by_class = by_class[np.argsort(label[by_class], kind="stable")]
+    _, starts, sizes = np.unique(label[by_class], return_index=True, return_counts=True)
+    place = (np.arange(len(label)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)  # in its class, 0 to 1
+    result = np.empty_like(label)
+    result[by_class[np.argsort(place, kind="stable")]] = np.sort(label)
+    return result
+
+
+def pad_speech(clips: list[Example]) -> dict[str, Any]:
+    """Stack features, zeros behind the shorter ones: {"speech": (B, n_mels, F) or (B, S), "lengths": (B,)} tensors.
+
+    "index" is the list of the clips' numbers in the set.
+    """
+    import torch
+
+    lengths = [clip.speech.shape[-1] for clip in clips]
+    speech = torch.zeros(len(clips), *clips[0].speech.shape[:-1], max(lengths))
+    for row, clip in enumerate(clips):
+        speech[row, ..., : lengths[row]] = torch.from_numpy(clip.speech)
+    return {"speech": speech, "lengths": torch.tensor(lengths), "index": [clip.index for clip in clips]}

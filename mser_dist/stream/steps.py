@@ -1,0 +1,202 @@
+"""Examples in the order of a plan, shared out over the ranks, decoded by workers, resumable at any step.
+
+What a checkpoint holds of the stream is a small JSON object, `state_of`: {"version", "epoch", "batch": the next step's
+position, "seed", "global_batch", "clips", "fingerprint": of the set (`ShardSet.fingerprint`), "bad": clips that could
+not be read}. The order itself is a function of these (`plan`), so a resume costs the same at the end of an epoch as at
+its start.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mser_dist import config as cfg
+from mser_dist.errors import UserError
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.stream.balance import Balance, fields_of
+from mser_dist.stream.examples import Examples
+from mser_dist.stream.loader import Answer, BadClips, ClipRequest, Collate, Request, answers
+from mser_dist.stream.plan import Plan, Position
+
+STATE_VERSION = 1
+TOKEN = 0.02  # seconds a token: one step of a Whisper-type encoder
+SORTED_ROUNDS = 32  # rounds of `one_pass` whose clips are sorted by length together
+FETCH_AHEAD = 8  # steps whose remote shards are fetched before a worker asks for them
+
+
+def plan_of(
+    shards: ShardSet,
+    data: cfg.TrainingDataConfig,
+    global_batch: int,
+    parallel: int = 1,
+    seed: int = 0,
+    pad_seconds: float | None = None,
+    wish: Sequence[str] = (),
+) -> Plan:
+    """The plan that a config asks for. Raises `UserError` for a batch or a pack that cannot be filled.
+
+    parallel: clips of one source utterance that stay together. pad_seconds: what the encoder pads clips to. wish: the
+    fields to balance where the config leaves it open (data.balance=null) and the set can fill such batches.
+    """
+    slowest = 1 / (1 - data.augment.speed)  # augmentation may lengthen a clip
+    length = np.maximum(np.minimum(shards.duration * slowest, data.max_seconds), pad_seconds or 0.0)
+    groups = shards.source if parallel > 1 else None
+    balance = _balance(shards, data, global_batch, groups, parallel, wish)
+    plan = Plan(
+        len(shards),
+        global_batch,
+        seed,
+        duration=shards.duration,
+        groups=groups,
+        together=parallel,
+        balance=balance,
+        parts=shards.coded["set"].values().astype(np.uint8) if data.weights else None,
+        weights=data.weights,
+        batching=data.batching,
+        bucket=data.bucket,
+        tokens=np.ceil(length / TOKEN).astype(np.uint32) if data.batching == "tokens" else None,
+        budget=data.tokens,
+        shards=shards.shard if data.shuffle_shards else None,
+        shuffle_shards=data.shuffle_shards,
+    )
+    plan.epoch(0)  # what cannot be planned is said now
+    return plan
+
+
+def _balance(
+    shards: ShardSet,
+    data: cfg.TrainingDataConfig,
+    global_batch: int,
+    groups: NDArray[Any] | None,
+    parallel: int,
+    wish: Sequence[str],
+) -> Balance | None:
+    """What the config says; else as many of the wished fields, from the first on, as the set can fill batches of."""
+    if data.balance is not None:
+        return Balance(fields_of(data.balance, shards.coded), global_batch, groups, parallel) if data.balance else None
+    if data.weights or data.shuffle_shards or data.batching != "shuffle":
+        return None  # which decide the batches themselves
+    for count in range(len(wish), 0, -1):
+        try:
+            return Balance(fields_of(wish[:count], shards.coded), global_batch, groups, parallel)
+        except UserError:
+            continue
+    return None
+
+
+def state_of(clips: Examples, plan: Plan, position: Position, bad: Iterable[int] = ()) -> dict[str, Any]:
+    """What a checkpoint holds of the stream; `position` is that of the next step, `bad` what could not be read."""
+    return {"version": STATE_VERSION, **position._asdict(), **_identity(clips, plan), "bad": sorted(bad)}
+
+
+def position_in(state: dict[str, Any], clips: Examples, plan: Plan) -> Position:
+    """Where to go on. Raises `UserError` where the checkpoint is of other data, in which the position means nothing."""
+    for name, now in {"version": STATE_VERSION, **_identity(clips, plan)}.items():
+        if state.get(name) != now:
+            what = {"fingerprint": "the data set has changed since", "clips": "the data set has changed since"}
+            raise UserError(
+                f"the checkpoint's data.{name} is {state.get(name)}, and now it is {now}: "
+                f"{what.get(name, 'it is of another configuration')}; restore it, or train anew with another out="
+            )
+    return Position(state["epoch"], state["batch"])
+
+
+def _identity(clips: Examples, plan: Plan) -> dict[str, Any]:
+    return {
+        "clips": len(clips),
+        "fingerprint": clips.shards.fingerprint(),
+        "seed": plan.seed,
+        "global_batch": plan.global_batch,
+    }
+
+
+class Step(NamedTuple):
+    """A rank's part of a step."""
+
+    batches: list[dict[str, Any]]  # micro-batches
+    clips: int  # of all ranks
+    after: Position  # of the next step
+    bad: frozenset[int]  # clips that could not be read so far, by this rank or before the resume
+
+
+def training_steps(
+    clips: Examples,
+    plan: Plan,
+    start: Position,
+    count: int,
+    micro: int | None,
+    rank: int,
+    world_size: int,
+    collate: Collate,
+    workers: int,
+    known_bad: Iterable[int] = (),
+) -> Iterator[Step]:
+    """This rank's part of the next `count` steps. known_bad: clips not to be tried again."""
+
+    drawn: deque[tuple[int, Position]] = deque()  # of the steps that are under way
+
+    def requests() -> Iterator[Request]:
+        for position in plan.walk(start, count):
+            share = plan.share(position, rank, world_size, micro)
+            request = Request(*position, [clips.requests(indices) for indices in share])
+            _fetch_ahead(clips.shards, request.batches)
+            drawn.append((len(plan.batch(position)), plan.after(position)))
+            yield request
+
+    bad = BadClips(clips.max_bad, clips.shards.where, known_bad)
+    decoder = clips.decoder(collate)
+    decoder.skip = frozenset(bad.found)
+    for answer in answers(decoder, _looking_ahead(requests(), clips.shards), workers, bad):
+        size, after = drawn.popleft()
+        yield Step(answer.batches, size, after, frozenset(bad.found))
+
+
+def _looking_ahead(requests: Iterator[Request], shards: ShardSet) -> Iterator[Request]:
+    """The same requests; those of remote shards are drawn early, so that their shards are fetched in the background."""
+    if not any(shard.is_remote for shard in shards.shards):
+        yield from requests
+        return
+    drawn: list[Request] = []
+    for request in requests:
+        drawn.append(request)
+        if len(drawn) > FETCH_AHEAD:
+            yield drawn.pop(0)
+    yield from drawn
+
+
+def _fetch_ahead(shards: ShardSet, batches: list[list[ClipRequest]]) -> None:
+    for number in sorted({clip.ref.shard for batch in batches for clip in batch}):
+        shard = shards.shards[number]
+        if shard.is_remote:
+            assert shards.reader.cache is not None
+            shards.reader.cache.ahead(shard.name, shard.sha256, shard.bytes, shard.own_hash)
+
+
+def one_pass(
+    clips: Examples, batch: int, rank: int, world_size: int, collate: Collate, workers: int
+) -> tuple[int, Iterator[tuple[NDArray[np.int64], dict[str, Any]]]]:
+    """How many batches, and the (indices, batch) of this rank's share of the whole set; -1 marks what is no clip.
+
+    Every rank has equally many batches, for a ZeRO-3 forward is collective: the set is filled up with repeats, marked
+    by -1 as is a clip that could not be read (`max_bad`). Neighbours are sorted by length, for little padding.
+    """
+    together = batch * world_size
+    rounds = -(-len(clips) // together)
+    window = np.arange(len(clips)) // (SORTED_ROUNDS * together)
+    order = np.lexsort((-clips.shards.duration, window))
+    mine = np.resize(order, rounds * together).reshape(rounds, world_size, batch)[:, rank]
+    is_clip = (np.arange(rounds * together) < len(order)).reshape(rounds, world_size, batch)[:, rank]
+
+    def batches() -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
+        bad = BadClips(clips.max_bad, clips.shards.where)
+        requests = (Request(0, 0, [clips.requests(indices)]) for indices in mine)
+        decoder = clips.decoder(collate)
+        decoder.or_silence = True
+        answered: Iterator[Answer] = answers(decoder, requests, workers, bad)
+        for indices, real, answer in zip(mine, is_clip, answered, strict=True):
+            yield np.where(real & ~np.isin(indices, list(answer.bad)), indices, -1), answer.batches[0]
+
+    return rounds, batches()

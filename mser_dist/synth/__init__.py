@@ -1,0 +1,1 @@
+"""Makes emotional speech with eSpeak NG, as shards."""

@@ -1,0 +1,265 @@
+"""DeepSpeed behind forward, backward, step, collect and restore; its JSON checked against the run config."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mser_dist import config as cfg
+from mser_dist.contrastive import bounds
+from mser_dist.errors import UserError
+from mser_dist.ranks.distributed import World
+from mser_dist.state import engine_state, partitions
+
+_SECTIONS = ("zero_optimization", "bf16", "fp16")
+
+
+def find_json(name: str) -> Path:
+    """A DeepSpeed JSON by path, or by its name in ``ds_configs/`` (beside the package, or inside an installed one)."""
+    package = Path(__file__).parents[1]
+    candidates = [
+        Path(name),
+        *(f / f"{name.removesuffix('.json')}.json" for f in (package.parent / "ds_configs", package / "ds_configs")),
+    ]
+    for path in candidates:
+        if path.is_file():
+            return path
+    shipped = sorted({p.stem for f in candidates[1:] for p in f.parent.glob("*.json")})
+    raise UserError(f"engine.deepspeed={name}: no such file, and none of the shipped ones: {', '.join(shipped)}")
+
+
+def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of a run: its JSON, filled in with what the run config decides.
+
+    Raises `UserError` where the JSON says otherwise than the run config, or holds what is the run config's alone.
+    """
+    path = find_json(config.engine.deepspeed)
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(plain, dict) or not all(isinstance(plain.get(key, {}), dict) for key in _SECTIONS):
+        raise UserError(f"{path}: a DeepSpeed config is a JSON object whose {', '.join(_SECTIONS)} are objects too")
+    if int(plain.get("zero_optimization", {}).get("stage", 0)) == 0:
+        raise UserError(
+            f"{path}: without ZeRO, DeepSpeed steps on gradients that are not finite: set zero_optimization.stage=1, "
+            "which does the same with less memory"
+        )
+    for section, instead in {
+        "optimizer": "train.lr, train.betas, …",
+        "scheduler": "train.warmup, train.min_lr",
+    }.items():
+        if section in plain:
+            raise UserError(f"{path}: remove the section {section!r}: the run config decides it ({instead})")
+    micro, accumulation = cfg.batch_shape(config.train, world_size)
+    if config.stage == 1:  # gradient caching: its micro-batches are parts of one backward pass, see `one_reduction`
+        micro, accumulation = micro * accumulation, 1
+    decided = {
+        "train_batch_size": (config.train.global_batch, "train.global_batch"),
+        "train_micro_batch_size_per_gpu": (
+            micro,
+            "train.global_batch / world size" if config.stage == 1 else "train.micro_batch",
+        ),
+        "gradient_accumulation_steps": (
+            accumulation,
+            "gradient caching" if config.stage == 1 else "train.global_batch / (train.micro_batch · world size)",
+        ),
+        "gradient_clipping": (config.train.grad_clip, "train.grad_clip"),
+    }
+    for key, (value, source) in decided.items():
+        said = plain.get(key, "auto")
+        if said not in ("auto", value):
+            raise UserError(f"{path}: {key}={said} contradicts {source}={value}: remove {key} from the JSON")
+        plain[key] = value
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = config.engine.dtype == dtype
+        said = plain.get(section, {}).get("enabled", "auto")
+        if said not in ("auto", enabled):
+            raise UserError(
+                f"{path}: {section}.enabled={str(said).lower()} contradicts engine.dtype={config.engine.dtype}: "
+                f"{f'set engine.dtype={dtype}' if said else 'change engine.dtype'} or remove {section} from the JSON"
+            )
+        plain[section] = {**plain.get(section, {}), "enabled": enabled}
+    plain.setdefault("steps_per_print", 10**9)  # our log says more
+    try:
+        partitions.check_supported(plain)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return plain
+
+
+def schedule(train: cfg.TrainConfig, total: int) -> Any:
+    """step → share of the peak learning rate: linear warm-up, then cosine decay to `min_lr`."""
+    warm = max(1, round(train.warmup * total))
+
+    def share(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        done = min(1.0, (step - warm) / max(1, total - warm))
+        return train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return share
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms, scales and learned queries do not."""
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and not name.endswith("queries")
+            (decay if is_matrix else plain).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every whole floating-point parameter and buffer the engine's dtype.
+
+    DeepSpeed does so itself, unless a part was partitioned as it loaded: then it takes all parts to be in order.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and not hasattr(tensor, "ds_id"):
+            tensor.data = tensor.data.to(dtype)
+
+
+class Engine:
+    """A model under DeepSpeed. `total` is the number of optimizer steps of the whole training."""
+
+    def __init__(self, model: nn.Module, config: cfg.Common, world: World, total: int, device: str) -> None:
+        import deepspeed
+
+        self.json = resolve_json(config, world.world_size)
+        zero = self.json.get("zero_optimization", {})
+        self.zero_stage = int(zero.get("stage", 0))
+        _cast(model, getattr(torch, config.engine.dtype))
+        groups = parameter_groups(model, config.train.weight_decay)
+        if not groups:
+            raise UserError(
+                "every part of the model is frozen: nothing would be trained; unfreeze a part in the config"
+            )
+        betas = (config.train.betas[0], config.train.betas[1])
+        optimizer: torch.optim.Optimizer
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            optimizer = DeepSpeedCPUAdam(groups, lr=config.train.lr, betas=betas, adamw_mode=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=betas, fused=device == "cuda")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config.train, total))
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
+        )
+        limits = {name: (low, high) for name, low, high in bounds(model)}
+        named = self.module.named_parameters()
+        self._bounded = [(parameter, *limits[name]) for name, parameter in named if name in limits]
+        parts = [part for group in partitions.trained(self._engine) for part in group] if limits else []
+        self._bounded_parts = [(part, *limits[part.name]) for part in parts if part.name in limits and part.count]
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        return self._engine(batch)
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        """Around several backward passes that are one step's: gradients add up here, and are reduced once, at the end.
+
+        Takes memory for whole gradients. DeepSpeed's wrapper for bfloat16 under ZeRO-1 cannot do this, and need not: it
+        reduces at the last backward pass alone, which `no_sync` marks.
+        """
+        with self._engine.coalesce_grad_reduction() if self._coalesces else nullcontext():
+            try:
+                yield
+            except BaseException:  # DeepSpeed would now reduce what there is, and wait for ranks that do not come
+                for parameter in self.module.parameters():
+                    parameter.grad = parameter.grad_accum = None  # type: ignore[attr-defined]
+                raise
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Around the forward and backward pass of a part of a step that is not its last."""
+        if self._coalesces:
+            yield
+            return
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)
+
+    @property
+    def _coalesces(self) -> bool:
+        return hasattr(self._engine.optimizer, "_coalesce_grad_reduction")
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; DeepSpeed divides by the accumulation steps."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Close a micro-batch; at the accumulation boundary, clip, update and move the schedule."""
+        self._engine.step()
+        self._hold_bounds()
+
+    @torch.no_grad()
+    def _hold_bounds(self) -> None:
+        """Clamp bounded parameters, in the fp32 masters and in what the model computes with; each rank its own part."""
+        for part, low, high in self._bounded_parts:
+            part.view(part.owner).clamp_(low, high)
+        for parameter, low, high in self._bounded:
+            parameter.data.clamp_(low, high)  # under ZeRO-3 empty, or what is gathered of it
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.clamp_(low, high)
+
+    @property
+    def grad_norm(self) -> float:
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def lr(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    @property
+    def step_applied(self) -> bool:
+        """Whether the last step changed the weights: it does not where the gradient was not finite on some rank."""
+        return bool(self._engine.was_step_applied())
+
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._engine.skipped_steps)
+
+    def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """This rank's slices of the training state and their description, see `engine_state`. Collective."""
+        return engine_state.collect(self._engine)
+
+    def restore(self, files: list[Path]) -> None:
+        """Go back to what `collect` gave, from the files of any number of ranks. Collective."""
+        engine_state.restore(self._engine, files)
+
+    def state_bytes(self) -> int:
+        """Bytes that this rank's part of a checkpoint takes."""
+        return sum(tensor.nbytes for tensor in self.collect()[0].values())
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name, whole, on rank 0's CPU; an empty dict elsewhere. Collective."""
+        from deepspeed import zero
+
+        main = self._engine.global_rank == 0
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            gathered = zero.GatheredParameters([parameter], enabled=self.zero_stage == 3)
+            with gathered:
+                if main:
+                    state[name] = parameter.detach().cpu().clone().contiguous()
+        if main:
+            persistent = self.module.state_dict().keys()
+            state |= {n: b.detach().cpu().clone() for n, b in self.module.named_buffers() if n in persistent}
+        return state

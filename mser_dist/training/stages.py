@@ -1,0 +1,223 @@
+"""What differs between the two stages.
+
+Each has `model`; `features`, what its encoder is fed; `collate`, which makes a batch of clips in a worker; `step`, one
+optimizer step over its micro-batches; `scorer`, which scores the labels of a batch for validation; `card`, what the
+exported model is; and `source`, the card of the run that this one builds on, if any.
+"""
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mser_dist import config as cfg
+from mser_dist.contrastive import Embedded, Gather, cached_backward, peak_bytes
+from mser_dist.errors import UserError
+from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
+from mser_dist.models import exported, prompts
+from mser_dist.models.aligner import Aligner
+from mser_dist.models.attention import Attention
+from mser_dist.models.llm import build_llm
+from mser_dist.models.speech import build_speech
+from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
+from mser_dist.models.text import TextTower
+from mser_dist.ranks import distributed
+from mser_dist.stream.examples import pad_speech
+from mser_dist.stream.loader import Example
+from mser_dist.training.engine import Engine
+from mser_dist.training.nonfinite import poison
+
+Batch = dict[str, Any]
+Stats = dict[str, Tensor]  # telemetry of a step, still on the device
+
+
+class Align:
+    """Stage 1: contrastive alignment with the captions of each clip's label."""
+
+    def __init__(self, config: cfg.Stage1, attention: Attention, device: str) -> None:
+        self.config = config
+        self.device = device
+        self.labels = config.data.labels
+        self.tower = TextTower(config.text.pretrained, device)
+        self.source: dict[str, Any] | None = None
+        if config.init_from:
+            export = exported.find(config.init_from, stage=1)
+            self.source = exported.read_card(export)
+            _same_shape(config, self.source["speech"])
+            speech = exported.load_speech(export, attention)
+            if config.encoder.freeze:
+                speech.freeze_encoder()
+        else:
+            speech = build_speech(config.encoder, config.qformer, attention)
+        speech.encoder.pad_seconds = config.encoder.pad_seconds
+        longest = getattr(speech.encoder, "max_frames", None)  # Whisper's; the others have none
+        if longest and (config.encoder.pad_seconds or 0) * 100 > longest:
+            raise UserError(
+                f"encoder.pad_seconds={config.encoder.pad_seconds}: the encoder takes {longest / 100:g} s at most"
+            )
+        self.model = Aligner(speech, self.tower.width, config.contrastive)
+        self.features = speech.encoder.features
+        self.collate = AlignCollate(self.labels)
+        self.captions = self.tower.embed([c for label in self.labels for c in prompts.captions(label)])  # (C, width)
+
+    def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
+        """Contrast all micro-batches of all ranks at once, in the memory of one (gradient caching). Collective.
+
+        done: share of the training that is over. Returns telemetry and the loss.
+        """
+        config = self.config.contrastive
+        alpha = config.alpha * _factor(config.alpha_schedule, done)
+        beta = config.beta * _factor(config.beta_schedule, done)
+        ids = {n: torch.cat([b[n] for b in batches]).to(self.device) for n in ("label", "source", "caption")}
+
+        def embed(batch: Batch) -> Embedded:
+            moved = to_device(batch, self.device)
+            return engine.forward({**moved, "text": self.captions[moved["caption"]]})
+
+        def loss(embedded: Embedded) -> tuple[Tensor, Stats]:
+            value, stats = self.model.contrast(embedded, ids, alpha, beta)
+            return poison(value), stats
+
+        with engine.one_reduction():
+            _, stats = cached_backward(batches, embed, loss, backward=engine.backward, no_sync=engine.no_sync)
+        engine.step()
+        return stats, [float(stats["loss"])]
+
+    def describe(self, world_size: int) -> str:
+        """What is contrasted, and the memory that it takes, for the person who starts a run."""
+        config, batch = self.config.contrastive, self.config.train.global_batch
+        terms = 2 if config.beta else 1
+        gather = cast(Gather, config.gather)
+        one = peak_bytes(batch // world_size, config.width, ranks=world_size, gather=gather, tile=config.tile)
+        return f"contrasts {batch} clips a step by {config.loss}: about {terms * one / 2**20:.1f} MiB a rank"
+
+    def scorer(self) -> PromptScorer:
+        return PromptScorer(self.model, self.tower, self.labels)
+
+    def card(self) -> dict[str, Any]:
+        return {"text": self.tower.name, "text_width": self.tower.width, **exported.aligner_card(self.model)}
+
+
+def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
+    """Raise `UserError` where a config asks for another model than the one that `init_from` brings."""
+    qformer, arch = card["qformer"], config.encoder.arch
+    if arch:
+        arch = {"model_type": "whisper", **arch}
+    brought = {
+        "qformer.queries": (config.qformer.queries, card["queries"]),
+        "qformer.layers": (config.qformer.layers, qformer["num_hidden_layers"]),
+        "qformer.width": (config.qformer.width, qformer["hidden_size"]),
+        "qformer.heads": (config.qformer.heads, qformer["num_attention_heads"]),
+        **{f"encoder.arch.{key}": (value, card["encoder"].get(key)) for key, value in arch.items()},
+    }
+    for key, (wanted, there) in brought.items():
+        if wanted != there and not key.endswith("dropout"):
+            raise UserError(f"{key}={wanted}, but init_from={config.init_from} brings {there}: set {key}={there}")
+
+
+def _factor(schedule: list[list[float]], done: float) -> float:
+    """The factor of a schedule, linear between its points, when a share of the steps is done; 1 without points."""
+    return float(np.interp(done, [share for share, _ in schedule], [f for _, f in schedule])) if schedule else 1.0
+
+
+class AlignCollate:
+    """Clips → padded speech, ids, and a caption drawn for each clip: its number among those of all labels."""
+
+    def __init__(self, labels: list[str]) -> None:
+        counts = [len(prompts.captions(label)) for label in labels]
+        self.captions = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])  # by label
+
+    def __call__(self, clips: list[Example]) -> Batch:
+        return {
+            **pad_speech(clips),
+            "label": torch.tensor([clip.label for clip in clips]),
+            "source": torch.tensor([clip.source for clip in clips]),
+            "caption": torch.tensor([int(clip.draw.choice(self.captions[clip.label])) for clip in clips]),
+        }
+
+
+class Instruct:
+    """Stage 2: the LLM answers an instruction about the clip with its label."""
+
+    def __init__(self, config: cfg.Stage2, attention: Attention, device: str, ds_json: dict[str, Any]) -> None:
+        self.config = config
+        self.device = device
+        self.labels = config.data.labels
+        export = exported.find(config.stage1, stage=1)
+        self.source: dict[str, Any] | None = exported.read_card(export)
+        speech = exported.load_speech(export, attention)
+        if config.freeze_encoder:
+            speech.freeze_encoder()
+        if config.freeze_qformer:
+            speech.qformer.requires_grad_(False)
+            speech.queries.requires_grad_(False)
+        llm, self.tokenizer = build_llm(config.llm, self.labels, attention, ds_json)
+        self.model = SpeechLLM(speech, llm)
+        self.features = speech.encoder.features
+        self.collate = InstructCollate(self.tokenizer, self.labels, speech.query_count)
+
+    def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
+        """Accumulate over the micro-batches the mean loss of all ranks' answer tokens. Collective.
+
+        Returns the mean telemetry and each micro-batch's loss.
+        """
+        tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+        [everywhere, count] = distributed.all_sum([float(tokens), float(len(batches))], self.device)
+        sums: Stats = {}
+        losses = []
+        for batch in batches:
+            loss, stats = engine.forward({**to_device(batch, self.device), "normalizer": everywhere / count})
+            losses.append(loss.detach())
+            engine.backward(poison(loss))
+            engine.step()
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0) + value.float() / len(batches)
+        return sums, torch.stack(losses).tolist()  # DeepSpeed has waited for the device already, for the gradient norm
+
+    def scorer(self) -> AnswerScorer:
+        return AnswerScorer(self.model, self.tokenizer, self.labels)
+
+    def card(self) -> dict[str, Any]:
+        return {**exported.speech_llm_card(self.model, self.config.llm.pretrained), "stage1": self.config.stage1}
+
+
+class InstructCollate:
+    """Clips → padded speech and chat prompts with the answer behind them; only the answer has labels."""
+
+    def __init__(self, tokenizer: Any, labels: list[str], queries: int) -> None:
+        self.prompts = [
+            prompts.prompt_ids(tokenizer, instruction, queries, SPEECH) for instruction in prompts.instructions(labels)
+        ]
+        self.answers = [prompts.answer_ids(tokenizer, label) for label in labels]
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def __call__(self, clips: list[Example]) -> Batch:
+        rows = []
+        for clip in clips:
+            prompt = self.prompts[int(clip.draw.integers(len(self.prompts)))]
+            rows.append((prompt, self.answers[clip.label]))
+        width = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids = torch.full((len(rows), width), self.pad)  # (B, T)
+        labels = torch.full((len(rows), width), IGNORE)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            ids[i, :end] = torch.tensor([*prompt, *answer])
+            labels[i, len(prompt) : end] = torch.tensor(answer)
+            mask[i, :end] = 1
+        return {**pad_speech(clips), "input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def build(
+    config: cfg.Stage1 | cfg.Stage2, attention: Attention, device: str, ds_json: dict[str, Any]
+) -> Align | Instruct:
+    """The stage that a config asks for; `ds_json` tells whether pretrained LLM weights are partitioned as they load."""
+    if isinstance(config, cfg.Stage1):
+        return Align(config, attention, device)
+    return Instruct(config, attention, device, ds_json)
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    """A batch with its tensors on `device`."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
