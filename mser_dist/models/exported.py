@@ -28,6 +28,8 @@ from mser_dist.models.speech import SpeechModel, speech_card, speech_from_card
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.stream.features import Features
 
+FORMAT = 1  # of an export: raised where an older version could not read what this one writes
+
 
 def find(run: str, stage: int) -> Path:
     """The export of a finished run. Raises `UserError` if it is missing, unfinished or of the other stage."""
@@ -48,10 +50,16 @@ def read_card(export: Path) -> dict[str, Any]:
     try:
         card = json.loads((export / "card.json").read_text(encoding="utf-8"))
         _ = card["stage"], card["labels"], card["files"], card["speech"]
+        format_of_card, version = int(card.get("format", 1)), card.get("version")  # 0.1.0 wrote no format: it is 1
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{export / 'card.json'} is not the card of an exported run ({error!r}): export again"
         ) from error
+    if format_of_card > FORMAT:
+        raise UserError(
+            f"{export} was written by mser_dist {version}, and this is {__version__}, which cannot read it: use that "
+            "version, or a later one"
+        )
     return card
 
 
@@ -85,7 +93,7 @@ def write(
             _write_llm(staging / "llm", model.llm, parts["llm"])
             tokenizer.save_pretrained(staging / "llm")
         files = {str(p.relative_to(staging)): file_sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
-        write_json(staging / "card.json", {"version": __version__, **card, "files": files})
+        write_json(staging / "card.json", {"format": FORMAT, "version": __version__, **card, "files": files})
         fsync_tree(staging)
         shutil.rmtree(export, ignore_errors=True)
         staging.rename(export)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.config.file import flatten, read_yaml
 from mser_dist.errors import UserError
@@ -36,10 +37,19 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
     if changed:
         differ = ", ".join(f"{key}={old.get(key)}, now {new.get(key)}" for key in changed[:8])
         more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+        version = written_by(out)
+        other = f", written by mser_dist {version} (this is {__version__})" if version != __version__ else ""
         raise UserError(
-            f"{out} holds a run with another config ({differ}{more}): choose another run folder, or delete this one"
+            f"{out} holds a run with another config ({differ}{more}){other}: choose another run folder, or delete it"
         )
     return read_json(summary) if summary.is_file() else None
+
+
+def written_by(out: Path) -> str:
+    """The version that started a run, by the first line of its config.yaml, which 0.1.0 did not write."""
+    with (out / "config.yaml").open(encoding="utf-8") as file:
+        found = re.match(r"# mser_dist (\S+)", file.readline())
+    return found[1] if found else "0.1.0"
 
 
 def prepare(out: Path, config_text: str, anew: bool = False) -> None:
@@ -48,14 +58,16 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
     A start of another config that left no checkpoint is forgotten, with its log and its MLflow run id; with `anew`, so
     is any start.
     """
+    config_text = f"# mser_dist {__version__}\n{config_text}"
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
         saved = out / "config.yaml"
         same = saved.is_file() and saved.read_text(encoding="utf-8") == config_text
         if anew or not (same or _has_checkpoint(out)):
-            for name in ("log.jsonl", "mlflow.json"):
+            for name in ("log.jsonl", "mlflow.json", "validations.json"):
                 (out / name).unlink(missing_ok=True)
-        write_text(out / "config.yaml", config_text)
+        if not same:
+            write_text(saved, config_text)
     except OSError as error:
         raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
 

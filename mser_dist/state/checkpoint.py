@@ -19,12 +19,14 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
+from mser_dist import __version__
 from mser_dist.errors import PassingError, UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
 from mser_dist.ranks import distributed
 from mser_dist.state import engine_state
 from mser_dist.state.seal import Sealed, folder_fault, read_seal, seal_fault
 
+FORMAT = 2  # of state.json and the ranks' files: raised where an older version could not read what this one writes
 _LATE = 30.0  # seconds that a shared file system may take to show another node's files
 _FULL = re.compile(r"no space left|disk quota|os error (28|122)\b", re.IGNORECASE)
 
@@ -50,6 +52,9 @@ class Checkpoints:
         self.keep = max(1, keep)
         self.background = background
         self.seconds = 0.0  # how long the last save took until it was durable
+        self._notes_file = run / "validations.json"
+        self._notes: dict[int, dict[str, float]] = _read_notes(self._notes_file)
+        self._pruned_with: dict[int, dict[str, float]] | None = None  # the notes of the last pruning
         self._damaged: set[str] = set()  # by the last `choose`: they must not be kept instead of whole ones
         self._buffers: dict[str, torch.Tensor] = {}
         self._writing: _Background | None = None
@@ -61,9 +66,15 @@ class Checkpoints:
 
     def save(self, step: int, engine: Engine, state: dict[str, Any]) -> None:
         """Save the training state after `step` optimizer steps; `state` is JSON. A save under way is finished first."""
-        self.finish()
+        self._join()
         self._began = time.monotonic()
-        self._state = {"step": step, "world_size": self.world.world_size, **state}
+        self._state = {
+            "format": FORMAT,
+            "version": __version__,
+            "world_size": self.world.world_size,
+            **state,
+            "step": step,
+        }
         staging = self._staging()
         tensors, description = engine.collect()
         self._copy(tensors)
@@ -79,7 +90,7 @@ class Checkpoints:
         rank, buffers = self.world.rank, {name: self._buffers[name] for name in tensors}
         self._writing = _Background(lambda: write_part(staging, rank, buffers, description, random))
         if not self.background:
-            self.finish()
+            self._join()
 
     def settle(self, ready: bool) -> None:
         """Publish the save under way if `ready`: every rank's `written` is true, as the ranks have agreed."""
@@ -98,6 +109,11 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait until the save under way is durable and published. Raises `UserError` if it cannot be."""
+        self._join()
+        if self.world.is_main and self._pruned_with not in (None, self._notes):  # the last one was validated since
+            self._prune_softly()
+
+    def _join(self) -> None:
         if self._writing:
             self._seal()
         if self._publishing:
@@ -123,10 +139,7 @@ class Checkpoints:
             publish(staging, files, state)
             self.seconds = time.monotonic() - self._began
             self._damaged.discard(staging.with_suffix("").name)
-            try:
-                self._prune()
-            except OSError as error:  # a file that something else has open, say: the new checkpoint is there
-                distributed.warn(f"an old checkpoint could not be removed ({error})")
+            self._prune_softly()
 
         if self._publishing:
             self._publishing.join()
@@ -157,9 +170,18 @@ class Checkpoints:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
+    def _prune_softly(self) -> None:
+        try:
+            self._prune()
+        except OSError as error:  # a file that something else has open, say: the new checkpoint is there
+            distributed.warn(f"an old checkpoint could not be removed ({error})")
+
     def _prune(self) -> None:
         found = [folder for folder in self.published() if folder.name not in self._damaged]
-        kept = {*found[-self.keep :], *_best(found)}
+        notes = self._notes
+        best = max(found, key=lambda p: (notes.get(step_of(p), {}).get("ua", -1.0), step_of(p)), default=None)
+        kept = {*found[-self.keep :], *([best] if best and step_of(best) in notes else [])}
+        self._pruned_with = notes
         for old in found:
             if old not in kept:
                 prune(old)
@@ -168,6 +190,25 @@ class Checkpoints:
         """Published checkpoints, oldest first."""
         found = {step_of(p): p for p in self.folder.glob("step-*") if p.name[5:].isdecimal() and p.is_dir()}
         return [found[step] for step in sorted(found)]  # by number: step-1000000 comes after step-999999
+
+    # ---- which is the best -------------------------------------------------------------------------------------------
+
+    def note(self, step: int, validation: dict[str, float]) -> None:
+        """The validation of a step, saved or not: the checkpoint with the highest "ua" is kept.
+
+        Apart from the checkpoint, which is sealed before its step is validated.
+        """
+        self._notes = {**self._notes, step: validation}
+        if self.world.is_main:
+            try:
+                write_json(self._notes_file, self._notes)
+            except OSError as error:  # a resume then validates this step again
+                distributed.warn(f"{self._notes_file} could not be written ({error})")
+
+    def noted(self, step: int) -> dict[str, float] | None:
+        """What `note` was told of a step, by this start or an earlier one. Collective."""
+        found: dict[str, float] | None = distributed.agree(self._notes.get(step) if self.world.is_main else None)
+        return found
 
     # ---- loading -----------------------------------------------------------------------------------------------------
 
@@ -205,6 +246,11 @@ class Checkpoints:
 
     def _load(self, folder: Path, engine: Engine) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{folder} was written by mser_dist {state.get('version', '0.1.0')}, and this is "
+                f"{__version__}, which cannot read it: go on with that version, or train anew with another out="
+            )
         engine.restore(sorted(folder.glob("rank-*.safetensors")))
         if state["world_size"] == self.world.world_size:
             _set_random_state(load_file(folder / f"random-{self.world.rank:05d}.safetensors"))
@@ -302,16 +348,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def _best(found: list[Path]) -> list[Path]:
-    """The checkpoint with the highest validation UA, the newest of equals; none where none was validated."""
-    scores: list[tuple[float, Path]] = []
-    for folder in found:
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            scores.append((float(state["validation"]["ua"]), folder))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not validated, or damaged
-    return [max(scores, key=lambda pair: (pair[0], step_of(pair[1])))[1]] if scores else []
+def _read_notes(file: Path) -> dict[int, dict[str, float]]:
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        return {int(step): {str(k): float(v) for k, v in found.items()} for step, found in plain.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # none yet, or damaged: what it said is in log.jsonl, and the validations to come are noted anew
 
 
 def _fresh(folder: Path) -> None:

@@ -29,6 +29,9 @@ class Position(NamedTuple):
     batch: int = 0
 
 
+START = Position()
+
+
 @dataclass(frozen=True)
 class Epoch:
     """The order of an epoch, (slots,) samples, cut at `starts` (units + 1,): a unit is a clip, or a pack of clips."""

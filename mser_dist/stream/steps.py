@@ -1,9 +1,7 @@
 """Examples in the order of a plan, shared out over the ranks, decoded by workers, resumable at any step.
 
-What a checkpoint holds of the stream is a small JSON object, `state_of`: {"version", "epoch", "batch": the next step's
-position, "seed", "global_batch", "clips", "fingerprint": of the set (`ShardSet.fingerprint`), "bad": clips that could
-not be read}. The order itself is a function of these (`plan`), so a resume costs the same at the end of an epoch as at
-its start.
+What a checkpoint holds of the stream is a position (epoch, batch) and what it counts in (`identity`). The order itself
+is a function of these (`plan`), so a resume costs the same at the end of an epoch as at its start.
 """
 
 from collections import deque
@@ -21,7 +19,7 @@ from mser_dist.stream.examples import Examples
 from mser_dist.stream.loader import Answer, BadClips, ClipRequest, Collate, Request, answers
 from mser_dist.stream.plan import Plan, Position
 
-STATE_VERSION = 1
+ORDER_VERSION = 1  # of the order of clips as a function of seed, epoch and step
 TOKEN = 0.02  # seconds a token: one step of a Whisper-type encoder
 SORTED_ROUNDS = 32  # rounds of `one_pass` whose clips are sorted by length together
 FETCH_AHEAD = 8  # steps whose remote shards are fetched before a worker asks for them
@@ -87,30 +85,26 @@ def _balance(
     return None
 
 
-def state_of(clips: Examples, plan: Plan, position: Position, bad: Iterable[int] = ()) -> dict[str, Any]:
-    """What a checkpoint holds of the stream; `position` is that of the next step, `bad` what could not be read."""
-    return {"version": STATE_VERSION, **position._asdict(), **_identity(clips, plan), "bad": sorted(bad)}
-
-
-def position_in(state: dict[str, Any], clips: Examples, plan: Plan) -> Position:
-    """Where to go on. Raises `UserError` where the checkpoint is of other data, in which the position means nothing."""
-    for name, now in {"version": STATE_VERSION, **_identity(clips, plan)}.items():
-        if state.get(name) != now:
-            what = {"fingerprint": "the data set has changed since", "clips": "the data set has changed since"}
-            raise UserError(
-                f"the checkpoint's data.{name} is {state.get(name)}, and now it is {now}: "
-                f"{what.get(name, 'it is of another configuration')}; restore it, or train anew with another out="
-            )
-    return Position(state["epoch"], state["batch"])
-
-
-def _identity(clips: Examples, plan: Plan) -> dict[str, Any]:
+def identity(examples: Examples, plan: Plan) -> dict[str, Any]:
+    """What a position counts in, as JSON: it means nothing in another set, or in another order of the same."""
     return {
-        "clips": len(clips),
-        "fingerprint": clips.shards.fingerprint(),
+        "version": ORDER_VERSION,
+        "clips": len(examples),
+        "fingerprint": examples.shards.fingerprint(),
         "seed": plan.seed,
         "global_batch": plan.global_batch,
     }
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `UserError` where a checkpoint's position is one of other data, or of another order."""
+    for name, value in now.items():
+        if saved.get(name) != value:
+            what = {"fingerprint": "the data set has changed since", "clips": "the data set has changed since"}
+            raise UserError(
+                f"the checkpoint's data.{name} is {saved.get(name)}, and now it is {value}: "
+                f"{what.get(name, 'it is of another configuration')}; restore it, or train anew with another out="
+            )
 
 
 class Step(NamedTuple):

@@ -175,7 +175,7 @@ class Utterance:
 
 def _sentences() -> list[dict[str, str]]:
     """The parallel sentences: one mapping of ``id`` and language codes to text for each."""
-    text = files("mser_dist.data").joinpath("sentences.json").read_text(encoding="utf-8")
+    text = files("mser_dist.synth").joinpath("sentences.json").read_text(encoding="utf-8")
     sentences: list[dict[str, str]] = json.loads(text)["sentences"]
     return sentences
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mser_dist.errors import UserError
 from mser_dist.ranks import distributed
 from mser_dist.shards.shard_set import ShardSet
+from mser_dist.training.engine import Engine
 
 
 def poison(loss: Tensor) -> Tensor:
@@ -44,25 +45,41 @@ class Buffers:
             buffer.copy_(kept)
 
 
-class SkippedSteps:
-    """Writes skipped steps to ``<run>/skipped_steps.jsonl`` and raises `UserError` at more than `limit` in a row."""
+class NotFinite:
+    """Settles each step: keeps what a good one changed, undoes what a skipped one did, and counts those in a row.
 
-    def __init__(self, out: Path, shards: ShardSet, limit: int, is_main: bool) -> None:
+    Writes skipped steps to ``<run>/skipped_steps.jsonl``; more than `limit` in a row are a `UserError`.
+    """
+
+    def __init__(self, model: nn.Module, out: Path, shards: ShardSet, limit: int, dtype: str, is_main: bool) -> None:
+        self._buffers = Buffers(model)
         self._file = out / "skipped_steps.jsonl"
         self._shards = shards
         self._limit = limit
+        self._fp16 = dtype == "float16"
         self._is_main = is_main
-        self.in_a_row = 0
 
-    def add(self, step: int, losses: list[float], batches: list[dict[str, Any]]) -> None:
-        """A step that was skipped, with this rank's loss and batches. Collective."""
+    def settle(
+        self, engine: Engine, step: int, in_a_row: int, losses: list[float], batches: list[dict[str, Any]]
+    ) -> int:
+        """After `step`, with this rank's losses and batches: how many in a row were skipped, up to it. Collective."""
+        if engine.step_applied:
+            self._buffers.keep()
+            return 0
+        self._buffers.restore()
+        # Under fp16 a gradient overflows now and then, and DeepSpeed lowers its loss scale.
+        odd = distributed.most([not all(map(math.isfinite, losses))])[0]
+        if self._fp16 and not odd:
+            return in_a_row
+        return self._skipped(step, in_a_row + 1, losses, batches)
+
+    def _skipped(self, step: int, in_a_row: int, losses: list[float], batches: list[dict[str, Any]]) -> int:
         mine = {
             "loss": [loss if math.isfinite(loss) else str(loss) for loss in losses],
             "finite_input": all(bool(batch["speech"].isfinite().all()) for batch in batches),
             "samples": [self._shards.key(index) for batch in batches for index in batch["index"]],
         }
         ranks = dict(enumerate(distributed.gather(mine)))
-        self.in_a_row += 1
         if self._is_main:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "ranks": ranks}, ensure_ascii=False) + "\n")
@@ -70,10 +87,11 @@ class SkippedSteps:
         culprits = culprits or [r for r, part in ranks.items() if any(isinstance(x, str) for x in part["loss"])]
         where = f"rank{'s' * (len(culprits) > 1)} {', '.join(map(str, culprits))}" if culprits else "the gradient"
         said = f"step {step}: not finite at {where}; the step changes nothing, its clips are in {self._file}"
-        if self.in_a_row > self._limit:
+        if in_a_row > self._limit:
             raise UserError(
-                f"{said}; that were {self.in_a_row} steps in a row (train.max_skipped={self._limit}): "
+                f"{said}; that were {in_a_row} steps in a row (train.max_skipped={self._limit}): "
                 "lower train.lr or set train.grad_clip, and look at those clips"
             )
         if self._is_main:
             distributed.warn(said)
+        return in_a_row

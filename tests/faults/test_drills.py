@@ -84,6 +84,21 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing_that_was_saved(work: Path) 
     no_orphan(work)
 
 
+@pytest.mark.drill("broken-end")
+def test_what_breaks_behind_the_last_step_leaves_its_checkpoint(work: Path) -> None:
+    """The last validation, the export and a plot: the same command goes on from the last step."""
+    run = work / "runs/broken"
+    words = stage1("runs/broken", "train.val_every=0", "tracking.enabled=false")
+    for point in ("validating", "exporting", "drawing"):
+        error = drilled(f"0|{point}|RAISE", *words, cwd=work, code=1)
+        assert f"broken on purpose: {point}" in error
+        assert checkpoints(run) == ["step-000006"] and whole(run / "checkpoints/step-000006")
+        assert not (run / "summary.json").exists()
+    assert "continuing from step 6" in mser(*words, *TWO, cwd=work)
+    assert len((run / "log.jsonl").read_text().splitlines()) == 6 + 1, "six steps and one validation, each once"
+    same_model(work / "runs/whole", run)
+
+
 @pytest.mark.drill("two-generations")
 def test_the_older_checkpoint_goes_only_when_the_newer_one_is_published(work: Path) -> None:
     words = stage1("runs/two", "train.save_every=2", "train.keep=2", "tracking.enabled=false", "train.val_every=0")

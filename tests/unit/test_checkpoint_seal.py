@@ -4,8 +4,10 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mser_dist.errors import UserError
 from mser_dist.ranks.distributed import World
@@ -17,8 +19,8 @@ from mser_dist.state.seal import read_seal, seal_fault
 PART = "rank-00000.safetensors"
 
 
-def save(run: Path, step: int, keep: int = 9, **state: object) -> Path:
-    """A published checkpoint with two small files in place of an engine's."""
+def save(run: Path, step: int, keep: int = 9, ua: float | None = None) -> Path:
+    """A published checkpoint with two small files in place of an engine's; validated where `ua` is given."""
     checkpoints = Checkpoints(run, World(), keep)
     staging = checkpoints.folder / f"step-{step:06d}.partial"
     staging.mkdir(parents=True)
@@ -26,7 +28,9 @@ def save(run: Path, step: int, keep: int = 9, **state: object) -> Path:
     for name, data in files.items():
         (staging / name).write_bytes(data)
     sealed = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
-    publish(staging, sealed, {"step": step, "world_size": 1, **state})
+    publish(staging, sealed, {"step": step, "world_size": 1})
+    if ua is not None:
+        checkpoints.note(step, {"ua": ua})
     checkpoints._prune()
     return checkpoints.folder / f"step-{step:06d}"
 
@@ -125,12 +129,49 @@ def test_none_whole_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
 
 def test_pruning_keeps_the_newest_by_number_and_the_best(tmp_path: Path) -> None:
     for step, ua in ((999_990, 0.5), (999_991, 0.7), (999_992, 0.7), (999_998, 0.6)):
-        save(tmp_path, step, keep=2, validation={"ua": ua})
+        save(tmp_path, step, keep=2, ua=ua)
     for step in (999_999, 1_000_000):  # a name of seven digits sorts before one of six
         save(tmp_path, step, keep=2)
     found = [path.name for path in Checkpoints(tmp_path, World(), 2).published()]
     assert found == ["step-999992", "step-999999", "step-1000000"]
     assert choose(tmp_path) == tmp_path / "checkpoints" / "step-1000000"
+
+
+def test_a_validation_that_comes_after_the_last_save_still_decides_which_is_kept(tmp_path: Path) -> None:
+    """As of the last step of a run, which is published and pruned before it is validated."""
+    save(tmp_path, 1, keep=1, ua=0.6)
+    save(tmp_path, 2, keep=1)
+    checkpoints = Checkpoints(tmp_path, World(), keep=1)
+    checkpoints._prune()
+    assert [path.name for path in checkpoints.published()] == ["step-000001", "step-000002"]
+    checkpoints.note(2, {"ua": 0.7})
+    checkpoints.finish()
+    assert [path.name for path in checkpoints.published()] == ["step-000002"]
+    assert Checkpoints(tmp_path, World(), keep=1).noted(2) == {"ua": 0.7}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"1": 3}', '{"x": {"ua": 1}}'])
+def test_notes_that_are_damaged_count_as_none(text: str, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "validations.json").write_text(text)
+    assert Checkpoints(tmp_path, World(), 2).noted(1) is None
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_the_version_that_wrote_it(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"step-000001 was written by mser_dist 0\.1\.0, and this is .* another out="):
+        Checkpoints(tmp_path, World(), 2).resume(Unread())
+    assert folder.is_dir(), "nothing is lost"
+
+
+class Unread:
+    """An engine that nothing is loaded into."""
+
+    def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        raise AssertionError
+
+    def restore(self, files: list[Path]) -> None:
+        raise AssertionError
 
 
 def test_publishing_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_compare_losses(tiny_set: Path, tmp_path: Path) -> None:
 DRILLS = {
     "bitwise-resume", "kill9", "two-generations", "corrupt-checkpoint", "signal-one-rank", "slurm-preempt-requeue",
     "slurm-node-death", "submitit-timeout-requeue", "peer-killed", "peer-frozen", "nonfinite-one-rank", "disk-full",
-    "tracker-killed", "elastic-2-1-2", "time-limit",
+    "tracker-killed", "elastic-2-1-2", "time-limit", "broken-end",
 }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Runs at the start of each rank of a drill and does to one rank what MSER_DRILL says: ``RANK|POINT|WHAT[|WHAT …]``.
 
-POINT: where the watchdog was told that the rank is ("step 3", "step 3, data", "step 3, saving", "validating"), or a
-point of a save (half-written, written, sealed, published, mid-prune). WHAT: a signal that the rank sends itself,
-HANG, or NAN: its speech in that step is not a number. Several drills are separated by ";". RANK is SLURM's too, and
-"single" where there is none. A requeued SLURM job is left alone.
+POINT: where the watchdog was told that the rank is ("step 3", "step 3, data", "step 3, saving", "validating"), "drawing",
+or a point of a save (half-written, written, sealed, published, mid-prune). WHAT: a signal that the rank sends itself,
+HANG, RAISE (an error of the code), or NAN: its speech in that step is not a number. Several drills are separated by
+";". RANK is SLURM's too, and "single" where there is none. A requeued SLURM job is left alone.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any
 def _install(drills: dict[str, list[str]]) -> None:
     from mser_dist.ranks import watchdog
     from mser_dist.state import checkpoint, engine_state
-    from mser_dist.training import stages
+    from mser_dist.training import finish, stages
 
     poisoned = False
 
@@ -26,6 +26,8 @@ def _install(drills: dict[str, list[str]]) -> None:
         for what in drills.pop(point, []):
             if what == "NAN":
                 poisoned = True
+            elif what == "RAISE":
+                raise RuntimeError(f"broken on purpose: {point}")
             elif what == "HANG":
                 time.sleep(10_000)
             else:
@@ -73,6 +75,7 @@ def _install(drills: dict[str, list[str]]) -> None:
     engine_state.write = write
     around(checkpoint, "seal", before="written", after="sealed")
     around(checkpoint, "publish", after="published")
+    around(finish, "curves", before="drawing")
     checkpoint.prune = prune
 
 

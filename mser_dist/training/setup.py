@@ -1,0 +1,278 @@
+"""From a config to the parts of a training: what can be wrong is looked for before the minutes of loading."""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mser_dist import config as cfg
+from mser_dist.config.file import to_yaml
+from mser_dist.errors import UserError
+from mser_dist.models import exported
+from mser_dist.models.attention import Attention, choose
+from mser_dist.ranks import distributed, preempt
+from mser_dist.ranks.boundary import Boundary, time_to_save
+from mser_dist.ranks.watchdog import Watchdog
+from mser_dist.runs import folder
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.state.checkpoint import Checkpoints
+from mser_dist.stream import steps
+from mser_dist.stream.examples import Examples, open_clips, open_training_clips
+from mser_dist.stream.plan import Plan, Position
+from mser_dist.training import stages
+from mser_dist.training.engine import Engine, resolve_json
+from mser_dist.training.nonfinite import NotFinite
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known of a training before anything is loaded."""
+
+    config: cfg.Stage1 | cfg.Stage2
+    world: distributed.World
+    device: str
+    ds_json: dict[str, Any]
+    attention: Attention
+    micro: int  # clips (or packs) per rank and forward pass
+    accumulation: int  # forward passes per rank and step
+    shards: ShardSet
+    held_out: ShardSet | None  # for validation
+    order: Plan  # of the clips
+    total: int  # optimizer steps
+    ends: float | None  # wall-clock time at which the scheduler ends the job, on rank 0
+    watchdog: Watchdog
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def links(self) -> dict[str, Path] | None:
+        """Tags whose value is the MLflow run id of the run that this one builds on."""
+        return {"mser.stage1_run_id": Path(self.config.stage1)} if isinstance(self.config, cfg.Stage2) else None
+
+
+def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Setup:
+    """Choose, open and plan all that needs no process group. Raises `UserError` for what a user can mend."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ds_json = resolve_json(config, world.world_size)
+    micro, accumulation = cfg.batch_shape(config.train, world.world_size)
+    if device == "cpu" and config.engine.dtype == "float16":
+        raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
+    attention = choose(config.engine.attention, getattr(torch, config.engine.dtype), device)
+    if isinstance(config, cfg.Stage2):
+        pad_seconds = exported.features_of(exported.read_card(exported.find(config.stage1, stage=1))).pad_seconds
+        parallel, wish = 1, []
+    else:  # its loss is of pairs of clips, so the plan keeps parallel ones together and all emotions in each batch
+        pad_seconds, parallel = config.encoder.pad_seconds, config.data.parallel
+        wish = [] if config.contrastive.loss == "infonce" else ["label", "language"]
+    shards = open_training_clips(config.data)
+    order = steps.plan_of(shards, config.data, config.train.global_batch, parallel, config.seed, pad_seconds, wish)
+    return Setup(
+        config,
+        world,
+        device,
+        ds_json,
+        attention,
+        micro,
+        accumulation,
+        shards,
+        _held_out(config.data),
+        order,
+        total=config.train.steps or max(1, round(config.train.epochs * order.steps())),
+        ends=distributed.job_end() if world.is_main else None,
+        watchdog=Watchdog(world, config.engine.peer_seconds, config.engine.timeout_minutes * 60),
+    )
+
+
+def _held_out(data: cfg.TrainingDataConfig) -> ShardSet | None:
+    if not data.val_split:
+        return None
+    try:
+        return open_clips(data, data.val_split)
+    except UserError as error:
+        raise UserError(f"{error} (for validation: or set data.val_split=null)") from None
+
+
+@contextmanager
+def started(setup: Setup) -> Iterator[None]:
+    """Around all that ranks do together: the run folder is taken, the process group is up, the watchdog watches."""
+    config, world = setup.config, setup.world
+    with ExitStack() as held:
+        if world.is_main:
+            held.enter_context(folder.claimed(setup.out, config.engine.peer_seconds))
+            folder.prepare(setup.out, to_yaml(config))
+        distributed.init(world, config.engine.timeout_minutes, setup.device)
+        with setup.watchdog.watch():
+            folder.seen_by_all(setup.out)
+            yield
+
+
+@dataclass
+class Run:
+    """The parts of a training that runs. What it has come to is `loop.RunState`, not here."""
+
+    setup: Setup
+    stage: stages.Align | stages.Instruct
+    engine: Engine
+    examples: Examples
+    validation: Examples | None
+    checkpoints: Checkpoints
+    boundary: Boundary
+    not_finite: NotFinite
+    order: dict[str, Any]  # what set, seed and batch a position of the stream counts in
+    resumed: dict[str, Any] | None  # the state that the newest checkpoint holds
+    saved: int = 0  # step of the last save
+
+    @property
+    def config(self) -> cfg.Stage1 | cfg.Stage2:
+        return self.setup.config
+
+    @property
+    def world(self) -> distributed.World:
+        return self.setup.world
+
+    @property
+    def device(self) -> str:
+        return self.setup.device
+
+    @property
+    def micro(self) -> int:
+        return self.setup.micro
+
+    @property
+    def total(self) -> int:
+        return self.setup.total
+
+    @property
+    def watchdog(self) -> Watchdog:
+        return self.setup.watchdog
+
+    def batches(self, done: int, position: Position, bad: set[int]) -> Iterator[steps.Step]:
+        """This rank's part of every step after `done`, from `position` on; `bad` clips are not tried again."""
+        return steps.training_steps(
+            self.examples,
+            self.setup.order,
+            position,
+            self.total - done,
+            self.micro,
+            self.world.rank,
+            self.world.world_size,
+            self.stage.collate,
+            self.config.data.workers,
+            known_bad=bad,
+        )
+
+    def facts(self) -> dict[str, str]:
+        """What the tracker records of a run beside its config."""
+        parameters = list(self.stage.model.parameters())
+        attention = self.setup.attention
+        return {
+            "world_size": str(self.world.world_size),
+            "zero_stage": str(self.engine.zero_stage),
+            "attention.kernel": attention.kernel,
+            "attention.reason": attention.reason,
+            "steps": str(self.total),
+            "clips": str(len(self.examples)),
+            "parameters.trained": str(sum(_size(p) for p in parameters if p.requires_grad)),
+            "parameters.all": str(sum(map(_size, parameters))),
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+        }
+
+
+def load(setup: Setup, flag: preempt.Flag) -> Run:
+    """Build the model and its engine, and go back to the newest checkpoint. Collective."""
+    config, world, data = setup.config, setup.world, setup.config.data
+    torch.manual_seed(config.seed)  # the same weights on every rank …
+    stage = stages.build(config, setup.attention, setup.device, setup.ds_json)
+    examples = Examples(
+        setup.shards,
+        data.labels,
+        stage.features,
+        data.max_seconds,
+        config.seed,
+        shuffle_labels=data.shuffle_labels,
+        augment=data.augment,
+        max_bad=data.max_bad,
+    )
+    validation = None
+    if setup.held_out is not None:
+        validation = Examples(setup.held_out, data.labels, stage.features, data.max_seconds, max_bad=data.max_bad)
+    setup.watchdog.tick("starting DeepSpeed")
+    engine = Engine(stage.model, config, world, setup.total, setup.device)
+    stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing
+    setup.watchdog.tick("loading a checkpoint")
+    checkpoints = Checkpoints(setup.out, world, config.train.keep, config.train.background_save)
+    resumed = checkpoints.resume(engine, config.train.trust_checkpoints)
+    order = steps.identity(examples, setup.order)
+    step = 0
+    if resumed:
+        steps.check_identity(resumed["order"], order)
+        step = int(resumed["step"])
+        checkpoints.seconds = float(resumed["save_seconds"])
+    if not resumed or resumed["world_size"] != world.world_size:  # no random state of its own to go on with
+        torch.manual_seed(config.seed * 100_003 + step * 4_099 + world.rank)  # … and different dropout
+    run = Run(
+        setup,
+        stage,
+        engine,
+        examples,
+        validation,
+        checkpoints,
+        Boundary(flag, checkpoints, config.train.save_minutes, setup.ends, world.is_main),
+        NotFinite(stage.model, setup.out, setup.shards, config.train.max_skipped, config.engine.dtype, world.is_main),
+        order,
+        resumed,
+        saved=step,
+    )
+    _announce(run, step)
+    return run
+
+
+def _announce(run: Run, step: int) -> None:
+    """Say what runs; refuse a job too short to save, warn of a disk too small. Collective."""
+    setup, config, world = run.setup, run.config, run.world
+    size = sum(distributed.gather(run.engine.state_bytes()))
+    problem = None
+    if world.is_main:
+        unit = "packs" if config.data.batching == "tokens" else "clips"
+        shape = f"{world.world_size} ranks × {setup.micro} × {setup.accumulation}"
+        print(
+            f"{len(run.examples)} clips, {run.total} steps, {config.train.global_batch} {unit} a step ({shape}), "
+            f"ZeRO-{run.engine.zero_stage}, {config.engine.dtype}"
+        )
+        if isinstance(run.stage, stages.Align):
+            print(run.stage.describe(world.world_size))
+        if setup.order.balance:
+            print(f"each batch is balanced over {', '.join(setup.order.balance.names)}")
+        print(f"attention: {setup.attention.kernel} ({setup.attention.reason})")
+        if step:
+            print(f"continuing from step {step}")
+        sys.stdout.flush()
+        free = shutil.disk_usage(setup.out).free
+        if free < 2 * size:
+            distributed.warn(
+                f"a checkpoint takes about {size / 2**30:.2f} GiB, and {setup.out} has {free / 2**30:.2f} GiB free: "
+                "free space, or choose another disk with out="
+            )
+        needed = time_to_save(run.checkpoints.seconds)
+        left = max(0.0, setup.ends - time.time()) if setup.ends else math.inf
+        if left < needed:
+            problem = (
+                f"the job ends in {left:.0f} s, and a save alone may take {needed:.0f} s: "
+                "ask for more time (sbatch --time=…)"
+            )
+    if problem := distributed.agree(problem):
+        raise UserError(problem)
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind

@@ -1,0 +1,88 @@
+"""What a person sees of the steps: a progress bar, numbers in the log, clips that could not be read."""
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from mser_dist.errors import UserError
+from mser_dist.progress import Clock, bar
+from mser_dist.ranks import distributed
+from mser_dist.runs.tracking import Tracker
+from mser_dist.stream.examples import Examples
+from mser_dist.stream.steps import Step
+from mser_dist.training.setup import Run
+
+
+class StepLog:
+    """The log of a training's steps: on the terminal, in log.jsonl and so in MLflow. `tracker` is rank 0's."""
+
+    def __init__(self, run: Run, done: int, tracker: Tracker | None) -> None:
+        self._run, self._done, self._tracker = run, done, tracker
+        self._clock = Clock()
+        title = f"stage {run.config.stage}"
+        self._bar = bar(title=title, unit="step", total=run.total, initial=done, disable=not run.world.is_main)
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def waiting(self, batches: Iterator[Step]) -> Iterator[Step]:
+        """The same batches; the time spent waiting for them is counted."""
+        with closing(batches):  # type: ignore[type-var]
+            for number in range(self._done + 1, self._run.total + 1):
+                self._run.watchdog.tick(f"step {number}, data")
+                with self._clock.waiting():
+                    data = next(batches)
+                self._clock.clips += data.clips
+                yield data
+
+    def step(self, step: int, stats: dict[str, torch.Tensor], bad: set[int], data: Step) -> set[int]:
+        """A step is done; its numbers are logged where they are due. Collective there.
+
+        bad: the clips that could not be read, as the ranks agreed on the last time; returns those of now.
+        """
+        run = self._run
+        if step % run.config.train.log_every == 0 or step == run.total:
+            numbers = _mean_over_ranks(stats, run.device)
+            numbers |= {"lr": run.engine.lr, "grad_norm": run.engine.grad_norm, **self._clock.read()}
+            bad = bad_everywhere(data.bad, bad, run.examples, run.world.is_main)
+            numbers |= {"bad_clips": float(len(bad)), "skipped_steps": float(run.engine.skipped_steps)}
+            if self._tracker:
+                finite = {f"train/{name}": value for name, value in numbers.items() if math.isfinite(value)}
+                self._tracker.metrics(step, finite)
+            self._bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
+        self._bar.update()
+        return bad
+
+    def validation(self, step: int, found: dict[str, float]) -> None:
+        """The validation behind a step."""
+        if self._tracker:
+            self._tracker.metrics(step, {f"val/{name}": value for name, value in found.items()})
+
+
+def bad_everywhere(own: frozenset[int], known: set[int], clips: Examples, is_main: bool) -> set[int]:
+    """The clips that some rank could not read; rank 0 names those of other ranks, whose output may be hidden.
+
+    Collective. Raises `UserError` where they are more than data.max_bad; a rank stops by itself at so many of its own.
+    """
+    everywhere = known.union(*distributed.gather(own))
+    if is_main:
+        for index in sorted(everywhere - known - own):
+            distributed.warn(f"{clips.shards.where(index)}: could not be read by another rank")
+    if len(everywhere) > clips.max_bad:
+        raise UserError(
+            f"{len(everywhere)} clips could not be read on all ranks together, more than data.max_bad={clips.max_bad}: "
+            f"the last is {clips.shards.where(max(everywhere - known, default=max(everywhere)))}; mser verify lists all"
+        )
+    return everywhere
+
+
+def _mean_over_ranks(stats: dict[str, Any], device: str) -> dict[str, float]:
+    names = sorted(stats)
+    *sums, ranks = distributed.all_sum([float(stats[name]) for name in names] + [1.0], device)
+    return {name: value / ranks for name, value in zip(names, sums, strict=True)}
