@@ -167,7 +167,8 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of the GPU that it looked for
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
+
+    from mser_dist import deepspeed_parts
 
     if device == "cuda":
         # A launcher that shows each task its own GPU only has local ranks beyond what the task sees.
@@ -181,8 +182,7 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
         os.environ["LOCAL_RANK"] = str(local)  # DeepSpeed reads it
         torch.cuda.set_device(local)
     else:
-        # DeepSpeed would compile its shared-memory op for minutes; it serves only inference_all_reduce.
-        __compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed_parts.skip_shared_memory_op()
     if torch.distributed.is_initialized():
         return
     backend = "nccl" if device == "cuda" else "gloo"

@@ -18,13 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mser_dist import deepspeed_parts
+from mser_dist.deepspeed_parts import Part
 from mser_dist.errors import UserError
 from mser_dist.ranks import distributed
-from mser_dist.state import partitions
-from mser_dist.state.partitions import Part
 
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 # How a group is stepped, not what the step is: it follows the device, not the checkpoint.
 _NOT_HYPER = {"params", "foreach", "fused", "capturable", "differentiable"}
 
@@ -38,7 +36,7 @@ def collect(engine: Any) -> tuple[dict[str, Tensor], Description]:
     The description is JSON.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    optimizer = engine.basic_optimizer
+    optimizer = deepspeed_parts.optimizer(engine)
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, Any] = {}
     slots: set[str] = set()
@@ -51,7 +49,7 @@ def collect(engine: Any) -> tuple[dict[str, Tensor], Description]:
                 flat = part.view(tensor).reshape(-1)
                 tensors[f"{kind}/{part.name}"] = flat.narrow(0, first, count)
 
-    groups = partitions.trained(engine)
+    groups = deepspeed_parts.trained(engine)
     steps = {id(owner): float(state["step"]) for owner, state in optimizer.state.items() if state}
     for group in groups:
         for part in group:
@@ -59,11 +57,10 @@ def collect(engine: Any) -> tuple[dict[str, Tensor], Description]:
             kept = {slot: value for slot, value in state.items() if slot != "step"}
             slots |= kept.keys()
             add(part, steps.get(id(part.owner)), {"master": part.owner, **kept})
-    for part in partitions.frozen(engine):
+    for part in deepspeed_parts.frozen(engine):
         add(part, None, {"frozen": part.owner})
     buffers = _own_buffers(engine, rank)
     tensors |= {f"buffer/{name}": buffer.reshape(-1) for name, buffer in buffers.items() if buffer.numel()}
-    scaler = partitions.loss_scaler(engine)
     description = {
         "rank": rank,
         "world_size": world,
@@ -75,8 +72,8 @@ def collect(engine: Any) -> tuple[dict[str, Tensor], Description]:
             for parts, group in zip(groups, optimizer.param_groups, strict=True)
         ],
         "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
-        "loss_scaler": {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)},
-        "counters": {key: getattr(engine, key) for key in _COUNTERS},
+        "loss_scaler": deepspeed_parts.scale(engine),
+        "counters": deepspeed_parts.counters(engine),
     }
     return tensors, json.loads(json.dumps(description))  # a copy: the schedule gives its own live lists
 
@@ -93,7 +90,8 @@ def restore(engine: Any, files: Sequence[Path]) -> None:
     Raises `UserError` on every rank, with nothing changed, if the files are not of this model and optimizer.
     """
     saved = _Saved(files)
-    groups, frozen = partitions.trained(engine), partitions.frozen(engine)
+    groups, frozen = deepspeed_parts.trained(engine), deepspeed_parts.frozen(engine)
+    optimizer = deepspeed_parts.optimizer(engine)
     buffers = dict(engine.module.named_buffers())
     persistent = set(engine.module.state_dict()) & set(buffers)
     problems = [*saved.faults(groups, frozen), *saved.buffer_faults(buffers, persistent)]
@@ -103,11 +101,11 @@ def restore(engine: Any, files: Sequence[Path]) -> None:
             f"the checkpoint {Path(files[0]).parent} is not of this model: {problems[0]}{more}: "
             "resume with the config that wrote it, or start a new run folder with out=…"
         )
-    with partitions.rewriting(engine):
-        for parts, group in zip(groups, engine.basic_optimizer.param_groups, strict=True):
+    with deepspeed_parts.rewriting(engine):
+        for parts, group in zip(groups, optimizer.param_groups, strict=True):
             for part in parts:
                 saved.copy("master", part, part.owner)
-            _restore_optimizer(engine.basic_optimizer, group, parts, saved)
+            _restore_optimizer(optimizer, group, parts, saved)
         for part in frozen:
             saved.copy("frozen", part, part.owner)
         _restore_buffers(engine.module, buffers, saved)
@@ -266,17 +264,11 @@ def _restore_buffers(module: torch.nn.Module, buffers: dict[str, Tensor], saved:
 
 def _restore_small(engine: Any, description: Description) -> None:
     """Hyper-parameters, schedule, loss scale and counters."""
-    for group, saved in zip(engine.basic_optimizer.param_groups, description["groups"], strict=True):
+    for group, saved in zip(deepspeed_parts.optimizer(engine).param_groups, description["groups"], strict=True):
         for key in _hyper(group).keys() & saved["hyper"].keys():
             value = saved["hyper"][key]
             group[key] = tuple(value) if isinstance(group[key], tuple) else value
     if engine.lr_scheduler is not None and description["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(description["scheduler"])
-    scaler = partitions.loss_scaler(engine)
-    for key, value in description["loss_scaler"].items():
-        if scaler is not None and hasattr(scaler, key):
-            setattr(scaler, key, value)
-    for key, value in description["counters"].items():
-        setattr(engine, key, value)
-    # Not as saved: another number of ranks accumulates over another number of micro-batches.
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    deepspeed_parts.set_scale(engine, description["loss_scaler"])
+    deepspeed_parts.set_counters(engine, description["counters"])

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mser_dist import config as cfg
+from mser_dist import deepspeed_parts
 from mser_dist.contrastive import bounds
 from mser_dist.errors import UserError
 from mser_dist.ranks.distributed import World
-from mser_dist.state import engine_state, partitions
+from mser_dist.state import engine_state
 
 _SECTIONS = ("zero_optimization", "bf16", "fp16")
 
@@ -87,7 +88,7 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
         plain[section] = {**plain.get(section, {}), "enabled": enabled}
     plain.setdefault("steps_per_print", 10**9)  # our log says more
     try:
-        partitions.check_supported(plain)
+        deepspeed_parts.check_supported(plain)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return plain
@@ -112,7 +113,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2 and not name.endswith("queries")
+            is_matrix = deepspeed_parts.dimensions(parameter) >= 2 and not name.endswith("queries")
             (decay if is_matrix else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -124,7 +125,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     DeepSpeed does so itself, unless a part was partitioned as it loaded: then it takes all parts to be in order.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point() and not hasattr(tensor, "ds_id"):
+        if tensor.is_floating_point() and not deepspeed_parts.is_partitioned(tensor):
             tensor.data = tensor.data.to(dtype)
 
 
@@ -155,10 +156,11 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
         )
+        deepspeed_parts.check_moved(self._engine)
         limits = {name: (low, high) for name, low, high in bounds(model)}
         named = self.module.named_parameters()
         self._bounded = [(parameter, *limits[name]) for name, parameter in named if name in limits]
-        parts = [part for group in partitions.trained(self._engine) for part in group] if limits else []
+        parts = [part for group in deepspeed_parts.trained(self._engine) for part in group] if limits else []
         self._bounded_parts = [(part, *limits[part.name]) for part in parts if part.name in limits and part.count]
 
     @property
@@ -175,18 +177,17 @@ class Engine:
         Takes memory for whole gradients. DeepSpeed's wrapper for bfloat16 under ZeRO-1 cannot do this, and need not: it
         reduces at the last backward pass alone, which `no_sync` marks.
         """
-        with self._engine.coalesce_grad_reduction() if self._coalesces else nullcontext():
+        with self._engine.coalesce_grad_reduction() if deepspeed_parts.coalesces(self._engine) else nullcontext():
             try:
                 yield
             except BaseException:  # DeepSpeed would now reduce what there is, and wait for ranks that do not come
-                for parameter in self.module.parameters():
-                    parameter.grad = parameter.grad_accum = None  # type: ignore[attr-defined]
+                deepspeed_parts.drop_gradients(self.module)
                 raise
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Around the forward and backward pass of a part of a step that is not its last."""
-        if self._coalesces:
+        if deepspeed_parts.coalesces(self._engine):
             yield
             return
         self._engine.set_gradient_accumulation_boundary(False)
@@ -194,10 +195,6 @@ class Engine:
             yield
         finally:
             self._engine.set_gradient_accumulation_boundary(True)
-
-    @property
-    def _coalesces(self) -> bool:
-        return hasattr(self._engine.optimizer, "_coalesce_grad_reduction")
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; DeepSpeed divides by the accumulation steps."""
@@ -214,9 +211,7 @@ class Engine:
         for part, low, high in self._bounded_parts:
             part.view(part.owner).clamp_(low, high)
         for parameter, low, high in self._bounded:
-            parameter.data.clamp_(low, high)  # under ZeRO-3 empty, or what is gathered of it
-            if hasattr(parameter, "ds_tensor"):
-                parameter.ds_tensor.clamp_(low, high)
+            deepspeed_parts.clamp(parameter, low, high)
 
     @property
     def grad_norm(self) -> float:
@@ -234,7 +229,7 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        return int(self._engine.skipped_steps)
+        return deepspeed_parts.counters(self._engine)["skipped_steps"]
 
     def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """This rank's slices of the training state and their description, see `engine_state`. Collective."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mser_dist import config as cfg
+from mser_dist import deepspeed_parts
 from mser_dist.config.file import to_yaml
 from mser_dist.errors import UserError
 from mser_dist.models import exported
@@ -182,8 +183,8 @@ class Run:
             "attention.reason": attention.reason,
             "steps": str(self.total),
             "clips": str(len(self.examples)),
-            "parameters.trained": str(sum(_size(p) for p in parameters if p.requires_grad)),
-            "parameters.all": str(sum(map(_size, parameters))),
+            "parameters.trained": str(sum(deepspeed_parts.numel(p) for p in parameters if p.requires_grad)),
+            "parameters.all": str(sum(map(deepspeed_parts.numel, parameters))),
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
         }
 
@@ -272,7 +273,3 @@ def _announce(run: Run, step: int) -> None:
             )
     if problem := distributed.agree(problem):
         raise UserError(problem)
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind

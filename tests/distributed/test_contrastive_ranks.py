@@ -12,12 +12,12 @@ from deepspeed import zero
 from torch import Tensor, nn
 
 from mser_dist import config as cfg
+from mser_dist import deepspeed_parts
 from mser_dist.contrastive import Embedded, LogitScale, cached_backward, contrastive_loss
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.speech import build_speech
 from mser_dist.ranks.distributed import World
-from mser_dist.state import partitions
 from mser_dist.training.engine import Engine
 from tests.distributed.contrastive_towers import LABEL, RELATIVE, SOURCE, TEXT, D, N, Towers, Wrapped, inputs, loss_of
 from tests.distributed.spawn import run
@@ -106,7 +106,7 @@ def bounded(rank: int, ranks: int, folder: str) -> dict[str, list[float]]:
             for _ in range(4):
                 engine.backward(engine.forward(torch.tensor(sign)))  # type: ignore[arg-type]
                 engine.step()
-            parts = [p for group in partitions.trained(engine._engine) for p in group if "scale" in p.name]
+            parts = [p for group in deepspeed_parts.trained(engine._engine) for p in group if "scale" in p.name]
             masters = [float(v) for p in parts if p.count for v in p.view(p.owner)]
             with zero.GatheredParameters([parameter], enabled=stage == 3):
                 own = parameter.float().tolist()

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mser_dist import deepspeed_parts
 from mser_dist.errors import UserError
 from mser_dist.state import engine_state
-from mser_dist.state.partitions import check_supported
 from tests.distributed.spawn import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -181,6 +181,7 @@ def now(engine: Any) -> dict[str, Any]:
 def resume(settings: dict[str, Any], folder: Path, steps: int) -> dict[str, list[str]]:
     """Twice `steps` steps, against `steps` steps, a checkpoint, and `steps` more in a new engine: what differs."""
     straight = make(settings)
+    names = deepspeed_parts.moved(straight)
     train(straight, range(steps))
     save(straight, folder)
     half = now(straight)
@@ -190,6 +191,7 @@ def resume(settings: dict[str, Any], folder: Path, steps: int) -> dict[str, list
     engine_state.restore(resumed, files(folder))
     found["restored"] = differing(half, now(resumed))
     train(resumed, range(steps, 2 * steps + 1))
+    found |= {"names": names + deepspeed_parts.moved(straight), "holders": list(deepspeed_parts.holders(straight))}
     return found | {"continued": differing(now(straight), now(resumed))}
 
 
@@ -224,6 +226,12 @@ def refusals(folder: Path) -> dict[str, str]:
         except UserError as error:
             said[name] = str(error)
         assert not differing(before, now(engine)), "a refused checkpoint changes nothing"
+    engine = make(zero(3))
+    del engine.optimizer.sub_group_to_group_id  # as a new version of DeepSpeed might
+    try:
+        deepspeed_parts.check_moved(engine)
+    except UserError as error:
+        said["moved"] = str(error)
     return said
 
 
@@ -277,6 +285,15 @@ def test_training_continues_bit_for_bit(two: list[dict[str, Any]], case: str) ->
             assert differed <= set(found["fresh"])
 
 
+def test_deepspeed_has_every_inner_name_that_is_used(two: list[dict[str, Any]]) -> None:
+    for case in CASES:
+        assert two[0][case]["names"] == [], case
+    seen = {holder for case in CASES for holder in two[0][case]["holders"]}
+    assert seen == deepspeed_parts.INNER.keys(), "an engine of each kind was looked at"
+    assert "the wrapper of stage 3" in (said := two[0]["refusals"]["moved"]), said
+    assert "has no sub_group_to_group_id any more" in said and "constraints.txt" in said and "\n" not in said, said
+
+
 def test_another_stage_and_another_number_of_ranks_take_the_same_state(folder: Path, two: list[Any]) -> None:
     """Two ranks under one stage → two under another; → one; and from there back to two under the first."""
     run(on_one_rank, 1, str(folder))
@@ -319,7 +336,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(two: list[dict[str
 
 def test_settings_whose_state_would_be_lost_are_refused() -> None:
     for settings in CASES.values():
-        check_supported(settings)
+        deepspeed_parts.check_supported(settings)
     nvme = {"device": "nvme", "nvme_path": "/nvme"}
     for said, settings in {
         "offload_optimizer.device=nvme": zero(3, offload_optimizer=nvme),
@@ -329,4 +346,4 @@ def test_settings_whose_state_would_be_lost_are_refused() -> None:
         "bf16_optimizer_states=True": {"bf16": {"enabled": True, "bf16_optimizer_states": True}},
     }.items():
         with pytest.raises(UserError, match=said.replace(".", r"\.")):
-            check_supported(settings)
+            deepspeed_parts.check_supported(settings)
