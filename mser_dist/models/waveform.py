@@ -73,13 +73,15 @@ class WaveformEncoder(nn.Module):
         lengths = lengths.clamp(min=self.min_samples)
         speech = nn.functional.pad(speech, (0, max(0, self.min_samples - speech.shape[-1]))).to(self.model.dtype)
         real = torch.arange(speech.shape[-1], device=speech.device) < lengths[:, None]  # (B, S)
+        config = self.model.config
+        frames = [lengths]  # after each convolution
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            frames.append((frames[-1] - kernel) // stride + 1)
         norm = self.model.feature_extractor.conv_layers[0].layer_norm
         if isinstance(norm, _ClipNorm):
-            config = self.model.config
-            norm.lengths = ((lengths - config.conv_kernel[0]) // config.conv_stride[0] + 1).tolist()
+            norm.lengths = frames[1].tolist()
         x = self.model(speech, attention_mask=real.long()).last_hidden_state  # (B, T, width)
-        steps = self.model._get_feat_extract_output_lengths(lengths)  # (B,)
-        return x, torch.arange(x.shape[1], device=x.device) < steps[:, None]
+        return x, torch.arange(x.shape[1], device=x.device) < frames[-1][:, None]
 
 
 class _ClipNorm(nn.GroupNorm):
