@@ -209,7 +209,14 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    global _control
+    _control = None
+    if not dist.is_initialized():
+        return
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # forgets the groups it keeps: a training after this one would use them
+    else:
         dist.destroy_process_group()
 
 

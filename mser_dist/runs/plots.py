@@ -5,13 +5,11 @@ speakers, sample rates). PNG files, drawn without a display.
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from numpy.typing import NDArray
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure  # not pyplot, whose backend and open figures are a notebook's own
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from numpy.typing import NDArray
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # Paul Tol's, colour-blind safe
 SEEN, UNSEEN = PALETTE[:2]
@@ -25,7 +23,7 @@ def curves(rows: list[dict[str, float]], path: Path) -> None:
     )
     columns = 4
     lines = -(-len(names) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.6 * lines), squeeze=False)
+    figure, axes = _subplots(lines, columns, figsize=(4 * columns, 2.6 * lines), squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         points = [(row["step"], row[name]) for row in rows if name in row]
         x, y = zip(*points, strict=True)
@@ -42,7 +40,7 @@ def confusions(tables: dict[str, NDArray[np.int64]], labels: list[str], title: s
     """One (K, K) confusion a panel, rows (true classes) scaled to shares, counts written in."""
     columns = min(3, len(tables))
     lines = -(-len(tables) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.9 * lines), squeeze=False)
+    figure, axes = _subplots(lines, columns, figsize=(4.2 * columns, 3.9 * lines), squeeze=False)
     for axis, (name, table) in zip(axes.flat, tables.items(), strict=False):
         share = table / np.maximum(table.sum(1, keepdims=True), 1)
         axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
@@ -65,7 +63,7 @@ def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of UA per language, a panel per stage, unseen languages in their own colour, chance as a line."""
     stages = sorted({row["stage"] for row in rows})
     size = (6.5 * len(stages), 4.0)
-    figure, axes = plt.subplots(1, len(stages), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure, axes = _subplots(1, len(stages), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, stage in zip(axes.flat, stages, strict=True):
         mine = [row for row in rows if row["stage"] == stage]
         several = len({row["corpus"] for row in mine}) > 1
@@ -79,7 +77,7 @@ def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(0, 1.05)
         axis.set_title(f"stage {stage}")
         axis.set_ylabel("UA")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (SEEN, UNSEEN)]
+    handles = [Rectangle((0, 0), 1, 1, color=c) for c in (SEEN, UNSEEN)]
     names = ["language seen in training", "unseen language"]
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=2)
     _save(figure, path)
@@ -89,7 +87,7 @@ def durations(seconds: dict[str, NDArray[np.float32]], path: Path) -> None:
     """Stacked histogram of the clips' lengths, a colour a split. The longest thousandth goes into the last bar."""
     longest = float(np.quantile(np.concatenate(list(seconds.values())), 0.999))
     edges = np.linspace(0, longest, 61)
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = _subplots(figsize=(7, 4))
     below = np.zeros(len(edges) - 1)
     for (split, values), colour in zip(seconds.items(), _colours(len(seconds)), strict=True):
         counts, _ = np.histogram(np.minimum(values, longest), edges)
@@ -106,7 +104,7 @@ def durations(seconds: dict[str, NDArray[np.float32]], path: Path) -> None:
 def counts(table: NDArray[np.int64], rows: list[str], columns: list[str], path: Path) -> None:
     """Heat map of a (rows, columns) table of clips, the counts written in."""
     size = (2.5 + 0.75 * len(columns), 1.6 + 0.33 * len(rows))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure, axis = _subplots(figsize=size, layout="constrained")
     shade = np.log1p(table) / max(np.log1p(table).max(), 1)  # small counts would all look like none
     axis.imshow(shade, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for i, j in np.ndindex(*table.shape):
@@ -121,7 +119,7 @@ def counts(table: NDArray[np.int64], rows: list[str], columns: list[str], path: 
 
 def label_shares(table: NDArray[np.int64], splits: list[str], labels: list[str], path: Path) -> None:
     """Bars of each label's share of its split, from a (splits, labels) table of clips, the counts written on top."""
-    figure, axis = plt.subplots(figsize=(2 + 0.4 * (len(splits) + 1) * len(labels), 4), layout="constrained")
+    figure, axis = _subplots(figsize=(2 + 0.4 * (len(splits) + 1) * len(labels), 4), layout="constrained")
     width = 0.85 / len(splits)
     for i, colour in enumerate(_colours(len(splits))):
         share = 100 * table[i] / max(table[i].sum(), 1)
@@ -137,7 +135,7 @@ def label_shares(table: NDArray[np.int64], splits: list[str], labels: list[str],
 
 def speakers(clips: dict[str, NDArray[np.int64]], path: Path) -> None:
     """Clips a speaker, those with most first, the splits side by side. `clips`: split → (speakers,), 0 if not in it."""
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = _subplots(figsize=(7, 4))
     start = 0
     for (split, values), colour in zip(clips.items(), _colours(len(clips)), strict=True):
         own = np.sort(values[values > 0])[::-1]
@@ -157,7 +155,7 @@ def speakers(clips: dict[str, NDArray[np.int64]], path: Path) -> None:
 
 def sample_rates(clips: dict[str, int], path: Path) -> None:
     """Bars of the clips of each sample rate."""
-    figure, axis = plt.subplots(figsize=(3 + 0.6 * len(clips), 4))
+    figure, axis = _subplots(figsize=(3 + 0.6 * len(clips), 4))
     bars = axis.bar(list(clips), list(clips.values()), width=0.6, color=SEEN)
     axis.bar_label(bars, [f"{count:,}" for count in clips.values()], fontsize=8)
     axis.set_xlim(-0.8, len(clips) - 0.2)
@@ -165,6 +163,14 @@ def sample_rates(clips: dict[str, int], path: Path) -> None:
     axis.set_ylabel("clips")
     _thousands(axis.yaxis)
     _save(figure, path)
+
+
+def _subplots(
+    lines: int = 1, columns: int = 1, *, figsize: tuple[float, float], layout: Any = None, **options: Any
+) -> tuple[Figure, Any]:
+    """What pyplot's `subplots` returns, of a figure that pyplot does not know."""
+    figure = Figure(figsize=figsize, layout=layout)
+    return figure, figure.subplots(lines, columns, **options)
 
 
 def _thousands(*axes: Any) -> None:
@@ -183,4 +189,3 @@ def _save(figure: Any, path: Path) -> None:
     if figure.get_layout_engine() is None:
         figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

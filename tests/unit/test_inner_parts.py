@@ -26,7 +26,7 @@ def named(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Attribute):
             yield node.lineno, node.attr
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
-            yield from ((node.lineno, arg.value) for arg in node.args[1:2] if isinstance(arg, ast.Constant))
+            yield from ((node.lineno, str(arg.value)) for arg in node.args[1:2] if isinstance(arg, ast.Constant))
         elif isinstance(node, ast.ImportFrom):
             yield from ((node.lineno, alias.name) for alias in node.names)
 
