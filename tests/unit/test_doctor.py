@@ -360,7 +360,7 @@ def test_two_nodes(blind: bool, tmp_path: Path) -> None:
         pytest.skip("no right to mount a file system of one's own")
     code = (
         "import sys; from pathlib import Path; from mser_dist.ranks.distributed import discover\n"
-        "from mser_dist.cluster import doctor_checks; from mser_dist.jobs.doctor import guarded, job_ranks, show\n"
+        "from mser_dist.jobs import doctor_checks; from mser_dist.jobs.doctor import guarded, job_ranks, show\n"
         "world, here = discover(), [guarded('cores', doctor_checks.cores)]\n"
         f"found = [*job_ranks(world, Path({str(tmp_path)!r}), here)]\n"
         "if world.is_main: [show(check) for check in found]\n"

@@ -1,9 +1,9 @@
 """Runs at the start of each rank of a drill and does to one rank what MSER_DRILL says: ``RANK|POINT|WHAT[|WHAT …]``.
 
-POINT: where the watchdog was told that the rank is ("step 3", "step 3, data", "step 3, saving", "validating"), "drawing",
-or a point of a save (half-written, written, sealed, published, mid-prune). WHAT: a signal that the rank sends itself,
-HANG, RAISE (an error of the code), or NAN: its speech in that step is not a number. Several drills are separated by
-";". RANK is SLURM's too, and "single" where there is none. A requeued SLURM job is left alone.
+POINT: where the watchdog was told that the rank is ("step 3", "step 3, data", "step 3, saving", "validating"),
+"drawing", or a point of a save (half-written, written, sealed, published, mid-prune). WHAT: a signal that the rank
+sends itself, HANG, RAISE (an error of the code), or NAN: its speech in that step is not a number. Several drills are
+separated by ";". RANK is SLURM's too, and "single" where there is none. A requeued SLURM job is left alone.
 """
 
 import os
