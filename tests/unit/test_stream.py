@@ -18,7 +18,8 @@ from mser_dist.stream.examples import Examples, open_clips, open_training_clips,
 from mser_dist.stream.features import Features
 from mser_dist.stream.loader import Example
 from mser_dist.stream.plan import Plan, Position
-from mser_dist.stream.steps import Step, one_pass, plan_of, position_in, state_of, training_steps
+from mser_dist.stream.steps import Step, check_identity, identity, one_pass, plan_of, training_steps
+from mser_dist.training.loop import RunState
 from tests.unit.made_up_set import meta, pcm
 
 LABELS = ["anger", "happy", "sad"]
@@ -246,8 +247,9 @@ def test_a_training_that_stops_and_goes_on_elsewhere_sees_the_same(
     for count, world in stretches:
         found += global_batches(ranks_of(shards, kind, count, position, 0, world))
         after = steps(shards, kind, count, position)[-1].after
-        state = json.loads(json.dumps(state_of(clips, plan(clips, kind), after)))
-        position = position_in(state, clips_of(shards), plan(clips_of(shards), kind))
+        saved = json.loads(json.dumps(RunState(position=after, order=identity(clips, plan(clips, kind))).to_json()))
+        check_identity(saved["order"], identity(clips_of(shards), plan(clips_of(shards), kind)))
+        position = RunState.from_json(saved).position
     assert found == whole
 
 
@@ -272,9 +274,11 @@ def test_loading_leaves_the_random_state_alone(shards: ShardSet, workers: int) -
 
 def test_the_state_is_small_json_and_of_this_data_alone(shards: ShardSet) -> None:
     clips = clips_of(shards)
-    state = state_of(clips, plan(clips), Position(3, 1))
-    assert len(json.dumps(state)) < 200 and state["bad"] == []
-    assert position_in(state, clips, plan(clips)) == Position(3, 1)
+    order = identity(clips, plan(clips))
+    state = RunState(step=7, position=Position(3, 1), order=order, bad={5, 2}, validation={"ua": 0.5}, validated=6)
+    assert len(json.dumps(state.to_json())) < 400
+    assert RunState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    check_identity(order, order)
     for change, says in {
         "fingerprint": "the data set has changed since",
         "clips": "the data set has changed since",
@@ -283,7 +287,7 @@ def test_the_state_is_small_json_and_of_this_data_alone(shards: ShardSet) -> Non
         "version": "it is of another configuration",
     }.items():
         with pytest.raises(UserError, match=rf"the checkpoint's data.{change} is 99, .*{says}"):
-            position_in(state | {change: 99}, clips, plan(clips))
+            check_identity(order | {change: 99}, order)
 
 
 @settings(max_examples=12, deadline=None)
