@@ -13,7 +13,7 @@ From Python, each name below is loaded where it is first used, so that `import m
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # As text, and so no import that the layers contract of pyproject.toml could see: the root lies below every room.
 _OFFERED = {
