@@ -1,21 +1,15 @@
-"""Worker processes that read, decode and collate ahead of the training, one request a step.
+"""What a data worker makes of a request, one a step: clips read, decoded, augmented and collated.
 
-A worker holds no part of the data set: what to read comes with each request. It ignores signals, which the training
-process alone answers to, and dies with that process. One that dies alone (out of memory, a decoder that crashes) is
-named with the clip it had in hand.
+A worker holds no part of the data set: what to read comes with each request. One that dies (out of memory, a decoder
+that crashes) is named with the clip it had in hand. The processes themselves are `stream.workers`.
 """
 
-import ctypes
 import multiprocessing
-import os
-import signal
 import sys
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,12 +21,10 @@ from mser_dist.errors import UserError
 from mser_dist.shards.reader import Ref, ShardReader, VanishedError
 from mser_dist.stream.augment import augment_wave, spec_augment
 from mser_dist.stream.features import Features
+from mser_dist.stream.workers import START, DeadWorkerError, answers_ahead
 
 AHEAD = 2  # steps that each worker has under way
 MAX_RESTARTS = 3  # of workers that died with no clip to blame
-_START = "fork"  # nothing of the set is copied; the file systems of remote shards are made anew in each process
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent dies
 
 
 @dataclass(frozen=True)
@@ -111,9 +103,16 @@ class Decoder:
 
     def clip(self, asked: ClipRequest, epoch: int, step: int) -> Example:
         """Read and decode one clip. Raises `UserError` without the clip's name."""
+        if self.in_hand is None:
+            return self._clip(asked, epoch, step)
+        self.in_hand[self.worker] = asked.ref.sample
+        try:
+            return self._clip(asked, epoch, step)
+        finally:
+            self.in_hand[self.worker] = -1
+
+    def _clip(self, asked: ClipRequest, epoch: int, step: int) -> Example:
         index = asked.ref.sample
-        if self.in_hand is not None:
-            self.in_hand[self.worker] = index
         if index in self.skip:
             raise UserError("it kills the process that decodes it")
         audio, _ = self.reader.read(asked.ref)
@@ -124,8 +123,6 @@ class Decoder:
         speech = self.features(wave)
         if self.augment and self.features.n_mels:
             speech = spec_augment(speech, draw, self.augment)
-        if self.in_hand is not None:
-            self.in_hand[self.worker] = -1
         draw = np.random.default_rng([self.seed, epoch, step, index])
         return Example(speech, asked.label, asked.source, index, draw)
 
@@ -195,21 +192,20 @@ def answers(decoder: Decoder, requests: Iterable[Request], workers: int, bad: Ba
     source = iter(requests)
     unblamed = 0
     while True:
-        decoder.in_hand = multiprocessing.get_context(_START).RawArray("q", [-1] * workers)
+        decoder.in_hand = multiprocessing.get_context(START).RawArray("q", [-1] * workers)
         again = list(under_way)
         under_way.clear()
-        loader = _loader(decoder, _chained(again, source, under_way), workers)
+        jobs = [replace(decoder, worker=number) for number in range(workers)]
         try:
-            for answer in loader:
-                under_way.popleft()
-                if isinstance(answer, _AllBadError):
-                    raise UserError(f"{bad.where(answer.index)}: {answer}")
-                if isinstance(answer, UserError):
-                    raise answer
-                bad.add(answer.bad)
-                yield answer
+            with closing(answers_ahead(jobs, _chained(again, source, under_way), AHEAD)) as ahead:
+                for answer in ahead:
+                    under_way.popleft()
+                    bad.add(answer.bad)
+                    yield answer
             return
-        except _DeadWorker as death:
+        except _AllBadError as error:
+            raise UserError(f"{bad.where(error.index)}: {error}") from None
+        except DeadWorkerError as death:
             blamed = _blamed(death, decoder.in_hand, bad)
             decoder.skip |= blamed
             unblamed += not blamed
@@ -217,8 +213,6 @@ def answers(decoder: Decoder, requests: Iterable[Request], workers: int, bad: Ba
                 raise UserError(
                     f"data workers died {unblamed} times ({death}): out of memory? lower data.workers"
                 ) from None
-        finally:
-            loader.close()
 
 
 def _chained(again: list[Request], source: Iterator[Request], under_way: deque[Request]) -> Iterator[Request]:
@@ -228,113 +222,12 @@ def _chained(again: list[Request], source: Iterator[Request], under_way: deque[R
             yield request
 
 
-class _DeadWorker(Exception):
-    def __init__(self, dead: list[tuple[int, int | None]]) -> None:
-        super().__init__(", ".join(_how(code) for _, code in dead))
-        self.dead = dead  # (number, exit code) of each
-
-
-def _how(code: int | None) -> str:
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-
-
-def _blamed(death: _DeadWorker, in_hand: Any, bad: BadClips) -> frozenset[int]:
-    """The clips that dead workers had in hand; each counts as a bad one."""
-    clips = []
-    for worker, code in death.dead:
-        hint = "out of memory, or a file that its decoder cannot bear: lower data.workers, or leave the clip out"
-        index = int(in_hand[worker])
-        if index < 0:
-            print(
-                f"mser: warning: a data worker died ({_how(code)}); another takes its place",
-                file=sys.stderr,
-                flush=True,
-            )
-            continue
-        bad.add({index: f"the worker that decoded it died ({_how(code)}): {hint} by data.drop={{key: …}}"})
-        clips.append(index)
-    return frozenset(clips)
-
-
-def _loader(decoder: Decoder, requests: Iterable[Request], workers: int) -> Generator[Any, None, None]:
-    """torch's DataLoader over whole requests. Raises `_DeadWorker` when a worker is gone."""
-    import torch
-    from torch.utils.data import DataLoader
-
-    loader: DataLoader[Any] = DataLoader(
-        _Guarded(decoder),  # type: ignore[arg-type]
-        sampler=requests,
-        batch_size=None,
-        collate_fn=_as_is,
-        num_workers=workers,
-        prefetch_factor=AHEAD,
-        multiprocessing_context=_START,
-        worker_init_fn=partial(_start, os.getpid()),
-        # Its own generator: a loader takes its workers' seed from the global one, and a resumed training, which makes
-        # a new loader, would then draw other dropout than one that went on.
-        generator=torch.Generator(),
-    )
-    before = signal.getsignal(signal.SIGCHLD)
-    # Inherited by the workers, so that none of these reaches one before it ignores them.
-    before_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
-    try:
-        iterator: Any = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before_mask)
-    if threading.current_thread() is threading.main_thread():  # elsewhere torch sets no handler either
-        # It would raise from this signal wherever the training is just then; without it a dead worker is noticed here.
-        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
-    processes = iterator._workers
-    try:
-        yield from iterator
-    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError):  # what torch meets when a worker is gone
-        for _ in range(100):
-            if dead := [(i, process.exitcode) for i, process in enumerate(processes) if not process.is_alive()]:
-                raise _DeadWorker(dead) from None
-            time.sleep(0.01)
-        raise
-    finally:
-        for process in processes:  # torch would wait for what each is at, and then send the signal that they ignore
-            process.kill()
-        for process in processes:
-            process.join()
-        # A worker killed in the wrong microsecond keeps the lock that torch's own clean-up needs: it is given back.
-        done = iterator._workers_done_event._cond
-        done.acquire(True, 1.0)
-        done.release()
-        iterator = None  # now, and not when the last traceback that shows this frame is forgotten
-
-
-class _Guarded:
-    """Hands a `UserError` over as an item: raised in a worker, torch would wrap it in that worker's traceback."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-
-    def __getitem__(self, request: Request) -> Any:
-        try:
-            return self.decoder(request)
-        except UserError as error:
-            return error
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def _start(parent: int, worker: int) -> None:
-    """Set up a worker process."""
-    import torch
-    from torch.utils.data import get_worker_info
-
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-    torch.set_num_threads(1)
-    info = get_worker_info()
-    assert info is not None
-    info.dataset.decoder.worker = worker  # type: ignore[attr-defined]
+def _blamed(death: DeadWorkerError, in_hand: Any, bad: BadClips) -> frozenset[int]:
+    """The clip that a dead worker had in hand, if any; it counts as a bad one."""
+    index = int(in_hand[death.number])
+    if index < 0:
+        print(f"mser: warning: a data worker died ({death}); another takes its place", file=sys.stderr, flush=True)
+        return frozenset()
+    hint = "out of memory, or a file that its decoder cannot bear: lower data.workers, or leave the clip out"
+    bad.add({index: f"the worker that decoded it died ({death}): {hint} by data.drop={{key: …}}"})
+    return frozenset([index])

@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,39 +20,31 @@ import pytest
 
 from mser_dist.errors import UserError
 from mser_dist.shards.shard_set import ShardSet
-from mser_dist.stream import loader
 from mser_dist.stream.examples import Examples
 from mser_dist.stream.features import Features
+from mser_dist.stream.steps import Step
+from mser_dist.stream.workers import DeadWorkerError, _settle, answers_ahead
 from tests.unit.made_up_set import pcm
-from tests.unit.test_loader import LABELS, run, write_folder
+from tests.unit.test_loader import LABELS, damage, run, write_folder
 
 pytestmark = pytest.mark.faults
 
 folder = write_folder
 
 
-@pytest.fixture(autouse=True)
-def _others() -> None:
-    """Earlier tests may have left a helper of multiprocessing behind, which stays until the end of the process."""
-    global _before
-    _before = set(psutil.Process().children())
-
-
-_before: set[psutil.Process] = set()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch looks for dead workers every 5 seconds of waiting: too seldom for a test."""
-    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
-
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
-
-
 def children() -> list[psutil.Process]:
-    """The living processes that this test has started."""
-    found = [p for p in psutil.Process().children() if p not in _before]
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+    """The living data workers of this process."""
+    return data_workers(psutil.Process())
+
+
+def data_workers(of: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in of.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # One that is not named yet is called as this process is, and has its command line.
+            if child.status() != psutil.STATUS_ZOMBIE and child.cmdline() == of.cmdline():
+                found.append(child)
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,10 +78,12 @@ def test_within_the_budget_the_workers_start_again(folder: Path) -> None:
 
 
 def test_workers_do_nothing_on_signals_and_none_is_left(folder: Path) -> None:
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     steps = run(Examples(ShardSet.open(folder), LABELS, Features()), 2, 30)
     first = next(steps)
     workers = children()
     assert len(workers) == 2
+    assert handlers == {number: signal.getsignal(number) for number in signal.valid_signals()}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         for worker in workers:
             worker.send_signal(number)
@@ -105,7 +102,7 @@ def test_a_signal_to_a_worker_that_has_just_been_forked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As when Ctrl-C reaches the whole group while workers start."""
-    monkeypatch.setattr(loader, "_start", _start_late)
+    monkeypatch.setattr("mser_dist.stream.workers._settle", _settle_late)
     stop = threading.Event()
 
     def send() -> None:
@@ -125,36 +122,56 @@ def test_a_signal_to_a_worker_that_has_just_been_forked(
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-_start = loader._start
-
-
-def _start_late(parent: int, worker: int) -> None:
+def _settle_late(*args: Any) -> None:
     time.sleep(0.3)
-    _start(parent, worker)
+    _settle(*args)
+
+
+SCRIPT = """
+    import atexit, time
+    from mser_dist.stream.features import Features
+    from mser_dist.shards.shard_set import ShardSet
+    from mser_dist.stream.examples import Examples
+    from tests.unit.test_loader import LABELS, run
+    atexit.register(print, "ends", flush=True)
+    steps = run(Examples(ShardSet.open({folder!r}), LABELS, Features()), 2, 30)
+    others = run(Examples(ShardSet.open({folder!r}), LABELS, Features()), 1, 30)  # as when validation begins
+    next(steps), next(others)
+    print("ready", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def program(folder: Path, then: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A program with two streams, and its workers, when all of these run."""
+    script = textwrap.dedent(SCRIPT.format(folder=str(folder))) + then
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        found = psutil.Process(process.pid).children(recursive=True)
+        assert [worker.name() for worker in found] == ["mser_worker"] * 3
+        yield process, found
+    _gone, alive = psutil.wait_procs(found, timeout=10)
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_workers_die_with_their_parent(folder: Path) -> None:
-    script = f"""
-        import time
-        from mser_dist.stream.features import Features
-        from mser_dist.shards.shard_set import ShardSet
-        from mser_dist.stream.examples import Examples
-        from tests.unit.test_loader import LABELS, run
-        steps = run(Examples(ShardSet.open({str(folder)!r}), LABELS, Features()), 2, 30)
-        next(steps)
-        print("ready", flush=True)
-        time.sleep(60)
-    """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert len([worker for worker in workers if worker.name() == "pt_data_worker"]) == 2
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    _gone, alive = psutil.wait_procs(workers, timeout=10)
-    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+    with program(folder, "time.sleep(60)") as (process, _):
+        process.kill()
+
+
+@pytest.mark.parametrize("then", ["input(); raise KeyError('a bug')", "input()", "input(); sys.exit(3)"])
+def test_a_program_that_ends_in_the_middle_of_a_stream_waits_for_nobody(folder: Path, then: str) -> None:
+    """Its generators are still there then: nobody has closed them."""
+    with program(folder, f"import sys; {then}") as (process, _):
+        began = time.monotonic()
+        out, err = process.communicate("\n", timeout=20)
+        assert time.monotonic() - began < 5
+        assert out == "ends\n", "what is to be done at the end is done once, and by no worker"
+        assert process.returncode == ("KeyError" in then) + 3 * ("exit" in then)
+        assert ("KeyError: 'a bug'" in err) == ("KeyError" in then)
+        assert "Exception ignored" not in err
 
 
 def test_a_worker_killed_from_outside_is_replaced(folder: Path) -> None:
@@ -174,6 +191,72 @@ def test_a_worker_killed_from_outside_is_replaced(folder: Path) -> None:
         for _ in deadly:
             for worker in children():
                 worker.kill()
+
+
+def test_a_worker_may_be_killed_at_any_moment() -> None:
+    """While it computes, packs, sends or waits: what came before is right, and the rest is a dead worker, at once."""
+    draw = random.Random(0)
+    dead = 0
+    for trial in range(40):
+        stream = answers_ahead([_large, _large], range(1000), 2)
+        assert next(stream)[0] == 0
+        victim = draw.choice(children())
+        timer = threading.Timer(draw.uniform(0, 0.02), victim.kill)
+        timer.start()
+        began = time.monotonic()
+        try:
+            for number, answer in enumerate(stream, 1):
+                assert answer.shape == (100_000,) and (answer == number).all(), trial
+        except DeadWorkerError as death:
+            dead += 1
+            assert str(death) == "signal SIGKILL"
+        timer.join()
+        assert time.monotonic() - began < 5
+        assert not children()
+    assert dead > 30
+
+
+def _large(request: int) -> np.ndarray:
+    return np.full(100_000, request)
+
+
+def test_two_streams_at_once(folder: Path) -> None:
+    """A validation in the middle of a training: its workers are started and killed beside the others."""
+    clips = Examples(ShardSet.open(folder), LABELS, Features())
+    expected = [step.batches for step in run(clips, 0, 6)]
+    steps = run(clips, 2, 6)
+    found = [next(steps).batches]
+    assert [step.batches for step in run(clips, 2, 6)] == expected
+    assert len(children()) == 2
+    found += [step.batches for step in steps]
+    assert found == expected
+    assert not children()
+
+
+def test_a_stream_in_another_thread(folder: Path) -> None:
+    found: list[Step] = []
+    clips = Examples(ShardSet.open(folder), LABELS, Features())
+    thread = threading.Thread(target=lambda: found.extend(run(clips, 2, 6)))
+    thread.start()
+    thread.join()
+    assert len(found) == 6
+    assert not children()
+
+
+def test_a_worker_killed_when_idle_is_not_put_down_to_a_clip_it_has_done_with(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = ShardSet.open(folder)
+    plain = [step.batches[0]["index"] for step in run(Examples(shards, LABELS, Features()), 0, 9)]
+    damage(folder, shards.keys[plain[5][-1]])  # the last thing that it does before it waits
+    found = []
+    for number, step in enumerate(run(Examples(shards, LABELS, Features(), max_bad=1), 1, 9)):
+        found.append(len(step.batches[0]["index"]))
+        if number == 3:
+            time.sleep(0.5)  # steps 4 and 5 lie ready
+            children()[0].kill()
+    assert found == [6] * 9
+    assert capsys.readouterr().err.count("a data worker died (signal SIGKILL); another takes its place") == 1
 
 
 def test_leaving_does_not_wait_for_a_busy_worker(folder: Path) -> None:

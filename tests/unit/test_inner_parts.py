@@ -15,7 +15,6 @@ NO_OTHER_WAY = {
     "jobs/launch.py": {"_make_sbatch_string"},  # submitit: what it would send to sbatch, for a dry run
     "jobs/job.py": {"_process"},  # submitit: a local job's process, whose end says more than its state
     "models/attention.py": {"_supports_sdpa", "_supports_flash_attn"},  # transformers: else by building the model
-    "stream/loader.py": {"_workers", "_workers_done_event", "_cond"},  # torch's loader
     "synth/espeak.py": {"_handle"},  # ctypes documents it: the handle for dlclose
 }
 
