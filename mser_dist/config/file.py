@@ -34,10 +34,29 @@ def find_config(name: str) -> Path:
     raise UserError(f"no config file or preset {name!r}: {hint}")
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key stands once in its mapping: of two, PyYAML keeps the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    first = f"the key {key.value} is given twice (first in line {lines[key.value]}): remove one"
+                    raise yaml.constructor.ConstructorError(None, None, first, key.start_mark)
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _OnceLoader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; a `UserError` names the line of a syntax error."""
+    """The mapping in a YAML file; a `UserError` names the line of a syntax error, or of a key that is given twice."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -56,7 +75,7 @@ def apply_overrides(tree: dict[str, Any], words: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"{word!r} is not key=value (e.g. train.lr=3e-4)")
         try:
-            value = yaml.safe_load(text) if text else None
+            value = _load(text) if text else None
         except yaml.YAMLError as error:
             raise UserError(f"{word!r}: the value is not valid YAML: {str(error).splitlines()[0]}") from error
         *parents, last = key.split(".")

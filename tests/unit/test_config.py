@@ -110,6 +110,7 @@ def test_large_seeds_keep_every_digit(tmp_path: Path) -> None:
         (["train.lr"], "'train.lr' is not key=value"),
         (["=3"], "'=3' is not key=value"),
         (["train.lr=[1"], "'train.lr=\\[1': the value is not valid YAML"),
+        (["encoder.arch={d_model: 8, d_model: 9}"], "key d_model is given twice"),
         (["stage=3"], "stage is 3: set `stage: 1`"),
         (["data.sets=[]"], "data.sets is empty"),
         (["data.labels=[sad]"], "two or more different labels"),
@@ -190,6 +191,12 @@ def test_a_config_goes_to_its_own_command() -> None:
     [
         (b"stage: 1\ntrain: {lr: 1\ndata:\n", r"run\.yaml:\d: not valid YAML"),
         (b"stage: 1\n\ttrain: 1\n", r"run\.yaml:2: not valid YAML"),
+        (
+            b"stage: 1\ntrain: {lr: 1}\nseed: 2\ntrain: {steps: 1}\n",
+            r"run\.yaml:4: .* key train is given twice .* line 2",
+        ),
+        (b"stage: 1\ntrain:\n  lr: 1\n  lr: 2\n", r"run\.yaml:4: .* key lr is given twice \(first in line 3\)"),
+        (b"stage: 1\ntrain: {lr: 1, lr: 2}\n", r"run\.yaml:2: .* key lr is given twice"),
         (b"- 1\n", "a config is a mapping"),
         (b"", "a config is a mapping"),
         (b"\xff\xfe\x00", "not a YAML text file"),
