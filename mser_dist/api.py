@@ -15,8 +15,10 @@ from mser_dist.config.file import load_any
 from mser_dist.errors import UserError
 from mser_dist.ranks.session import session
 
+Config = Stage1 | Stage2 | Evaluation
 
-def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Stage1 | Stage2 | Evaluation:
+
+def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """The checked config of a YAML file, or of a preset by its name (`mser config` lists them).
 
     overrides: ``"train.lr=3e-4"`` words as on the command line, or {"train.lr": 3e-4}. Raises `UserError` for a key or
@@ -29,7 +31,7 @@ def load_config(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     return load_any(str(name), list(overrides))
 
 
-def train(config: Stage1 | Stage2 | str | Path) -> dict[str, Any]:
+def train(config: Config | str | Path) -> dict[str, Any]:
     """Train a run to its end, from its newest checkpoint if it has one, and return its summary.
 
     config: of `load_config`, or what that takes. The run folder, ``config.out``, then holds the model in ``export/``.
@@ -37,20 +39,18 @@ def train(config: Stage1 | Stage2 | str | Path) -> dict[str, Any]:
     stop) ends it after a step: it saves, raises `errors.Stopped`, and the same call goes on from there. Raises
     `UserError` for what a user can mend.
     """
-    if isinstance(config, (str, Path)):
-        config = _expect("train", load_config(config), (Stage1, Stage2))
     return _run("mser_dist.training.loop", "train", _expect("train", config, (Stage1, Stage2)))
 
 
-def evaluate(config: Evaluation | str | Path) -> dict[str, Any]:
+def evaluate(config: Config | str | Path) -> dict[str, Any]:
     """Evaluate finished runs and return the report, whose "zero_shot" is the table's rows; see `train`."""
-    if isinstance(config, (str, Path)):
-        config = _expect("evaluate", load_config(config), (Evaluation,))
     return _run("mser_dist.evaluation.evaluate", "evaluate", _expect("evaluate", config, (Evaluation,)))
 
 
 def _expect(function: str, config: Any, kinds: tuple[type, ...]) -> Any:
-    """`config`, checked. Raises `UserError` where it is none of `kinds`."""
+    """`config`, loaded and checked. Raises `UserError` where it is none of `kinds`."""
+    if isinstance(config, (str, Path)):
+        config = load_config(config)
     if not isinstance(config, kinds):
         wanted, other = ("a training", "evaluate") if function == "train" else ("an evaluation", "train")
         instead = f": give it to mser_dist.{other}" if isinstance(config, (Stage1, Stage2, Evaluation)) else ""

@@ -35,7 +35,7 @@ def hushed() -> Iterator[None]:
 def set_environment() -> None:
     """What libraries read when they are imported, or when a process forks."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers fork after the tokenizer was used
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers fork after the tokenizer was used
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
@@ -43,3 +43,5 @@ def set_environment() -> None:
 def _ignore() -> None:
     # DeepSpeed still calls collectives by names that torch has deprecated, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # transformers' WavLM hands torch a boolean mask beside its position bias, at every forward.
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")

@@ -1,16 +1,11 @@
 """Encoders of the raw waveform: wav2vec 2.0 (arXiv 2006.11477), HuBERT (2106.07447) and WavLM (2110.13900)."""
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 from transformers import HubertModel, PreTrainedConfig, PreTrainedModel, Wav2Vec2Model, WavLMModel
 
 from mser_dist.errors import UserError
 from mser_dist.stream.features import Features
-
-# transformers' WavLM hands torch a boolean mask beside its position bias, at every forward.
-warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
 
 MODELS: dict[str, type[PreTrainedModel]] = {"wav2vec2": Wav2Vec2Model, "hubert": HubertModel, "wavlm": WavLMModel}
 

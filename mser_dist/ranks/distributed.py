@@ -157,6 +157,8 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
     """
     import torch
 
+    from mser_dist import deepspeed_parts
+
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.world_size),
@@ -166,10 +168,6 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
     )
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of the GPU that it looked for
-    import deepspeed
-
-    from mser_dist import deepspeed_parts
-
     if device == "cuda":
         # A launcher that shows each task its own GPU only has local ranks beyond what the task sees.
         count = torch.cuda.device_count()
@@ -183,26 +181,32 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
         torch.cuda.set_device(local)
     else:
         deepspeed_parts.skip_shared_memory_op()
-    if torch.distributed.is_initialized():
-        return
-    backend = "nccl" if device == "cuda" else "gloo"
     limit = timedelta(minutes=timeout_minutes)
+    global _control
     try:
-        if world.launcher == "srun":
-            from mser_dist.ranks import rendezvous
-
-            with rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port) as store:
-                torch.distributed.init_process_group(
-                    backend, store=store, rank=world.rank, world_size=world.world_size, timeout=limit
-                )
-        deepspeed.init_distributed(backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
-        global _control
-        _control = None if backend == "gloo" else torch.distributed.new_group(backend="gloo", timeout=limit)
+        if not torch.distributed.is_initialized():
+            _join(world, "nccl" if device == "cuda" else "gloo", limit)
+        if _control is None and torch.distributed.get_backend() == "nccl":
+            _control = torch.distributed.new_group(backend="gloo", timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise PassingError(
             f"rank {world.rank} of {world.world_size} could not join {world.master_addr}:{world.master_port} "
             f"({str(error).splitlines()[0]}): check that every rank started and that MASTER_ADDR is reachable"
         ) from error
+
+
+def _join(world: World, backend: str, limit: timedelta) -> None:
+    import deepspeed
+    import torch
+
+    if world.launcher == "srun":
+        from mser_dist.ranks import rendezvous
+
+        with rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port) as store:
+            torch.distributed.init_process_group(
+                backend, store=store, rank=world.rank, world_size=world.world_size, timeout=limit
+            )
+    deepspeed.init_distributed(backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
 
 
 def shutdown() -> None:

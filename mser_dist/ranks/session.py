@@ -16,10 +16,11 @@ from mser_dist.ranks.preempt import SIGNALS
 def session() -> Iterator[None]:
     """Around what starts a process group: behind the block there is none, unless there was one before.
 
-    The environment and the signal handlers are those of before too, whatever ended the block.
+    The environment, the signal handlers and what names an uncaught error are those of before too, whatever ended it.
     """
     environment = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    excepthook = sys.excepthook  # torch puts one in its place that names the rank, at every start of a group
     had_group = _has_group()
     quiet.set_environment()
     try:
@@ -27,6 +28,7 @@ def session() -> Iterator[None]:
     finally:
         if _has_group() and not had_group:
             distributed.shutdown()
+        sys.excepthook = excepthook
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)

@@ -1,9 +1,9 @@
 """A set of shards as a torch dataset, for somebody's own model and loop."""
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         try:
             i = operator.index(index)
         except TypeError:
@@ -67,6 +67,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
             "duration": float(self.shards.duration[i]),
             **{name: column.names[column.codes[i]] for name, column in self.shards.coded.items()},
         }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """All but sound and text, (n,) each, from the indexes alone, as `pandas.DataFrame` takes it."""
