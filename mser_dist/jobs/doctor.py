@@ -90,7 +90,7 @@ def _machine(out: Path, world: World) -> Iterator[tuple[str, Callable[[], Findin
     """The checks of one machine, by name, in the order of the report."""
     for name in ("packages", "gpu", "attention", "deepspeed_ops", "audio", "cores", "memory", "network", "hub"):
         yield name.replace("_", " "), getattr(checks, name)
-    yield "/dev/shm", partial(space, Path("/dev/shm"), 1, "docker run --shm-size=8g, or data.workers=0")
+    yield "/dev/shm", partial(space, Path("/dev/shm"), 1, "docker run --shm-size=8g: NCCL uses it")
     yield "TMPDIR", partial(space, Path(tempfile.gettempdir()), 1, "export TMPDIR=/a/larger/place")
     yield "disk", partial(space, out, 20, "an --out with more room; a checkpoint takes up to 16 bytes a weight")
     yield "out", partial(folder, out)

@@ -4,7 +4,7 @@ A worker holds no part of the data set: what to read comes with each request. On
 that crashes) is named with the clip it had in hand. The processes themselves are `stream.workers`.
 """
 
-import multiprocessing
+import mmap
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ from mser_dist.errors import UserError
 from mser_dist.shards.reader import Ref, ShardReader, VanishedError
 from mser_dist.stream.augment import augment_wave, spec_augment
 from mser_dist.stream.features import Features
-from mser_dist.stream.workers import START, DeadWorkerError, answers_ahead
+from mser_dist.stream.workers import DeadWorkerError, answers_ahead
 
 AHEAD = 2  # steps that each worker has under way
 MAX_RESTARTS = 3  # of workers that died with no clip to blame
@@ -77,7 +77,7 @@ class Decoder:
     augment: AugmentConfig | None
     collate: Collate
     or_silence: bool = False
-    in_hand: Any = None  # shared memory: the index of the clip that each worker is decoding, or -1
+    in_hand: NDArray[np.int64] | None = None  # shared memory: the index of the clip that each worker is decoding, or -1
     worker: int = 0
     skip: frozenset[int] = frozenset()  # clips that killed a worker
 
@@ -192,7 +192,8 @@ def answers(decoder: Decoder, requests: Iterable[Request], workers: int, bad: Ba
     source = iter(requests)
     unblamed = 0
     while True:
-        decoder.in_hand = multiprocessing.get_context(START).RawArray("q", [-1] * workers)
+        decoder.in_hand = np.frombuffer(mmap.mmap(-1, 8 * workers), dtype=np.int64)  # the processes share it
+        decoder.in_hand[:] = -1
         again = list(under_way)
         under_way.clear()
         jobs = [replace(decoder, worker=number) for number in range(workers)]
@@ -222,7 +223,7 @@ def _chained(again: list[Request], source: Iterator[Request], under_way: deque[R
             yield request
 
 
-def _blamed(death: DeadWorkerError, in_hand: Any, bad: BadClips) -> frozenset[int]:
+def _blamed(death: DeadWorkerError, in_hand: NDArray[np.int64], bad: BadClips) -> frozenset[int]:
     """The clip that a dead worker had in hand, if any; it counts as a bad one."""
     index = int(in_hand[death.number])
     if index < 0:

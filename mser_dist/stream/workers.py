@@ -27,14 +27,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any, Final, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
 
-START: Final = "fork"  # nothing of a job is copied
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent dies
 _PR_SET_NAME = 15  # what ps and top show: at most 15 bytes
@@ -104,7 +103,7 @@ class _Worker:
         self.number = len(others)
         self.channel, theirs = socket.socketpair()
         ours = [self.channel, *(other.channel for other in others)]
-        context = multiprocessing.get_context(START)
+        context = multiprocessing.get_context("fork")  # nothing of a job is copied
         self.process = context.Process(target=_work, args=(job, theirs, ours, os.getpid()), daemon=True)
         with theirs, _blocked_signals():
             self.process.start()
@@ -259,7 +258,7 @@ def _receive(channel: socket.socket) -> Any:
     if not byte:
         raise EOFError
     if not files:  # the system drops what does not fit
-        raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}: each answer that is kept has one; raise ulimit -n")
+        raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}: each answer that is kept has one")
     try:
         content = memoryview(mmap.mmap(files[0], 0))  # shared with nobody: who sent it has closed it
     finally:

@@ -1,19 +1,23 @@
 """Processes that work ahead: order, what a message carries, whose memory it is, errors."""
 
 import contextlib
+import gc
 import os
 import random
+import resource
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from mser_dist.errors import UserError
-from mser_dist.stream.workers import _Worker, answers_ahead
+from mser_dist.stream.workers import _message, _receive, _send, _Worker, answers_ahead
 
 
 def echo(request: Any) -> Any:
@@ -213,6 +217,19 @@ def test_an_error_of_the_requests_is_no_dead_worker() -> None:
         list(ahead(echo, requests()))
 
 
+def test_too_many_open_files_are_named() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        _send(theirs, _message(1))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                _receive(ours)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 # ---- what a process shares with the one that started it
 
 
@@ -253,4 +270,27 @@ def test_a_worker_that_nobody_can_ask_any_more_ends() -> None:
 
 
 def test_a_worker_has_one_thread_for_torch() -> None:
-    assert list(ahead(lambda _: torch.get_num_threads(), [1])) == [1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert list(ahead(lambda _: torch.get_num_threads(), [1])) == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_worker_does_not_tidy_up_what_is_rubbish_in_this_process() -> None:
+    """An abandoned stream, say: tidied up, it kills its own workers."""
+    gc.disable()
+    try:
+        stream = ahead(lambda _: os.getpid(), range(9))
+        [process] = {next(stream)}
+        cycle: list[Any] = [stream]
+        cycle.append(cycle)
+        del stream, cycle
+        assert list(ahead(lambda _: gc.collect(), range(2))) == [0, 0]
+        assert psutil.Process(process).status() == psutil.STATUS_SLEEPING
+    finally:
+        gc.enable()
+        gc.collect()
+    assert not psutil.pid_exists(process)
