@@ -71,6 +71,12 @@ def no_child_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working folder for each test: what lies in the checkout (runs/, data/) is neither read nor written."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(autouse=True)
 def no_launcher_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide a surrounding torchrun or SLURM job, and the user's MLflow server, from the code under test."""
     for name in list(os.environ):
