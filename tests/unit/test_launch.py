@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,6 +184,11 @@ class Quick(Task):
     def _run(self) -> dict[str, Any]:
         rank = int(os.environ["RANK"])
         (self.folder / f"pid{rank}").write_text(str(os.getpid()))
+        (self.folder / f"start{len(self.stops)}-{rank}").write_text(str(os.getpid()))
+        if (
+            rank == 0 and os.environ["WORLD_SIZE"] != "1" and self.way in ("well", "goes on")
+        ):  # ranks are in step; a late one would be ended with its job
+            self._wait_for(1)
         if self.way == "goes on" and len(self.stops) < 5:  # more often than submitit's own limit of three
             raise Stopped("SIGUSR2", len(self.stops))
         if self.way == "never goes on":
@@ -194,6 +200,18 @@ class Quick(Task):
         if self.way == "crashes":
             raise ZeroDivisionError("of all things")
         return {"rank": rank, "stops": self.stops, "world": os.environ["WORLD_SIZE"]}
+
+    def _wait_for(self, rank: int) -> None:
+        """Until that rank of this start has ended; its log is whole then."""
+        began, note = time.monotonic(), self.folder / f"start{len(self.stops)}-{rank}"
+        while time.monotonic() < began + 60:
+            with suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
+                if psutil.Process(int(note.read_text())).status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.02)
+                    continue
+            if note.exists() and note.read_text():
+                return
+            time.sleep(0.02)
 
 
 def quick(way: str, folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int = 2) -> Job:
