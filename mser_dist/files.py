@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,26 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({error}): remove it, and run the step that writes it again") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once: a reader sees the old one or the new one, also after a crash."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file for the block to write, which then replaces `path` at once; where the block fails, nothing has changed.
+
+    A reader sees the old file or the new one, also after a crash.
+    """
     # Several processes, on several nodes, may write the same file.
     staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield staging
+        fsync_tree(staging, below=False)
         staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once, as `whole` does."""
+    with whole(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, compact: bool = False) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mser_dist import tables
 from mser_dist.errors import UserError
 
 _SUBMIT_HELP = """\
@@ -41,7 +42,7 @@ Verb = Callable[..., argparse.ArgumentParser]
 
 
 def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Register the verbs; the two functions are those that ``cli.py`` makes its own with."""
+    """Register the verbs; the two functions are those that ``cli/main.py`` makes all verbs with."""
     submit = verb("submit", _submit, "submit a training or an evaluation as a job", _SUBMIT_HELP)
     config_words(submit)
     _job_options(submit).add_argument("--parsable", action="store_true", help="print the id alone, for --after")
@@ -146,7 +147,7 @@ def _sweep(options: argparse.Namespace) -> int:
     if not options.wait:
         return 0
     results = _wait(jobs, cluster)
-    print(sweep.format_table(planned, results))
+    tables.show(sweep.results_table(planned, results))
     return 1 if any(isinstance(result, UserError) for result in results) else 0
 
 
@@ -181,9 +182,9 @@ def _show(result: "dict[str, Any] | UserError") -> None:
     if isinstance(result, UserError):
         raise result
     if "zero_shot" in result:
-        from mser_dist.evaluation.evaluate import format_table
+        from mser_dist.evaluation.report import zero_shot_table
 
-        print(format_table(result["zero_shot"]))
+        tables.show(zero_shot_table(result["zero_shot"]))
         return
     val = ", ".join(f"{name} {value:.3f}" for name, value in result["validation"].items()) or "none"
     print(f"stage {result['stage']}: {result['steps']} steps in {result['seconds']:.0f} s; validation: {val}")

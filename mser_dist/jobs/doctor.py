@@ -25,6 +25,7 @@ from functools import partial
 from json import dumps, loads
 from pathlib import Path
 
+from mser_dist import tables
 from mser_dist.errors import UserError
 from mser_dist.files import fsync_tree, write_json, write_text
 from mser_dist.jobs import doctor_checks as checks
@@ -126,12 +127,9 @@ def guarded(name: str, check: Callable[[], Finding], patience: float = _PATIENCE
 
 
 def show(check: Check) -> None:
-    encoding = sys.stdout.encoding or "ascii"
-    mark = _MARKS[check.status] if "utf" in encoding.lower() else f"{check.status:<4}"
-    text = f"{mark} {check.name:<13} {check.found}"
-    if check.remedy:
-        text += f"\n{'':<{len(mark) + 15}}-> {check.remedy}"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    mark = _MARKS[check.status] if tables.is_unicode(sys.stdout) else f"{check.status:<4}"
+    rows = [[f"{mark} {check.name}", check.found], *([["", f"-> {check.remedy}"]] if check.remedy else [])]
+    tables.show(tables.Table((), [rows], align="ll", widths=[len(mark) + 14]))
 
 
 def space(place: Path, floor: float, remedy: str) -> Finding:

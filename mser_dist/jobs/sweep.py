@@ -17,6 +17,7 @@ from mser_dist.config.file import find_config, load_any, read_yaml
 from mser_dist.errors import UserError
 from mser_dist.files import unlock_file
 from mser_dist.jobs import launch
+from mser_dist.tables import Table
 
 _UNFIT = re.compile(r"[^\w.+-]+")  # for a folder's name
 
@@ -201,21 +202,22 @@ def scores(result: dict[str, Any]) -> dict[str, float]:
     """What tells a run's result in a few numbers: a training's validation, or an evaluation's mean UAs."""
     if "zero_shot" not in result:
         return dict(result["validation"])
-    from mser_dist.evaluation.evaluate import macro_ua
+    from mser_dist.evaluation.report import macro_ua
 
     rows = result["zero_shot"]
     last = max(row["stage"] for row in rows)
     return {"ua_unseen": macro_ua(rows, last, False), "ua_seen": macro_ua(rows, last, True)}
 
 
-def format_table(planned: Sequence[Trial], results: "Sequence[dict[str, Any] | UserError]") -> str:
+def results_table(planned: Sequence[Trial], results: "Sequence[dict[str, Any] | UserError]") -> Table:
     """A line for each run: its values and scores, or why it failed."""
     numbers = [{} if isinstance(result, UserError) else scores(result) for result in results]
     columns = list(dict.fromkeys(name for row in numbers for name in row))
-    wide = max(len(trial.name) for trial in planned)
-    lines = [f"{'run':<{wide}}" + "".join(f"  {name:>9}" for name in columns)]
-    lines.append("─" * len(lines[0]))
-    for trial, result, row in zip(planned, results, numbers, strict=True):
-        cells = "".join(f"  {row.get(name, float('nan')):>9.3f}" for name in columns)
-        lines.append(f"{trial.name:<{wide}}" + (f"  {result}" if isinstance(result, UserError) else cells))
-    return "\n".join(lines)
+    failures = [str(result) if isinstance(result, UserError) else "" for result in results]
+    why = [[failure] if any(failures) else [] for failure in failures]
+    rows = [
+        [trial.name, *(f"{row[name]:.3f}" if name in row else "" for name in columns), *failure]
+        for trial, row, failure in zip(planned, numbers, why, strict=True)
+    ]
+    head = ["run", *columns, *(["failed"] if any(failures) else [])]
+    return Table(head, [rows], align=f"l{'r' * len(columns)}{'l' if any(failures) else ''}")

@@ -1,6 +1,5 @@
 """`mser inspect`: what is in data sets, by the columns of their indexes alone; no audio is read."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from numpy.typing import NDArray
 from mser_dist.shards.columns import Column
 from mser_dist.shards.index import SPLITS
 from mser_dist.shards.shard_set import ShardSet
+from mser_dist.tables import Table
 
 NO_LABEL = "no label"
 UNKNOWN = "unknown"
-WIDTH = 120  # characters of a line at most
+WIDTH = 120  # of a table of labels, in characters
 NAMED = 5  # speakers that the table names; the JSON has all
 
 
@@ -133,9 +133,9 @@ def _split_order(name: str) -> tuple[int, str]:
     return SPLITS.index(name) if name in SPLITS else len(SPLITS), name
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """The numbers of `describe` as tables to read, at most `WIDTH` characters wide."""
-    parts = []
+def report_parts(report: dict[str, Any]) -> list[Table | str]:
+    """The numbers of `describe` to read: tables, then a list of facts, then warnings if there are any."""
+    parts: list[Table | str] = []
     for title, group in (("split", "splits"), ("language", "languages"), ("corpus", "corpora")):
         rows = report[group] | ({"all": report["all"]} if len(report[group]) > 1 else {})
         cells = [
@@ -143,14 +143,15 @@ def format_report(report: dict[str, Any]) -> str:
             + [f"{value:.2f}" for value in row["seconds"].values()]
             for name, row in rows.items()
         ]
-        parts.append(_table([title, "clips", "hours", "speakers", "min s", "median", "mean", "p95", "max s"], cells))
+        head = [title, "clips", "hours", "speakers", "min s", "median", "mean", "p95", "max s"]
+        parts.append(Table(head, [cells]))
         if group != "corpora":
             parts.append(_label_table(title, {name: row["labels"] for name, row in rows.items()}))
-    return "\n\n".join([*parts, *_facts(report)])
+    return [*parts, *_facts(report)]
 
 
-def _label_table(title: str, rows: dict[str, dict[str, int]]) -> str:
-    """Clips of each label in each row; the rarest labels share a column where the width does not suffice."""
+def _label_table(title: str, rows: dict[str, dict[str, int]]) -> Table:
+    """Clips of each label in each row; the rarest labels share a column where `WIDTH` does not suffice."""
     totals = {label: sum(row[label] for row in rows.values()) for label in next(iter(rows.values()))}
     for kept in range(len(totals), -1, -1):
         often = sorted(totals, key=lambda label: -totals[label])[:kept]
@@ -161,20 +162,10 @@ def _label_table(title: str, rows: dict[str, dict[str, int]]) -> str:
             + [_int(sum(n for label, n in row.items() if label not in shown)) for _ in rest]
             for name, row in rows.items()
         ]
-        table = _table([title, *shown, *rest], cells)
-        if table.index("\n") <= WIDTH:
+        table = Table([title, *shown, *rest], [cells])
+        if table.width <= WIDTH:
             break
     return table
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart, the first to the left, the others to the right."""
-    sizes = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join([cells[0].ljust(sizes[0]), *(c.rjust(n) for c, n in zip(cells[1:], sizes[1:], strict=True))])
-
-    return "\n".join([line(head), "─" * len(line(head)), *map(line, rows)])
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

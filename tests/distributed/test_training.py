@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas  # mlflow brings it
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -119,13 +120,11 @@ def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> N
     assert "el" in table and "unseen languages" in table
     mser(*words, "out=runs/eval2", "--nproc", "2", cwd=trained)
 
-    def predictions(name: str) -> list[dict[str, object]]:
-        rows = (trained / name / "predictions.jsonl").read_text().splitlines()
-        return [json.loads(row) for row in rows]
-
-    one, two = predictions("runs/eval1"), predictions("runs/eval2")
+    one, two = (pandas.read_parquet(trained / name / "predictions.parquet") for name in ("runs/eval1", "runs/eval2"))
     assert len(one) == 2 * 18, "every clip of 3 languages × 6 emotions once, by each stage"
-    assert [(p["key"], p["predicted"]) for p in one] == [(p["key"], p["predicted"]) for p in two]
+    assert one[["stage", "key", "predicted"]].equals(two[["stage", "key", "predicted"]])
+    best = one.filter(like="score_").idxmax(axis=1).str.removeprefix("score_")
+    assert best.tolist() == one["predicted"].tolist() and not one["speaker"].isna().any()
     rows = json.loads((trained / "runs/eval1/report.json").read_text())["zero_shot"]
     assert {(row["language"], row["seen_language"]) for row in rows} == {("en", True), ("de", True), ("el", False)}
 

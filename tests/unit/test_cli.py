@@ -12,6 +12,7 @@ import pytest
 
 from mser_dist import __version__, audio
 from mser_dist.cli import main as cli
+from mser_dist.cli import runs
 from mser_dist.config.file import PRESETS
 from mser_dist.errors import UserError
 from mser_dist.ranks import distributed
@@ -23,9 +24,10 @@ SMALL = ["data.labels=[happy, sad]", "data.workers=0", "train.global_batch=4", "
 
 
 def mser(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """A real `python -m mser_dist`."""
+    """A real `python -m mser_dist`; the environment may say how it encodes."""
     whole = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    return subprocess.run([sys.executable, "-m", "mser_dist", *words], capture_output=True, text=True, env=whole)
+    command, encoding = [sys.executable, "-m", "mser_dist", *words], env.get("PYTHONIOENCODING")
+    return subprocess.run(command, capture_output=True, text=True, env=whole, encoding=encoding)
 
 
 def refused(code: int, error: str, *parts: str) -> None:
@@ -47,7 +49,18 @@ def test_the_parser_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     loaded = set(done.stdout.split())
     assert "mser_dist.cli.main" in loaded
-    heavy = {"torch", "numpy", "mlflow", "transformers", "deepspeed", "matplotlib", "soundfile", "webdataset"}
+    heavy = {
+        "torch",
+        "numpy",
+        "mlflow",
+        "transformers",
+        "deepspeed",
+        "matplotlib",
+        "soundfile",
+        "webdataset",
+        "rich",
+        "pyarrow",
+    }
     assert not loaded & heavy
 
 
@@ -123,6 +136,14 @@ def test_config_lists_presets_and_explains_keys(capsys: pytest.CaptureFixture[st
     assert "llm.lora.rank (int) = 16\n    rank of the adapters\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_or_log_that_is_not_utf_8(encoding: str, shards: Path) -> None:
+    for words in (["config", "--keys", "stage1"], ["config", "demo_stage1"], ["config"], ["inspect", str(shards)]):
+        done = mser(*words, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout and "─" not in done.stdout
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_the_users_to_mend(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -130,7 +151,7 @@ def test_a_full_disk_is_the_users_to_mend(
     def full(options: object) -> None:
         raise OSError(number, os.strerror(number), "runs/x/log.jsonl")
 
-    monkeypatch.setattr(cli, "_config", full)
+    monkeypatch.setattr(runs, "_config", full)
     code = cli.main(["config"])
     refused(code, capsys.readouterr().err, "the disk is full", "runs/x/log.jsonl", "free space")
 
@@ -139,7 +160,7 @@ def test_other_system_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(options: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(cli, "_config", broken)
+    monkeypatch.setattr(runs, "_config", broken)
     with pytest.raises(OSError, match="Input/output error"):
         cli.main(["config"])
 
@@ -148,7 +169,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     def interrupted(options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_config", interrupted)
+    monkeypatch.setattr(runs, "_config", interrupted)
     assert cli.main(["config"]) == 130
     assert "continues from the last checkpoint" in capsys.readouterr().err
 
@@ -165,7 +186,7 @@ def test_a_message_has_a_line_of_its_own(
         left.update()
         raise error
 
-    monkeypatch.setattr(cli, "_config", broken)
+    monkeypatch.setattr(runs, "_config", broken)
     assert cli.main(["config"]) in (2, 130)
     *_, shown, message = capsys.readouterr().err.splitlines()
     assert "some work" in shown and message.startswith("mser: ")

@@ -378,10 +378,10 @@ def test_two_nodes(blind: bool, tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert said[1] == ""
-    assert "✓ all-reduce    gloo, 2 ranks" in said[0]
+    assert "✓ all-reduce     gloo, 2 ranks" in said[0]
     assert "! node1: cores" in said[0] and "node0" not in said[0].replace("on node0, node1", "")
     if blind:
-        assert f"✗ shared        {tmp_path} is not one folder on node0, node1" in said[0]
+        assert f"✗ shared         {tmp_path} is not one folder on node0, node1" in said[0]
     else:
-        assert f"✓ shared        {tmp_path} is one folder on all nodes (2)" in said[0]
+        assert f"✓ shared         {tmp_path} is one folder on all nodes (2)" in said[0]
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mser_dist import audio
 from mser_dist.cli import main as cli
-from mser_dist.shards.inspect import NO_LABEL, UNKNOWN, WIDTH, describe, draw, format_report
+from mser_dist.shards.inspect import NO_LABEL, UNKNOWN, WIDTH, describe, draw, report_parts
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.shards.writer import DatasetWriter
 from tests.unit.made_up_set import meta, pcm
@@ -31,6 +31,11 @@ CLIP = st.fixed_dictionaries(
         "duration": st.floats(0.1, 30),
     }
 )
+
+
+def told(report: dict[str, Any]) -> str:
+    """As it is piped."""
+    return "\n\n".join(map(str, report_parts(report)))
 
 
 def write(out: Path, clips: list[dict[str, Any]]) -> Path:
@@ -95,7 +100,7 @@ def test_the_numbers_are_those_of_counting(clips: list[dict[str, Any]]) -> None:
 def test_the_table(tmp_path: Path) -> None:
     clips = [{"split": "train", "label": "sad", "duration": 1.0, "corpus": "c", "language": "de"}] * 1234
     clips += [{"split": "test", "label": "happy", "duration": 3.0, "corpus": "c", "language": "el"}]
-    report = format_report(describe(ShardSet.open(write(tmp_path / "set", clips))))
+    report = told(describe(ShardSet.open(write(tmp_path / "set", clips))))
     assert report.split("\n\n")[0].splitlines() == [
         "split  clips  hours  speakers  min s  median  mean   p95  max s",
         "───────────────────────────────────────────────────────────────",
@@ -108,8 +113,10 @@ def test_the_table(tmp_path: Path) -> None:
 
 def test_a_wide_table_is_folded(tmp_path: Path) -> None:
     clips = [{"label": f"emotion-number-{i % n:02d}", "language": "de"} for n in range(1, 31) for i in range(n)]
-    report = format_report(describe(ShardSet.open(write(tmp_path / "set", clips))))
+    report = told(describe(ShardSet.open(write(tmp_path / "set", clips))))
     assert max(map(len, report.splitlines())) <= WIDTH
+    names = [{"language": "de", "corpus": "a-corpus-with-a-name-" + "long-" * 30, "label": "sad"}]
+    assert names[0]["corpus"] in told(describe(ShardSet.open(write(tmp_path / "named", names)))), "no name is cut"
     (head,) = [line for line in report.splitlines() if line.startswith("split") and "emotion" in line]
     assert head.split()[1] == "emotion-number-00" and head.endswith("others"), "the rarest are folded"
     folded = int(head.split()[-2])
@@ -129,7 +136,7 @@ def test_tars_that_say_nothing_of_their_clips(tmp_path: Path) -> None:
     assert (report["all"]["labels"], report["unlabelled"]) == ({NO_LABEL: 3}, {UNKNOWN: 3})
     assert report["sample_rates"] == report["genders"] == {UNKNOWN: 3}
     assert list(report["splits"]) == [UNKNOWN]
-    assert "warning: clips that name no speaker: 3" in format_report(report)
+    assert "warning: clips that name no speaker: 3" in told(report)
     draw(ShardSet.open(tmp_path / "set"), tmp_path / "plots")
 
 

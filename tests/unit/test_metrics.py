@@ -2,9 +2,9 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from sklearn.metrics import (  # type: ignore[import-untyped]  # mlflow brings it
+from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
     confusion_matrix,
@@ -14,15 +14,25 @@ from sklearn.metrics import (  # type: ignore[import-untyped]  # mlflow brings i
 from mser_dist.evaluation.metrics import score
 
 
+def numbers(*values: int) -> np.ndarray:
+    return np.array(values)
+
+
 @st.composite
 def answers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
     classes = draw(st.integers(2, 8))
     n = draw(st.integers(1, 40))
-    numbers = st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)
-    return np.array(draw(numbers)), np.array(draw(numbers)), classes
+    # Of some classes only: others are absent from the reference, from the predictions, or from both.
+    some = st.sets(st.integers(0, classes - 1), min_size=1).map(sorted)
+    reference, predicted = (st.lists(st.sampled_from(draw(some)), min_size=n, max_size=n) for _ in range(2))
+    return np.array(draw(reference)), np.array(draw(predicted)), classes
 
 
 @given(answers())
+@example((numbers(0, 0, 1), numbers(0, 1, 1), 4))  # two classes that nobody names
+@example((numbers(0, 0, 1), numbers(2, 0, 3), 4))  # predictions of classes that the reference lacks
+@example((numbers(0, 0), numbers(1, 1), 2))  # nothing in common
+@example((numbers(2), numbers(2), 3))
 def test_equal_to_scikit_learn(drawn: tuple[np.ndarray, np.ndarray, int]) -> None:
     reference, predicted, classes = drawn
     found = score(reference, predicted, classes)

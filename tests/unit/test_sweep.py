@@ -131,9 +131,12 @@ def test_the_folder_of_a_run_is_no_folder_for_a_sweep(tmp_path: Path) -> None:
 
 def test_the_table_has_a_line_for_each_run() -> None:
     planned = sweep.trials("demo_stage1", [*BASE, "seed=0,1"])
-    table = sweep.format_table(planned, [{"validation": {"ua": 0.5, "wa": 0.25}}, UserError("job 3: no data")])
-    lines = [line.split() for line in table.splitlines()]
-    assert lines[0] == ["run", "ua", "wa"]
+    done = {"validation": {"ua": 0.5, "wa": 0.25}}
+    lines = [line.split() for line in str(sweep.results_table(planned, [done, done])).splitlines()]
+    assert lines[0] == ["run", "ua", "wa"] and lines[3] == ["seed=1", "0.500", "0.250"]
+    table = sweep.results_table(planned, [done, UserError("job 3: no data")])
+    lines = [line.split() for line in str(table).splitlines()]
+    assert lines[0] == ["run", "ua", "wa", "failed"]
     assert lines[2] == ["seed=0", "0.500", "0.250"] and lines[3] == ["seed=1", "job", "3:", "no", "data"]
 
 

@@ -1,0 +1,152 @@
+"""The verbs of the ``mser`` command that train and evaluate: demo, train, eval, config."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from mser_dist import tables
+from mser_dist.cli.jobs import Verb
+from mser_dist.errors import UserError
+from mser_dist.ranks import preempt
+
+_DEMO_HELP = """\
+From nothing to a zero-shot table: synthesise emotional speech in nine languages, train both stages on two workers under
+DeepSpeed ZeRO-3, evaluate on Greek, Russian and Persian, which were never heard, and track it all in MLflow.
+"""
+_TRAIN_HELP = """\
+Train stage 1 (align) or stage 2 (instruct); the key `stage` of the config decides. One command for every launcher:
+
+  mser train CONFIG                            one process
+  mser train CONFIG --nproc 2                  two processes on this machine
+  torchrun --nproc-per-node 8 -m mser_dist train CONFIG
+  srun mser train CONFIG                       one rank per task (see slurm/stage1.sh)
+
+CONFIG is a YAML file or the name of a preset (`mser config` lists them). Words behind it override keys:
+
+  mser train demo_stage1 train.lr=3e-4 data.sets=shards/a,shards/b out=runs/try
+
+The same command on an unfinished run folder continues from its newest checkpoint. Ctrl-C, TERM, USR1 or USR2 to any
+rank: all ranks save the step and the command ends with exit code 75; Ctrl-C twice ends it without saving.
+"""
+_EVAL_HELP = """\
+Evaluate finished runs: stage 1 by cosine to label prompts, stage 2 by the log-likelihood of every label, per corpus and
+language. Prints the table; writes it, the predictions and the plots to `out`, and to MLflow.
+
+  mser eval demo_eval stage1=runs/demo/stage1 stage2=runs/demo/stage2 data.sets=runs/demo/shards
+"""
+
+
+def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Register the verbs; the two functions are those that ``cli/main.py`` makes all verbs with."""
+    demo = verb("demo", _demo, "from nothing to a zero-shot table, on a laptop", _DEMO_HELP)
+    demo.add_argument(
+        "--out", default="runs/demo", type=Path, help="folder of everything it makes (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--llm", choices=("tiny", "smollm2"), default="tiny", help="tiny: made on the spot (default); smollm2: 135M"
+    )
+    demo.add_argument("--nproc", type=int, default=2, metavar="N", help="worker processes (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and order (default: %(default)s)")
+    demo.add_argument("--shards", type=Path, help="use this synthetic set instead of making one")
+    demo.add_argument(
+        "--shuffle-labels", action="store_true", help="control: permuted training labels must end at chance"
+    )
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in --out")
+
+    for name, run, help, more in (
+        ("train", _train, "train stage 1 or stage 2 from a config", _TRAIN_HELP),
+        ("eval", _eval, "zero-shot evaluation of finished runs", _EVAL_HELP),
+    ):
+        sub = verb(name, run, help, more)
+        config_words(sub)
+        sub.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine")
+
+    config = verb("config", _config, "list presets, print a resolved config, or explain the keys")
+    config.add_argument("config", nargs="?", metavar="CONFIG", help="print this config with every default resolved")
+    config.add_argument("words", metavar="key=value", nargs="*", help="overrides")
+    config.add_argument("--keys", choices=("stage1", "stage2", "eval"), help="explain every key of a kind of config")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from mser_dist.cli.demo import demo
+
+    demo(
+        options.out,
+        llm=options.llm,
+        nproc=options.nproc,
+        seed=options.seed,
+        shards=options.shards,
+        shuffle_labels=options.shuffle_labels,
+        overwrite=options.overwrite,
+    )
+
+
+def _ranks(options: argparse.Namespace, verb: str) -> int | None:
+    """Start the ranks of ``--nproc``; None where this process is itself a rank."""
+    if options.nproc is None or "RANK" in os.environ:
+        return None
+    if options.nproc < 1:
+        raise UserError(f"--nproc must be 1 or more, not {options.nproc}")
+    from mser_dist.jobs.local_ranks import local
+
+    debug = ["--debug"] if options.debug else []
+    return local(options.nproc, [verb, options.config, *options.words, *debug])
+
+
+def _train(options: argparse.Namespace) -> int:
+    from mser_dist.config.file import load_training
+
+    config = load_training(options.config, options.words)
+    code = _ranks(options, "train")
+    if code is not None:
+        return code
+    with preempt.listen():  # from here on: a signal that comes while torch is imported is not lost
+        from mser_dist.ranks import distributed
+        from mser_dist.training.loop import train
+
+        summary = train(config)
+    if distributed.discover().is_main:
+        val = ", ".join(f"{name} {value:.3f}" for name, value in summary["validation"].items()) or "none"
+        print(f"stage {summary['stage']}: {summary['steps']} steps in {summary['seconds']:.0f} s; validation: {val}")
+        print(f"  model: {config.out}/export   curves: {config.out}/curves.png   log: {config.out}/log.jsonl")
+    distributed.shutdown()
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from mser_dist.config.file import load_evaluation
+
+    config = load_evaluation(options.config, options.words)
+    code = _ranks(options, "eval")
+    if code is not None:
+        return code
+    from mser_dist.evaluation.evaluate import evaluate
+    from mser_dist.evaluation.report import zero_shot_table
+    from mser_dist.ranks import distributed
+
+    report = evaluate(config)
+    if distributed.discover().is_main:
+        tables.show(zero_shot_table(report["zero_shot"]))
+        print(f"table, predictions and plots: {config.out}")
+    distributed.shutdown()
+    return 0
+
+
+def _config(options: argparse.Namespace) -> None:
+    from mser_dist import config
+    from mser_dist.config import file as config_file
+
+    if options.keys:
+        from mser_dist.config.fields import key_table
+
+        cls = {"stage1": config.Stage1, "stage2": config.Stage2, "eval": config.Evaluation}[options.keys]
+        for key, kind, default, help in key_table(cls):
+            print(f"{key} ({kind}) = {default}\n    {help}")
+    elif options.config:
+        resolved = config_file.load_any(options.config, options.words)
+        print(config_file.to_yaml(resolved), end="")
+    else:
+        presets = sorted(config_file.PRESETS.glob("*.yaml"))
+        rows = [[path.stem, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")] for path in presets]
+        tables.show(tables.Table((), [rows], align="ll"))

@@ -1,0 +1,112 @@
+"""What an evaluation writes and prints, of answers that are made up."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas  # mlflow brings it
+import pytest
+from pyarrow import parquet
+
+from mser_dist import audio
+from mser_dist import config as cfg
+from mser_dist.evaluation import report
+from mser_dist.files import whole
+from mser_dist.runs.tracking import tracked
+from mser_dist.shards.shard_set import ShardSet
+from mser_dist.shards.writer import DatasetWriter
+from tests.unit.made_up_set import meta, pcm
+
+LABELS = ["happy", "sad"]
+CORPUS = "корпус-с-очень-длинным-именем"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Two clips in each of two languages; one corpus is named in another script, and at length."""
+    out = tmp_path_factory.mktemp("report") / "set"
+    with DatasetWriter(out, "set", {}) as writer:
+        for i in range(4):
+            place = {"language": ["de", "el"][i // 2], "corpus": ["c", CORPUS][i // 2]}
+            writer.write("test", f"k{i}", b"no audio", "flac", meta(i, label=LABELS[i % 2], **place))
+    return ShardSet.open(out)
+
+
+def answers(scores: list[list[float]], shards: ShardSet) -> report.Answers:
+    numbers = np.arange(len(scores))
+    reference = np.array([LABELS.index(label) for label in shards.column("label")])
+    return report.Answers(numbers, reference[numbers], np.array(scores, dtype=np.float32), ["de"])
+
+
+@pytest.fixture(scope="module")
+def two_stages(shards: ShardSet) -> dict[int, report.Answers]:
+    right, wrong = [[0.75, 0.25], [0.125, 0.875]], [[-2.5, -1.5], [-3.0, -3.5]]
+    return {1: answers(right + right, shards), 2: answers(right + wrong, shards)}
+
+
+def test_the_table(two_stages: dict[int, report.Answers], shards: ShardSet) -> None:
+    rows = [report.as_row(group) for group in report.measure(two_stages, shards)]
+    assert str(report.zero_shot_table(rows)).splitlines() == [
+        "stage  corpus                         language  seen  n  chance     UA     WA  macroF1",
+        "──────────────────────────────────────────────────────────────────────────────────────",
+        "    1  c                              de        yes   2   0.500  1.000  1.000    1.000",
+        f"    1  {CORPUS}  el        no    2   0.500  1.000  1.000    1.000",
+        "    1  mean UA over seen languages                               1.000",
+        "    1  mean UA over unseen languages                             1.000",
+        "──────────────────────────────────────────────────────────────────────────────────────",
+        "    2  c                              de        yes   2   0.500  1.000  1.000    1.000",
+        f"    2  {CORPUS}  el        no    2   0.500  0.000  0.000    0.000",
+        "    2  mean UA over seen languages                               1.000",
+        "    2  mean UA over unseen languages                             0.000",
+    ]
+
+
+def test_a_mean_over_no_language_has_no_row(two_stages: dict[int, report.Answers], shards: ShardSet) -> None:
+    rows = [report.as_row(group) for group in report.measure(two_stages, shards) if group.seen]
+    assert "unseen" not in str(report.zero_shot_table(rows))
+
+
+def test_what_is_published(two_stages: dict[int, report.Answers], shards: ShardSet, tmp_path: Path) -> None:
+    groups = report.measure(two_stages, shards)
+    with tracked(cfg.TrackingConfig(enabled=False), tmp_path, {}, {}, True) as tracker:
+        assert tracker is not None
+        report.publish(tracker, "title", groups, report.predictions(two_stages, shards, LABELS), LABELS)
+    table = (tmp_path / "table.txt").read_text(encoding="utf-8")
+    assert table == f"{report.zero_shot_table([report.as_row(group) for group in groups])}\n"
+    found = pandas.read_parquet(tmp_path / "predictions.parquet")
+    assert [*found.columns] == [
+        *("stage", "key", "corpus", "language", "speaker", "label", "predicted", "score_happy", "score_sad")
+    ]
+    assert found["stage"].dtype == np.int8 and found["score_sad"].dtype == np.float32
+    assert found.iloc[6].tolist() == [2, "k2", CORPUS, "el", "s2", "happy", "sad", -2.5, -1.5]
+    assert found["predicted"].tolist() == ["happy", "sad"] * 3 + ["sad", "happy"]
+    group = parquet.ParquetFile(tmp_path / "predictions.parquet").metadata.row_group(0)
+    assert {group.column(i).compression for i in range(group.num_columns)} == {"ZSTD"}
+    names = {"table.txt", "predictions.parquet", "zero_shot.json", "ua_by_language.png"}
+    assert names | {f"confusion_stage{i}.png" for i in (1, 2)} <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_clip_that_names_little(tmp_path: Path) -> None:
+    """Of a tar with audio alone."""
+    (tmp_path / "clip.wav").write_bytes(audio.encode(pcm(0), 16000, "wav"))
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.add(tmp_path / "clip.wav", "a.wav")
+    shards = ShardSet.open(tmp_path / "a.tar")
+    given = report.Answers(np.array([0]), np.array([0]), np.array([[0.5, 0.25]], dtype=np.float32), [])
+    (row,) = report.predictions({1: given}, shards, LABELS).to_pylist()
+    assert (row["key"], row["predicted"]) == ("a", "happy")
+    assert (row["speaker"], row["label"], row["language"]) == (None, None, "und")
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for text in ("old", "new"):
+        with whole(path) as staging:
+            staging.write_text(text)
+            assert not path.exists() or path.read_text() == "old"
+        assert path.read_text() == text
+    with pytest.raises(KeyboardInterrupt), whole(path) as staging:
+        staging.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "new" and [*tmp_path.iterdir()] == [path]
