@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from mser_dist.config import Evaluation, Stage1, Stage2
 from mser_dist.errors import Stopped, UserError
 from mser_dist.quiet import hush
+from mser_dist.tables import show_what_can_be
 from mser_dist.ranks.preempt import SAVED, SIGNALS
 
 _TRIES = 3  # starts without a step forward before the job leaves the queue
@@ -42,6 +43,7 @@ class Task:
         if env.cluster == "local":
             self._place(env)
         hush()
+        show_what_can_be()
         requeue = signal.getsignal(getattr(signal, f"SIG{env.USR_SIG}"))  # submitit's, from before the training's own
         try:
             try:
