@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from mser_dist.config import Evaluation, Stage1, Stage2
 from mser_dist.errors import Stopped, UserError
 from mser_dist.quiet import hush
-from mser_dist.tables import show_what_can_be
 from mser_dist.ranks.preempt import SAVED, SIGNALS
+from mser_dist.tables import show_what_can_be
 
 _TRIES = 3  # starts without a step forward before the job leaves the queue
 _PATIENCE = 5.0  # seconds that local peers of a failed rank get to end by themselves
