@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def _console(terminal: TextIO | None) -> "Console":
     from rich.console import Console
 
     if terminal is None:
-        return Console(width=_WIDE, color_system=None, force_terminal=False, force_jupyter=False)
+        # Into a text, and so of whatever letters: standard output's encoding has no say in it.
+        return Console(file=StringIO(), width=_WIDE, color_system=None, force_terminal=False, force_jupyter=False)
     return Console(file=terminal, force_terminal=True, force_jupyter=False)
 
 

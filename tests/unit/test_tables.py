@@ -66,7 +66,9 @@ def on_a_terminal(columns: int, encoding: str = "utf-8") -> str:
     return seen.decode(encoding).replace("\r\n", "\n")
 
 
-def test_plain_text() -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_plain_text_is_the_same_whatever_standard_output_is(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert str(TABLE).splitlines() == PLAIN
     assert TABLE.width == len(PLAIN[1])
 
