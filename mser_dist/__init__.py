@@ -8,7 +8,7 @@ From Python, each name below is loaded where it is first used, so that `import m
     summary = mser_dist.train(config)
     report = mser_dist.evaluate(mser_dist.load_config("demo_eval", {"stage1": "runs/mine", "out": "runs/mine-eval"}))
     clips = mser_dist.open_set("shards/mine", split="test")  # a torch dataset: clips[0]["audio"], clips[0]["label"], …
-    loss = mser_dist.contrastive_loss(x, y, 14.0, loss="supcon", labels=labels).loss
+    loss = mser_dist.contrastive_loss(x, y, torch.tensor(14.0), loss="supcon", labels=labels).loss
 """
 
 import importlib
