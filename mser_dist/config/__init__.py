@@ -1,24 +1,24 @@
 """Says what can be set in a run and what it means. Nothing heavy is imported: a typo answers at once."""
 
+from mser_dist.config.data_keys import SIX_EMOTIONS, AugmentConfig, DataConfig, TrainingDataConfig
 from mser_dist.config.keys import (
-    SIX_EMOTIONS,
-    AugmentConfig,
     Common,
-    ContrastiveConfig,
-    DataConfig,
-    EncoderConfig,
+    Dtype,
     EngineConfig,
     Evaluation,
+    Stage1,
+    Stage2,
+    TrackingConfig,
+    TrainConfig,
+    batch_shape,
+)
+from mser_dist.config.model_keys import (
+    ContrastiveConfig,
+    EncoderConfig,
     LLMConfig,
     LoraConfig,
     QFormerConfig,
-    Stage1,
-    Stage2,
     TextConfig,
-    TrackingConfig,
-    TrainConfig,
-    TrainingDataConfig,
-    batch_shape,
 )
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Common",
     "ContrastiveConfig",
     "DataConfig",
+    "Dtype",
     "EncoderConfig",
     "EngineConfig",
     "Evaluation",

@@ -1,19 +1,17 @@
 """Reading a run config: YAML file + ``key=value`` words → a checked dataclass, and back to YAML.
 
-An unknown or ill-typed key is a `UserError` that names the nearest right one.
+What is not well-formed is a `UserError` that names the line; the keys and their values are checked in ``validate.py``.
 """
 
 import difflib
-import math
-import types
-import typing
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from mser_dist.config.keys import Evaluation, Stage1, Stage2
+from mser_dist.config.validate import build
 from mser_dist.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -28,25 +26,41 @@ def find_config(name: str) -> Path:
     preset = PRESETS / f"{name.removesuffix('.yaml')}.yaml"
     if preset.is_file():
         return preset
+    lacking = f"no config file or preset {name!r}"
+    if path.is_dir():
+        raise UserError(f"{lacking}: it is a folder{_instead(path / 'config.yaml')}")
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        siblings = [file.name for ending in ("*.yaml", "*.yml") for file in path.parent.glob(ending)]
+        near = difflib.get_close_matches(path.name, siblings, 1)
+        raise UserError(f"{lacking}: the file does not exist{_instead(*(path.parent / name for name in near))}")
     names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
     near = difflib.get_close_matches(path.stem, names, 1)
     hint = f"did you mean the preset {near[0]}?" if near else f"presets: {', '.join(names)}"
-    raise UserError(f"no config file or preset {name!r}: {hint}")
+    raise UserError(f"{lacking}: {hint}")
+
+
+def _instead(*files: Path) -> str:
+    return "".join(f", did you mean {file}?" for file in files if file.is_file())
+
+
+class _GivenTwice(yaml.MarkedYAMLError):
+    """A key stands twice in one mapping."""
 
 
 class _OnceLoader(yaml.SafeLoader):
     """YAML in which a key stands once in its mapping: of two, PyYAML keeps the last one and says nothing."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Here, before any merge key (<<) is filled in: a key beside it may well replace one that it brings.
+        mapping = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
-        for key, _ in node.value:
+        for key, _ in mapping.value:
             if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
                 if key.value in lines:
-                    first = f"the key {key.value} is given twice (first in line {lines[key.value]}): remove one"
-                    raise yaml.constructor.ConstructorError(None, None, first, key.start_mark)
-                lines[key.value] = line
-        return super().construct_mapping(node, deep)
+                    problem = f'key "{key.value}" is given twice (first in line {lines[key.value]})'
+                    raise _GivenTwice(problem=problem, problem_mark=key.start_mark)
+                lines[key.value] = key.start_mark.line + 1
+        return mapping
 
 
 def _load(text: str) -> Any:
@@ -60,7 +74,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {error.problem}") from error
+        what = error.problem if isinstance(error, _GivenTwice) else f"not valid YAML: {error.problem}"
+        raise UserError(f"{where}: {what}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML text file: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
@@ -69,13 +84,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], words: list[str]) -> dict[str, Any]:
-    """Set dotted ``key=value`` words (values in YAML syntax) in `tree`, in place."""
+    """Set dotted ``key=value`` words (values in YAML syntax) in `tree`, in place.
+
+    Of two words for one key the last one counts, as of a command's options: a script may add words to those it got.
+    """
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{word!r} is not key=value (e.g. train.lr=3e-4)")
         try:
             value = _load(text) if text else None
+        except _GivenTwice as error:
+            raise UserError(f"{word!r}: {error.problem}") from error
         except yaml.YAMLError as error:
             raise UserError(f"{word!r}: the value is not valid YAML: {str(error).splitlines()[0]}") from error
         *parents, last = key.split(".")
@@ -116,53 +136,6 @@ def _checked(cls: type[T], tree: dict[str, Any], path: Path) -> T:
     config = build(cls, tree, str(path))
     config.check()  # type: ignore[attr-defined]
     return config
-
-
-def build(cls: type[T], tree: dict[str, Any], where: str, prefix: str = "") -> T:
-    """An instance of a config class from a nested mapping; `where` names the source in errors."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    for key in tree:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-            raise UserError(f"{where}: unknown key {prefix}{key}: {hint}")
-    return cls(**{key: _cast(hints[key], value, where, f"{prefix}{key}") for key, value in tree.items()})
-
-
-def _cast(kind: Any, value: Any, where: str, key: str) -> Any:
-    """`value` as the annotated type, or a `UserError`. YAML reads 1e-4 as a string: numbers in strings count."""
-    args = typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _cast(next(a for a in args if a is not type(None)), value, where, key)
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: {key} is a section of keys, not {value!r}")
-        return build(kind, value, where, f"{key}.")
-    origin = typing.get_origin(kind) or kind
-    if origin is list and isinstance(value, list):
-        return [_cast(args[0], item, where, key) for item in value]
-    if origin is list and isinstance(value, str):
-        return [_cast(args[0], item, where, key) for item in value.split(",")]  # sets=a,b on the command line
-    if origin is dict and isinstance(value, dict):
-        return value
-    if origin is bool and isinstance(value, bool):
-        return value
-    if origin is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if origin in (int, float) and not isinstance(value, bool):
-        if origin is int and isinstance(value, int):
-            return value
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number) and (origin is float or number.is_integer()):
-            return origin(number)
-    name = getattr(origin, "__name__", str(origin))
-    raise UserError(f"{where}: {key} must be {'a list' if origin is list else f'of type {name}'}, not {value!r}")
 
 
 def to_yaml(config: Any) -> str:

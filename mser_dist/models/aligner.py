@@ -1,7 +1,5 @@
 """The stage-1 model: speech and emotion-aware language in one space."""
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from mser_dist import config as cfg
@@ -55,12 +53,12 @@ class Aligner(nn.Module):
             speech,
             text,
             scales[0],
-            loss=cast(contrastive.Loss, config.loss),
+            loss=config.loss,
             labels=ids["label"],
             texts=ids["caption"] if config.unique_texts else None,
             bias=biases[0][0] if biases else None,
             symmetric=config.symmetric,
-            gather=cast(contrastive.Gather, config.gather),
+            gather=config.gather,
             tile=config.tile,
         )
         stats = {f"emotion_{name}": value for name, value in emotion.detached().items()}
@@ -74,7 +72,7 @@ class Aligner(nn.Module):
                 ids["source"],
                 ids["label"],
                 scales[1],
-                gather=cast(contrastive.Gather, config.gather),
+                gather=config.gather,
                 tile=config.tile,
             )
             loss = loss + beta * agnostic.loss

@@ -5,14 +5,14 @@ optimizer step over its micro-batches; `scorer`, which scores the labels of a ba
 exported model is; and `source`, the card of the run that this one builds on, if any.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mser_dist import config as cfg
-from mser_dist.contrastive import Embedded, Gather, cached_backward, peak_bytes
+from mser_dist.contrastive import Embedded, cached_backward, peak_bytes
 from mser_dist.errors import UserError
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
 from mser_dist.models import exported, prompts
@@ -88,7 +88,7 @@ class Align:
         """What is contrasted, and the memory that it takes, for the person who starts a run."""
         config, batch = self.config.contrastive, self.config.train.global_batch
         terms = 2 if config.beta else 1
-        gather = cast(Gather, config.gather)
+        gather = config.gather
         one = peak_bytes(batch // world_size, config.width, ranks=world_size, gather=gather, tile=config.tile)
         return f"contrasts {batch} clips a step by {config.loss}: about {terms * one / 2**20:.1f} MiB a rank"
 

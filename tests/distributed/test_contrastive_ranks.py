@@ -94,7 +94,8 @@ class Scaled(nn.Module):
 def bounded(rank: int, ranks: int, folder: str) -> dict[str, list[float]]:
     """By engine: log-scales in the masters and the model's own, after steps up, and after steps down."""
     result = {}
-    for stage, dtype in ((stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")):
+    dtypes: tuple[cfg.Dtype, ...] = ("float32", "bfloat16")
+    for stage, dtype in ((stage, dtype) for stage in (1, 2, 3) for dtype in dtypes):
         path = Path(folder) / f"{stage}-{rank}.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         train = cfg.TrainConfig(global_batch=ranks, lr=1.0, grad_clip=0.0, warmup=0.0)

@@ -133,7 +133,7 @@ def test_config_lists_presets_and_explains_keys(capsys: pytest.CaptureFixture[st
     listed = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in listed} == {path.stem for path in PRESETS.glob("*.yaml")}
     assert cli.main(["config", "--keys", "stage2"]) == 0
-    assert "llm.lora.rank (int) = 16\n    rank of the adapters\n" in capsys.readouterr().out
+    assert "llm.lora.rank (int > 0) = 16\n    rank of the adapters\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])

@@ -16,7 +16,7 @@ from mser_dist.training.engine import find_json, parameter_groups, resolve_json,
 DS_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
 
-def run_config(deepspeed: str, dtype: str = "float32", **train: Any) -> cfg.Stage2:
+def run_config(deepspeed: str, dtype: cfg.Dtype = "float32", **train: Any) -> cfg.Stage2:
     values = {"global_batch": 48, "micro_batch": 8, "grad_clip": 0.5}
     return cfg.Stage2(
         train=cfg.TrainConfig(**(values | train)), engine=cfg.EngineConfig(deepspeed=deepspeed, dtype=dtype)
@@ -34,7 +34,9 @@ def written(tmp_path: Path, content: Any) -> str:
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
 def test_shipped_files_work_with_a_fitting_config(path: Path) -> None:
     plain = json.loads(path.read_text())
-    dtypes = ["bfloat16"] if plain.get("bf16", {}).get("enabled") else ["float32", "bfloat16", "float16"]
+    dtypes: list[cfg.Dtype] = ["float32", "bfloat16", "float16"]
+    if plain.get("bf16", {}).get("enabled"):
+        dtypes = ["bfloat16"]
     for dtype in dtypes:
         resolved = resolve_json(run_config(path.stem, dtype), world_size=2)
         assert resolved["train_batch_size"] == 48
@@ -115,7 +117,7 @@ def test_the_same_said_twice_or_auto_is_no_contradiction(tmp_path: Path) -> None
         ("{", "float32", "not valid JSON"),
     ],
 )
-def test_contradictions_are_refused(tmp_path: Path, content: Any, dtype: str, says: str) -> None:
+def test_contradictions_are_refused(tmp_path: Path, content: Any, dtype: cfg.Dtype, says: str) -> None:
     path = written(tmp_path, content)
     with pytest.raises(UserError, match=says) as caught:
         resolve_json(run_config(path, dtype), 2)

