@@ -78,6 +78,14 @@ def test_a_bounded_number_of_requests_is_under_way_and_no_size_of_them_waits_for
             break
 
 
+def test_a_worker_goes_on_while_its_answer_is_used() -> None:
+    stream = ahead(lambda _: time.monotonic(), range(3), under_way=1)
+    next(stream)
+    received = time.monotonic()
+    time.sleep(1)
+    assert next(stream) < received + 0.5
+
+
 # ---- what a message carries
 
 LARGE = torch.arange(30_000)
