@@ -30,6 +30,7 @@ from mser_dist.config.validate import check_values
 from mser_dist.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Kernel = Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"]
 
 
@@ -56,8 +57,13 @@ class TrainConfig(Section):
     betas: Annotated[List[Float], must("must be two numbers from 0 to below 1", _are_betas)] = opt(
         [0.9, 0.98], "AdamW betas"
     )
+    schedule: Schedule = opt(
+        "cosine",
+        "learning rate behind the warm-up: cosine or linear down to min_lr, constant, or wsd (warm-up, stable, decay)",
+    )
     warmup: Share = opt(0.05, "share of the steps with a linearly rising learning rate")
-    min_lr: Share = opt(0.05, "end of the cosine decay, as a share of the peak")
+    decay: Share = opt(0.2, "schedule=wsd: share of the steps, the last ones, in which it falls to min_lr")
+    min_lr: Share = opt(0.05, "where the schedule ends, as a share of the peak; constant stays at the peak")
     grad_clip: NonNegativeFloat = opt(1.0, "clip the global gradient norm; 0: off")
     log_every: PositiveInt = opt(5, "steps between logged points")
     val_every: NonNegativeInt = opt(0, "steps between validations; 0: only at the end")
@@ -123,6 +129,12 @@ class Common(Section):
             raise UserError(
                 "data.batching=tokens makes each pack, of any number of clips, a micro-batch: it is for stage 2, with "
                 "train.micro_batch=1 and train.global_batch in packs"
+            )
+        train = self.train
+        if train.schedule == "wsd" and train.warmup + train.decay > 1:
+            raise UserError(
+                f"train.warmup={train.warmup:g} and train.decay={train.decay:g} are more than all steps together: "
+                "lower one of them"
             )
         self.tracking.check()
 

@@ -1,7 +1,6 @@
 """DeepSpeed behind forward, backward, step, collect and restore; its JSON checked against the run config."""
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -95,14 +94,29 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
 
 
 def schedule(train: cfg.TrainConfig, total: int) -> Any:
-    """step → share of the peak learning rate: linear warm-up, then cosine decay to `min_lr`."""
-    warm = max(1, round(train.warmup * total))
+    """step → share of the peak learning rate, by transformers' schedules.
+
+    Those count steps that are done, from 0, with a learning rate of 0: here the first step is number 1, so that it does
+    something, and so is the last one above the floor.
+    """
+    from transformers import get_scheduler
+
+    warm, last = max(1, round(train.warmup * total)), total + 1
+    decay = max(1, min(round(train.decay * total), last - warm))
+    name, more = {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": train.min_lr}),
+        "linear": ("polynomial", {"lr_end": train.min_lr, "power": 1.0}),
+        "constant": ("constant_with_warmup", {}),
+        "wsd": (
+            "warmup_stable_decay",
+            {"num_decay_steps": decay, "min_lr_ratio": train.min_lr, "decay_type": "linear"},
+        ),
+    }[train.schedule if train.min_lr < 1 else "constant"]
+    unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the shares alone are wanted, and for the optimizer of any engine
+    library = get_scheduler(name, unit, warm, last, scheduler_specific_kwargs=more)
 
     def share(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        done = min(1.0, (step - warm) / max(1, total - warm))
-        return train.min_lr + (1 - train.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return float(library.lr_lambdas[0](min(step + 1, last)))  # beyond its end the library's cosine rises again
 
     return share
 

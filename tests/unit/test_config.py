@@ -137,6 +137,8 @@ def test_large_seeds_keep_every_digit(tmp_path: Path) -> None:
         (["tracking.uri=postgresql://db/x?user=me&password=secret"], "tracking.uri holds a password"),
         (["train.global_batch=0"], "train.global_batch must be positive, not 0"),
         (["train.steps=0"], "train.steps must be positive, not 0"),
+        (["train.schedule=wsd", "train.warmup=0.9"], "train.warmup=0.9 and train.decay=0.2 are more than all steps"),
+        (["train.schedule=cos"], "train.schedule is .cos.: use one of cosine, linear, constant, wsd"),
         (["train.epochs=0"], "train.epochs must be positive"),
         (["train.save_every=-1"], "train.save_every must not be negative"),
         (["train.grad_clip=-1"], "train.grad_clip must not be negative"),

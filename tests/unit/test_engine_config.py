@@ -1,7 +1,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -138,29 +138,42 @@ def test_a_world_size_that_does_not_fit_is_refused() -> None:
 # ---- schedule and parameter groups
 
 
+@pytest.mark.parametrize("name", get_args(cfg.Schedule))
 @given(
     total=st.integers(1, 500),
     warmup=st.floats(0, 1, allow_subnormal=False),
+    decay=st.floats(0, 1, allow_subnormal=False),
     floor=st.floats(0, 1, allow_subnormal=False),
 )
-def test_the_schedule_rises_then_falls_to_its_floor(total: int, warmup: float, floor: float) -> None:
-    share = schedule(cfg.TrainConfig(warmup=warmup, min_lr=floor), total)
+def test_a_schedule_rises_then_falls_to_its_floor(
+    name: cfg.Schedule, total: int, warmup: float, decay: float, floor: float
+) -> None:
+    share = schedule(cfg.TrainConfig(schedule=name, warmup=warmup, decay=decay, min_lr=floor), total)
     values = [share(step) for step in range(total + 1)]
     warm = max(1, round(warmup * total))
-    assert all(0 < value <= 1 for value in values[:-1])
+    assert all(0 < value <= 1 for value in values[:-1]), "no step is taken with a learning rate of 0"
     assert values[:warm] == sorted(values[:warm])
     assert values[warm - 1] == 1
     assert all(a >= b - 1e-12 for a, b in zip(values[warm:], values[warm + 1 :], strict=False))
+    end = 1.0 if name == "constant" else floor
     if warm < total:
-        assert values[-1] == pytest.approx(floor)
-    assert share(total + 50) == pytest.approx(floor), "a step too many does not let it rise again"
+        assert values[-1] == pytest.approx(end)
+    assert share(total + 50) == pytest.approx(end), "a step too many does not let it rise again"
 
 
-def test_the_schedule_by_hand() -> None:
-    share = schedule(cfg.TrainConfig(warmup=0.1, min_lr=0.2), 100)
-    assert [share(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert share(55) == pytest.approx(0.2 + 0.8 * 0.5)  # half-way down the cosine
-    assert share(32) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 22 / 90)))
+def test_the_schedules_by_hand() -> None:
+    def at(name: cfg.Schedule, *steps: int) -> list[float]:
+        share = schedule(cfg.TrainConfig(schedule=name, warmup=0.1, min_lr=0.2, decay=0.2), 99)
+        return [share(step) for step in steps]
+
+    for name in ("cosine", "linear", "constant"):
+        assert at(name, 0, 4, 9) == pytest.approx([0.1, 0.5, 1.0]), name
+    assert at("wsd", 0, 4, 9) == pytest.approx([0.2 + 0.8 * 0.1, 0.2 + 0.8 * 0.5, 1.0]), "it rises from the floor"
+    half, third = 0.2 + 0.8 * 0.5, 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 3))
+    assert at("cosine", 54, 39, 99) == pytest.approx([half, third, 0.2])
+    assert at("linear", 54, 39, 99) == pytest.approx([half, 0.2 + 0.8 * 2 / 3, 0.2])
+    assert at("wsd", 78, 79, 89, 99) == pytest.approx([1.0, 1.0, half, 0.2])
+    assert at("constant", 54, 99) == [1.0, 1.0]
 
 
 class Model(nn.Module):
