@@ -37,8 +37,8 @@ def unseen_ua(report: dict[str, Any], stage: int) -> float:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The folder that holds ``runs/demo``, its report, and what it printed.
 
-    A demo of this machine's, made a moment ago by `make demo`, may be given: MSER_DEMO is its folder, MSER_DEMO_LOG what
-    it printed (`.ci/run` does so).
+    A demo made a moment ago by `make demo` may be given (`.ci/run` does so): MSER_DEMO is its folder, MSER_DEMO_LOG
+    what it printed.
     """
     if given := os.environ.get("MSER_DEMO"):
         made = Path(given)
