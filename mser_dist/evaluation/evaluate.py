@@ -18,8 +18,10 @@ from mser_dist.evaluation import report
 from mser_dist.evaluation.metrics import score
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
 from mser_dist.files import write_json
-from mser_dist.models import exported
+from mser_dist.models import chat, exported
 from mser_dist.models.attention import Attention, choose
+from mser_dist.models.chat import ChatPrompt
+from mser_dist.models.self_check import check_llm, check_speech
 from mser_dist.models.text import TextTower
 from mser_dist.progress import bar
 from mser_dist.ranks import distributed, preempt
@@ -154,6 +156,12 @@ def _scorer(
     """What scores the labels of clips with a stage's exported model."""
     if stage == 1:
         aligner = exported.load_aligner(export, attention, dtype).to(device)
+        check_speech(aligner.speech, device)
         return PromptScorer(aligner, TextTower(exported.read_card(export)["text"], device), labels)
     model, tokenizer = exported.load_speech_llm(export, attention, dtype)
-    return AnswerScorer(model.to(device), tokenizer, labels)
+    kept = exported.read_card(export).get("prompt")  # exports of 0.1.0 keep none
+    prompt = ChatPrompt(**kept) if kept else chat.render(tokenizer)
+    scorer = AnswerScorer(model.to(device), tokenizer, prompt, labels)
+    checked = check_llm(model, [scorer.prompt.tolist()], [answer.tolist() for answer in scorer.answers], device)
+    print(checked, flush=True)
+    return scorer

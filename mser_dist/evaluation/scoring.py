@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mser_dist.models import prompts
+from mser_dist.models import chat, prompts
 from mser_dist.models.aligner import Aligner
+from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.speech_llm import SPEECH, SpeechLLM
 from mser_dist.models.text import TextTower
 
@@ -29,12 +30,11 @@ class PromptScorer:
 class AnswerScorer:
     """Stage 2: log-likelihood of each label's answer, its end included."""
 
-    def __init__(self, model: SpeechLLM, tokenizer: Any, labels: list[str]) -> None:
+    def __init__(self, model: SpeechLLM, tokenizer: Any, prompt: ChatPrompt, labels: list[str]) -> None:
         self.model = model
-        queries = model.speech.query_count
-        instruction = prompts.instructions(labels)[0]
-        self.prompt = torch.tensor(prompts.prompt_ids(tokenizer, instruction, queries, SPEECH))
-        self.answers = [torch.tensor(prompts.answer_ids(tokenizer, label)) for label in labels]
+        instruction = prompt.instructions(labels)[0]
+        self.prompt = torch.tensor(prompt.ids(tokenizer, instruction, model.speech.query_count, SPEECH))
+        self.answers = [torch.tensor(answer) for answer in chat.answers(tokenizer, labels)]
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> Tensor:

@@ -22,17 +22,18 @@ class Attention:
 
     kernel: str
     reason: str
+    named: bool = False  # in the config: then it runs, or is an error
 
 
 def choose(requested: str, dtype: torch.dtype, device: str) -> Attention:
     """The kernel for `requested` (auto, or a kernel's name). Raises `UserError` if a named kernel cannot run."""
     if requested in ("sdpa", "eager"):
-        return Attention(requested, "asked for")
+        return Attention(requested, "asked for", named=True)
     if requested in _FLASH:
         missing = _missing(requested, dtype, device)
         if missing:
             raise UserError(f"the attention kernel {requested} cannot run: {missing}; or set attention to auto")
-        return Attention(requested, "asked for")
+        return Attention(requested, "asked for", named=True)
     if requested != "auto":
         raise ValueError(f"unknown attention kernel {requested!r}")
     reasons = []
@@ -69,7 +70,17 @@ def supported_by(model_class: type, attention: Attention) -> Attention:
     """
     name = model_class.__name__
     if attention.kernel != "eager" and not getattr(model_class, "_supports_sdpa", True):
-        return Attention("eager", f"{name} has its own attention in transformers")
+        return Attention("eager", f"{name} has no other attention in transformers")
     if attention.kernel in _FLASH and not getattr(model_class, "_supports_flash_attn", False):
         return Attention("sdpa", f"{name} has no flash-attn path in transformers")
     return attention
+
+
+def for_class(model_class: type, attention: Attention) -> Attention:
+    """The kernel of an LLM's class: what ``auto`` chose, or what the class can run instead; a named one is an error."""
+    able = supported_by(model_class, attention)
+    if attention.named and able != attention:
+        raise UserError(
+            f"engine.attention={attention.kernel}: {able.reason}: set engine.attention={able.kernel}, or auto"
+        )
+    return able

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig, Wav2Vec2FeatureExtractor, WhisperConfig, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mser_dist import config as cfg
 from mser_dist.audio import SAMPLE_RATE
 from mser_dist.errors import UserError
-from mser_dist.models import sources, waveform
+from mser_dist.models import pretrained, sources, waveform
 from mser_dist.models.attention import Attention, supported_by
 from mser_dist.models.waveform import WaveformEncoder
 from mser_dist.models.whisper import SpeechEncoder
@@ -21,7 +20,7 @@ TYPES = ("whisper", *waveform.MODELS)
 def build_encoder(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
     """The encoder a run config asks for: pretrained, or from scratch with `arch`."""
     if config.pretrained is not None:
-        return _pretrained(config.pretrained, attention)
+        return _pretrained(config, attention)
     arch = {"model_type": "whisper", **config.arch}
     try:
         return _from_scratch(arch, attention)
@@ -67,24 +66,33 @@ def _from_scratch(arch: dict[str, Any], attention: Attention) -> Encoder:
     return encoder_of(config.to_dict(), normalize=True, attention=attention)
 
 
-def _pretrained(name: str, attention: Attention) -> Encoder:
-    path = sources.resolve(name).path
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type not in TYPES:
-            raise UserError(
-                f"encoder.pretrained={name} is a model of type {config.model_type}: name one of {', '.join(TYPES)}"
-            )
-        if config.model_type == "whisper":
-            whisper = WhisperModel.from_pretrained(path, attn_implementation=attention.kernel, dtype=torch.float32)
-            return SpeechEncoder(whisper.encoder)
-        waveform.switch_off(config)
-        model_class = waveform.MODELS[config.model_type]
-        kernel = supported_by(model_class, attention).kernel
-        model = model_class.from_pretrained(path, config=config, attn_implementation=kernel, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise sources.explain(name, error) from error
-    return WaveformEncoder(model, _normalized(name, path))
+def _pretrained(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
+    name = config.pretrained
+    assert name is not None
+    source = sources.resolve(name)
+    found = pretrained.read_config("encoder", name, source)
+    if found.model_type not in TYPES:
+        raise UserError(
+            f"encoder.pretrained={name} is a model of type {found.model_type}: name one of {', '.join(TYPES)}"
+        )
+    model_class, unused = WhisperModel, ["decoder.*", "proj_out.*"]
+    if found.model_type != "whisper":
+        model_class, unused = waveform.MODELS[found.model_type], ["*masked_spec_embed", "*adapter.*"]
+        attention = supported_by(model_class, attention)
+        waveform.switch_off(found)
+    model = pretrained.load(
+        model_class,
+        "encoder",
+        name,
+        source,
+        allow_missing=config.allow_missing,
+        unused=unused,
+        config=found,
+        attn_implementation=attention.kernel,
+    )
+    if found.model_type == "whisper":
+        return SpeechEncoder(model.encoder)
+    return WaveformEncoder(model, _normalized(name, source.path))
 
 
 def _normalized(name: str, path: str) -> bool:

@@ -21,6 +21,7 @@ from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
+from mser_dist.models import pretrained
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm, load_llm
@@ -127,7 +128,7 @@ def load_speech(export: Path, attention: Attention) -> SpeechModel:
     card = read_card(export)
     _checked(export, card)
     speech = speech_from_card(card["speech"], attention)
-    speech.load_state_dict(load_file(export / "speech.safetensors"))
+    _fill(speech, export / "speech.safetensors", set(speech.state_dict()))
     return speech
 
 
@@ -135,7 +136,7 @@ def load_aligner(export: Path, attention: Attention, dtype: torch.dtype = torch.
     """The whole stage-1 model (without its text tower, which `card["text"]` names)."""
     card = read_card(export)
     model = Aligner(load_speech(export, attention), card["text_width"], cfg.ContrastiveConfig(**card["contrastive"]))
-    return _with_heads(model, export).to(dtype).eval()
+    return cast(_with_heads(model, export), dtype).eval()
 
 
 def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = torch.float32) -> tuple[SpeechLLM, Any]:
@@ -145,24 +146,39 @@ def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = tor
     folder = export / "llm"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "adapter_config.json").is_file():
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
 
         base, _ = build_llm(cfg.LLMConfig(pretrained=card["llm"]), card["labels"], attention)
         llm = PeftModel.from_pretrained(base, str(folder))
+        adapter = load_file(folder / "adapter_model.safetensors")
+        pretrained.check_tensors(adapter, get_peft_model_state_dict(llm), str(folder / "adapter_model.safetensors"))
     else:
         llm = load_llm(folder, attention, dtype)
     model = _with_heads(SpeechLLM(speech, llm), export)
-    return model.to(dtype).eval(), tokenizer
+    return cast(model, dtype).eval(), tokenizer
 
 
 def _with_heads(model: Any, export: Path) -> Any:
-    heads = load_file(export / "heads.safetensors")
-    wanted = {name for name in model.state_dict() if not name.startswith(("speech.", "llm."))}
-    if wanted != set(heads):
-        raise UserError(
-            f"{export}: heads.safetensors does not fit the model ({sorted(wanted ^ set(heads))[:3]}): export again"
-        )
-    model.load_state_dict(heads, strict=False)
+    heads = {name for name in model.state_dict() if not name.startswith(("speech.", "llm."))}
+    _fill(model, export / "heads.safetensors", heads)
+    return model
+
+
+def _fill(model: nn.Module, file: Path, wanted: set[str]) -> None:
+    """Load a file that holds just the tensors `wanted` of a model, each of its shape."""
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}): train or copy the run again") from error
+    pretrained.check_tensors(tensors, {name: t for name, t in model.state_dict().items() if name in wanted}, str(file))
+    model.load_state_dict(tensors, strict=False)
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """A model with its floating-point parameters in `dtype`, in place; buffers such as RoPE's frequencies stay fp32."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -173,6 +189,6 @@ def aligner_card(model: Aligner) -> dict[str, Any]:
     return {"speech": speech_card(model.speech), "contrastive": asdict(model.config)}
 
 
-def speech_llm_card(model: SpeechLLM, pretrained: str | None) -> dict[str, Any]:
-    """Shape of a stage-2 model as JSON; `pretrained` names the LLM it came from."""
-    return {"speech": speech_card(model.speech), "llm": pretrained}
+def speech_llm_card(model: SpeechLLM, name: str | None) -> dict[str, Any]:
+    """Shape of a stage-2 model as JSON; `name` is of the LLM it came from."""
+    return {"speech": speech_card(model.speech), "llm": name}

@@ -1,30 +1,27 @@
-"""The causal LLM of stage 2: pretrained, or a small Llama made on the spot with a tokenizer of its own."""
+"""The causal LLM of stage 2: pretrained, or a small one made on the spot."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.integrations import HfDeepSpeedConfig
 
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
-from mser_dist.models import prompts, sources
-from mser_dist.models.attention import Attention
+from mser_dist.models import pretrained, sources
+from mser_dist.models.attention import Attention, for_class
+from mser_dist.models.lora import with_lora
+from mser_dist.models.small_llm import small_llama, small_tokenizer
 
-_CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+_FITTING = "a decoder-only causal LM of text fits, such as Llama, Qwen, Mistral, Gemma, Phi, OLMo or SmolLM"
 
 
 def build_llm(
@@ -33,36 +30,75 @@ def build_llm(
     """Model and tokenizer of a run config; `labels` shape the vocabulary of a tokenizer made on the spot.
 
     With the resolved DeepSpeed config of a ZeRO-3 run, pretrained weights are partitioned as they load: no rank ever
-    holds a whole copy.
+    holds a whole copy. Raises `UserError` for a model of another kind, and for one whose weights are not all there.
     """
     if config.pretrained is None:
         tokenizer = small_tokenizer(labels)
-        model: PreTrainedModel = _small_llama(config.arch, tokenizer, attention)
+        model: PreTrainedModel = small_llama(config.arch, tokenizer, attention)
     else:
         source = sources.resolve(config.pretrained)
+        model_config = pretrained.read_config("llm", config.pretrained, source)
+        attention = for_class(check_kind(model_config, config.pretrained), attention)
         # transformers looks for a living HfDeepSpeedConfig; GGUF weights are dequantised whole, so they cannot use it.
         zero3 = (ds_json or {}).get("zero_optimization", {}).get("stage") == 3 and not source.gguf_file
         partition = HfDeepSpeedConfig(ds_json) if zero3 else None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
-            model = AutoModelForCausalLM.from_pretrained(
-                source.path, gguf_file=source.gguf_file, attn_implementation=attention.kernel, dtype=torch.float32
+            with pretrained.explained(config.pretrained, source.path):
+                tokenizer = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
+            model = pretrained.load(
+                AutoModelForCausalLM,
+                "llm",
+                config.pretrained,
+                source,
+                allow_missing=config.allow_missing,
+                attn_implementation=attention.kernel,
             )
-        except (OSError, ValueError) as error:
-            raise sources.explain(config.pretrained, error) from error
         finally:
             del partition
         if source.gguf_file:
             model = _dequantised(model, attention)
+        if len(tokenizer) > model_config.get_text_config().vocab_size:
+            raise UserError(
+                f"llm.pretrained={config.pretrained}: its tokenizer has {len(tokenizer)} tokens, and the model "
+                f"{model_config.get_text_config().vocab_size}: they are of two models; copy the tokenizer again"
+            )
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"{type(model).__name__} has no gradient checkpointing in transformers: set "
+                "llm.gradient_checkpointing=false"
+            ) from error
     if config.freeze:
         model.requires_grad_(False)
     if config.lora:
-        model = _with_lora(model, config.lora)
+        model = with_lora(model, config.lora)
     return model, tokenizer
+
+
+def check_kind(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
+    """The class of a pretrained LLM. Raises `UserError` for a kind of model that no prompt can be given to."""
+    what = f"llm.pretrained={name} is a model of type {config.model_type}"
+    if config.is_encoder_decoder:
+        raise UserError(f"{what}, an encoder-decoder: {_FITTING}")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise UserError(f"{what}, which transformers knows as no causal LM: {_FITTING}")
+    senses = [part for part in config.sub_configs if part.startswith(("vision", "audio", "image", "speech", "vq"))]
+    if senses or "ConditionalGeneration" in model_class.__name__:
+        raise UserError(
+            f"{what}, which sees or hears by parts of its own: {_FITTING}, or the text part of this one alone"
+        )
+    return model_class
+
+
+def base_of(llm: Any) -> PreTrainedModel:
+    """The causal LM itself; inside a LoRA wrapper the adapted layers are the same modules."""
+    base = getattr(llm, "get_base_model", None)
+    return base() if base else llm
 
 
 def _dequantised(model: PreTrainedModel, attention: Attention) -> PreTrainedModel:
@@ -75,62 +111,10 @@ def _dequantised(model: PreTrainedModel, attention: Attention) -> PreTrainedMode
     return plain
 
 
-def _with_lora(model: PreTrainedModel, lora: cfg.LoraConfig) -> PreTrainedModel:
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=lora.targets,
-                task_type="CAUSAL_LM",
-            ),
-        )
-    except ValueError as error:
-        raise UserError(f"llm.lora.targets={lora.targets} match no layer of the LLM: {error}") from error
-
-
-def _small_llama(arch: dict[str, Any], tokenizer: PreTrainedTokenizerBase, attention: Attention) -> LlamaForCausalLM:
-    unknown = set(arch) - set(LlamaConfig().to_dict())
-    if unknown:
-        raise UserError(f"llm.arch has an unknown field {sorted(unknown)[0]}: it takes the fields of LlamaConfig")
-    try:
-        config = LlamaConfig(
-            **arch,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            attn_implementation=attention.kernel,
-        )
-        return LlamaForCausalLM(config)
-    except Exception as error:  # transformers checks its configs with several kinds of error
-        raise UserError(f"llm.arch is not a valid LlamaConfig: {str(error).splitlines()[0]}") from error
-
-
-def small_tokenizer(labels: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the instructions and answers, so that a small model has a small vocabulary."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([*prompts.instructions(labels), *map(prompts.answer, labels)], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", bos_token="<|begin|>", eos_token="<|end|>"
-    )
-    tokenizer.chat_template = _CHAT
-    return tokenizer
-
-
 def load_llm(folder: Path, attention: Attention, dtype: torch.dtype) -> PreTrainedModel:
-    """An LLM from a folder in Hugging Face format."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.kernel, dtype=dtype)
+    """An LLM from a folder in Hugging Face format that an export holds."""
+    source = sources.Source(str(folder))
+    attention = for_class(check_kind(pretrained.read_config("llm", str(folder), source), str(folder)), attention)
+    return pretrained.load(
+        AutoModelForCausalLM, "llm", str(folder), source, attn_implementation=attention.kernel, dtype=dtype
+    )

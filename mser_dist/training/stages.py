@@ -1,24 +1,33 @@
 """What differs between the two stages.
 
-Each has `model`; `features`, what its encoder is fed; `collate`, which makes a batch of clips in a worker; `step`, one
-optimizer step over its micro-batches; `scorer`, which scores the labels of a batch for validation; `card`, what the
-exported model is; and `source`, the card of the run that this one builds on, if any.
+Each has `model`; `features`, what its encoder is fed; `collate`, which makes a batch of clips in a worker; `check`, of
+the model before the first step; `step`, one optimizer step over its micro-batches; `scorer`, which scores the labels of
+a batch for validation; `card`, what the exported model is; and `source`, the card of the run that this one builds on,
+if any.
 """
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from mser_dist import config as cfg
 from mser_dist.contrastive import Embedded, cached_backward, peak_bytes
 from mser_dist.errors import UserError
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
-from mser_dist.models import exported, prompts
+from mser_dist.files import write_json
+from mser_dist.models import chat, exported, prompts
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
+from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.llm import build_llm
+from mser_dist.models.lora import adapted
+from mser_dist.models.self_check import check_llm, check_speech
 from mser_dist.models.speech import build_speech
 from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
 from mser_dist.models.text import TextTower
@@ -95,6 +104,11 @@ class Align:
     def scorer(self) -> PromptScorer:
         return PromptScorer(self.model, self.tower, self.labels)
 
+    def check(self) -> str:
+        """Raise `UserError` if a clip's tokens depend on its batch. Collective."""
+        check_speech(self.model.speech, self.device)
+        return ""
+
     def card(self) -> dict[str, Any]:
         return {"text": self.tower.name, "text_width": self.tower.width, **exported.aligner_card(self.model)}
 
@@ -155,7 +169,9 @@ class Instruct:
         llm, self.tokenizer = build_llm(config.llm, self.labels, attention, ds_json)
         self.model = SpeechLLM(speech, llm)
         self.features = speech.encoder.features
-        self.collate = InstructCollate(self.tokenizer, self.labels, speech.query_count)
+        self.prompt = _kept_prompt(Path(config.out), config.llm.pretrained, self.tokenizer)
+        self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
+        self.collate.check_length(llm.config)
 
     def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
         """Accumulate over the micro-batches the mean loss of all ranks' answer tokens. Collective.
@@ -176,21 +192,52 @@ class Instruct:
         return sums, torch.stack(losses).tolist()  # DeepSpeed has waited for the device already, for the gradient norm
 
     def scorer(self) -> AnswerScorer:
-        return AnswerScorer(self.model, self.tokenizer, self.labels)
+        return AnswerScorer(self.model, self.tokenizer, self.prompt, self.labels)
+
+    def check(self) -> str:
+        """Raise `UserError` if the model cannot be trained or scored rightly; what was found. Collective."""
+        checked = check_llm(self.model, self.collate.prompts, self.collate.answers, self.device)
+        lora = adapted(self.model.llm)
+        return str(checked) + (f"\nLoRA adapts {', '.join(f'{n} {name}' for name, n in lora.items())}" if lora else "")
 
     def card(self) -> dict[str, Any]:
-        return {**exported.speech_llm_card(self.model, self.config.llm.pretrained), "stage1": self.config.stage1}
+        card = exported.speech_llm_card(self.model, self.config.llm.pretrained)
+        return {**card, "stage1": self.config.stage1, "prompt": asdict(self.prompt)}
+
+
+def _kept_prompt(out: Path, llm: str | None, tokenizer: Any) -> ChatPrompt:
+    """The prompt that a run began with; at its first start, the one that the LLM's template gives today. Collective.
+
+    ``<out>/prompt.json`` keeps it: a template may print the date, and ranks may meet midnight.
+    """
+    kept = out / "prompt.json"
+    found = None
+    if kept.is_file():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    prompt = ChatPrompt(**found["prompt"]) if found and found["llm"] == llm else chat.render(tokenizer)
+    agreed: ChatPrompt = distributed.agree(prompt)
+    if distributed.discover().is_main:
+        write_json(kept, {"llm": llm, "prompt": asdict(agreed)})
+    return agreed
 
 
 class InstructCollate:
     """Clips → padded speech and chat prompts with the answer behind them; only the answer has labels."""
 
-    def __init__(self, tokenizer: Any, labels: list[str], queries: int) -> None:
-        self.prompts = [
-            prompts.prompt_ids(tokenizer, instruction, queries, SPEECH) for instruction in prompts.instructions(labels)
-        ]
-        self.answers = [prompts.answer_ids(tokenizer, label) for label in labels]
+    def __init__(self, tokenizer: Any, prompt: ChatPrompt, labels: list[str], queries: int) -> None:
+        self.prompts = [prompt.ids(tokenizer, text, queries, SPEECH) for text in prompt.instructions(labels)]
+        self.answers = chat.answers(tokenizer, labels)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def check_length(self, llm: PreTrainedConfig) -> None:
+        """Raise `UserError` if the LLM has fewer positions than the longest prompt and answer have tokens."""
+        longest = max(map(len, self.prompts)) + max(map(len, self.answers))
+        positions = getattr(llm.get_text_config(), "max_position_embeddings", None) or longest
+        if longest > positions:
+            raise UserError(
+                f"prompt and answer have up to {longest} tokens, and the LLM {positions} positions: name fewer labels, "
+                "or take another LLM"
+            )
 
     def __call__(self, clips: list[Example]) -> Batch:
         rows = []

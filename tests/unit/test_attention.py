@@ -36,7 +36,7 @@ def test_auto_on_a_cpu_is_sdpa_and_says_why() -> None:
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_kernels_that_always_run(kernel: str) -> None:
-    assert choose(kernel, torch.float32, "cpu") == Attention(kernel, "asked for")
+    assert choose(kernel, torch.float32, "cpu") == Attention(kernel, "asked for", named=True)
 
 
 @pytest.mark.parametrize("kernel", FLASH)

@@ -2,8 +2,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mser_dist.config import SIX_EMOTIONS
-from mser_dist.models import prompts
-from mser_dist.models.llm import small_tokenizer
+from mser_dist.models import chat, prompts
+from mser_dist.models.small_llm import small_tokenizer
 
 SPEECH_ID = -1
 ALL = [*SIX_EMOTIONS, "surprise", "boredom"]
@@ -46,12 +46,13 @@ def test_instructions_name_every_option_in_order() -> None:
 def test_speech_tokens_lie_between_the_halves_of_the_prompt(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
     instruction = prompts.instructions(SIX_EMOTIONS)[0]
-    ids = prompts.prompt_ids(tokenizer, instruction, queries=5, speech_id=SPEECH_ID)
+    prompt = chat.render(tokenizer)
+    ids = prompt.ids(tokenizer, instruction, queries=5, speech_id=SPEECH_ID)
     places = [i for i, number in enumerate(ids) if number == SPEECH_ID]
     assert places == list(range(places[0], places[0] + 5))
     before, after = tokenizer.decode(ids[: places[0]]), tokenizer.decode(ids[places[-1] + 1 :])
-    assert (before, after) == prompts.split_prompt(tokenizer, instruction)
-    assert prompts.SPEECH_MARK not in before + after
+    assert (before, after) == (prompt.before, prompt.between + instruction + prompt.after)
+    assert chat.SPEECH_MARK not in before + after
     assert instruction in after
     if kind == "tokenizer":
         assert before == "<|user|>" and after.endswith("<|end|><|assistant|>")
@@ -61,7 +62,7 @@ def test_speech_tokens_lie_between_the_halves_of_the_prompt(kind: str, request: 
 
 
 def test_answers_end_and_differ(tokenizer: PreTrainedTokenizerFast) -> None:
-    answers = [prompts.answer_ids(tokenizer, label) for label in ALL]
+    answers = [chat.answer_ids(tokenizer, label) for label in ALL]
     for label, ids in zip(ALL, answers, strict=True):
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[:-1]) == prompts.answer(label) == label
