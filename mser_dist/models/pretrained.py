@@ -84,12 +84,14 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def tell(complaints: dict[str, list[str]]) -> str:
-    """Which tensors are wrong in which way: the first three of each."""
+    """Which tensors are wrong in which way ("are missing"): the first three of each."""
     parts = []
     for what, names in complaints.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{len(names)} tensor{'s' * (len(names) > 1)} {what} ({', '.join(names[:3])}{more})")
+            one = what.replace("are ", "is ").replace("have ", "has ")
+            count = f"{len(names)} tensors {what}" if len(names) > 1 else f"1 tensor {one}"
+            parts.append(f"{count} ({', '.join(names[:3])}{more})")
     return ", ".join(parts)
 
 

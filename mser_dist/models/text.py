@@ -50,7 +50,8 @@ class TextTower:
 
 
 def _check_kind(config: Any, name: str) -> None:
-    if config.is_encoder_decoder or config.sub_configs or type(config) not in MODEL_MAPPING:
+    both = config.is_encoder_decoder or type(config)().is_encoder_decoder  # T5's encoder alone says no of itself
+    if both or config.sub_configs or type(config) not in MODEL_MAPPING:
         raise UserError(
             f"text.pretrained={name} is a model of type {config.model_type}: name an encoder of text alone, such as "
             "BERT, XLM-RoBERTa, MPNet or a sentence encoder made of one (no encoder-decoder, none that sees images)"

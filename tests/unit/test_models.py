@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import WhisperConfig
+from transformers import (
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaForCausalLM,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    WhisperConfig,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mser_dist import config as cfg
@@ -16,6 +27,8 @@ from mser_dist.models import chat, exported, prompts
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm
+from mser_dist.models.lora import adapted
+from mser_dist.models.small_llm import small_tokenizer
 from mser_dist.models.speech import SpeechModel, build_speech
 from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
 from mser_dist.models.text import TextTower
@@ -258,3 +271,50 @@ def test_a_gguf_model_is_a_full_precision_one_that_can_be_saved(tmp_path: Path) 
     assert "Paris" in said, said
     llm.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_lora_targets_are_in_every_layer_or_an_error(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    models = {
+        "phi3": Phi3ForCausalLM(Phi3Config(**sizes, num_hidden_layers=2, num_key_value_heads=1, pad_token_id=0)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=2)),
+        "lfm2": Lfm2ForCausalLM(
+            Lfm2Config(**sizes, num_hidden_layers=2, num_key_value_heads=1, layer_types=["conv", "full_attention"])
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        small_tokenizer(["a"]).save_pretrained(tmp_path / name)
+
+    def adapters(name: str, **keys: Any) -> dict[str, int]:
+        config = cfg.LLMConfig(pretrained=str(tmp_path / name), lora=cfg.LoraConfig(rank=2, **keys))
+        return adapted(build_llm(config, ["a"], SDPA)[0])
+
+    with pytest.raises(UserError, match=r"q_proj matches no linear layer.*name some of o_proj, qkv_proj, gate_up_proj"):
+        adapters("phi3")
+    assert adapters("phi3", targets=["qkv_proj", "o_proj"]) == {"qkv_proj": 2, "o_proj": 2}
+    assert adapters("gpt2", targets=["c_attn"]) == {"c_attn": 2}
+    hybrid = ["q_proj", "out_proj"]
+    with pytest.raises(UserError, match=r"q_proj is in 1 of the LLM's 2 layers.*allow_partial"):
+        adapters("lfm2", targets=hybrid)
+    assert adapters("lfm2", targets=hybrid, allow_partial=True) == {"q_proj": 1, "out_proj": 2}
+    assert adapters("lfm2", targets=["all-linear"])["w1"] == 2
+    with pytest.raises(UserError, match="all-linear stands alone"):
+        adapters("lfm2", targets=["all-linear", "q_proj"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Gemma2ForCausalLM, Phi3ForCausalLM, OPTForCausalLM])
+def test_a_cast_model_computes_what_transformers_own_does(kind: Any, tmp_path: Path) -> None:
+    """RoPE's frequencies and the like stay fp32, as `from_pretrained(dtype=bfloat16)` leaves them."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    plain = kind.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    ours = exported.cast(kind.from_pretrained(tmp_path, dtype=torch.float32), torch.bfloat16).eval()
+    assert {p.dtype for p in ours.parameters()} == {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    frequencies = [b.dtype for name, b in ours.named_buffers() if name.endswith("inv_freq")]
+    assert set(frequencies) <= {torch.float32} and bool(frequencies) == (kind is not OPTForCausalLM)
+    ids = torch.arange(60)[None]
+    torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=0)

@@ -1,7 +1,14 @@
+import json
+import re
+from dataclasses import asdict
+
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mser_dist.config import SIX_EMOTIONS
+from mser_dist.errors import UserError
 from mser_dist.models import chat, prompts
 from mser_dist.models.small_llm import small_tokenizer
 
@@ -67,3 +74,93 @@ def test_answers_end_and_differ(tokenizer: PreTrainedTokenizerFast) -> None:
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[:-1]) == prompts.answer(label) == label
     assert len({tuple(ids) for ids in answers}) == len(ALL)
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = small_tokenizer(SIX_EMOTIONS)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+_TURNS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>CONTENT<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{{ m['content'] }}",
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}",
+        "{{ m['content'] | e }}",
+        "{{ m['content'] | trim | replace('<|', '') | replace('|>', '') }}",
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{{ raise_exception('text only') }}{% endif %}",
+        "{% if m['content'] is string %}{{ raise_exception('parts only') }}{% endif %}{{ m['content'][0]['text'] }}",
+    ],
+)
+def test_a_template_may_want_parts_escape_or_strip(content: str) -> None:
+    tokenizer = with_template(_TURNS.replace("CONTENT", content))
+    prompt = chat.render(tokenizer)
+    assert prompt == chat.ChatPrompt("<|user|>", "\n", "<|end|><|assistant|>")
+    instruction = prompt.instructions(SIX_EMOTIONS)[0]
+    ids = prompt.ids(tokenizer, instruction, queries=2, speech_id=SPEECH_ID)
+    assert tokenizer.decode([i for i in ids if i >= 0]) == f"<|user|>\n{instruction}<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("<|user|>{{ messages[0]['role'] }}<|end|>", r"does not show speech and instruction once each, but 0 and 0"),
+        (_TURNS.replace("CONTENT", "{{ m['content'] }}{{ m['content'] }}"), "but 2 and 2 times and"),
+        (_TURNS.replace("CONTENT", "{{ m['content'] | lower }}"), "does not show speech"),
+        (_TURNS.replace("CONTENT", "{{ m['content'] | replace('e', 'E') }}"), "does not show speech|changes the text"),
+        (
+            _TURNS.replace("CONTENT", "{{ m['content'] | replace('express', '') }}"),
+            "changes the text of an instruction",
+        ),
+        ("{{ messages[0]['content'] }}", "does not end the user's turn"),
+        ("{{ raise_exception('a system message is missing') }}", "cannot be rendered: a system message is missing"),
+        ("{% for m in messages %}", "cannot be rendered: "),
+    ],
+)
+def test_a_template_that_loses_something_is_named(template: str, says: str) -> None:
+    with pytest.raises(UserError, match=f"the chat template of .* {says}|the chat template of .*{says}") as caught:
+        chat.render(with_template(template))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_with_a_date_is_rendered_once() -> None:
+    tokenizer = with_template("It is {{ strftime_now('%d %b %Y') }}.\n{{ messages[0]['content'] }}<|assistant|>")
+    kept = asdict(chat.render(tokenizer))
+    assert re.fullmatch(r"It is \d\d \w+ \d{4}\.\n", kept["before"])
+    kept["before"] = "It is 01 Jan 2026.\n"  # the day on which a run began
+    back = chat.ChatPrompt(**json.loads(json.dumps(kept)))
+    ids = back.ids(tokenizer, "Name it.", 1, SPEECH_ID)
+    assert tokenizer.decode(ids[: ids.index(SPEECH_ID)]) == "It is 01 Jan 2026.\n"
+    assert back.instructions(["sad"]) == prompts.instructions(["sad"])
+
+
+def test_answers_that_a_tokenizer_cannot_say_or_end() -> None:
+    tokenizer = small_tokenizer(SIX_EMOTIONS)
+    with pytest.raises(UserError, match=r"the label 'happy' is the beginning of 'happy<\|end\|>'"):
+        chat.answers(tokenizer, ["sad", "happy<|end|>", "happy"])
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"has no end token.*set eos_token"):
+        chat.answer_ids(tokenizer, "happy")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"happy": 0, "[UNK]": 1, "</s>": 2}, "[UNK]")),
+        unk_token="[UNK]",
+        eos_token="</s>",
+    )
+    assert chat.answer_ids(words, "happy") == [0, 2]
+    with pytest.raises(UserError, match=r"makes '\[UNK\]' of the label 'злость'"):
+        chat.answers(words, ["happy", "злость"])
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_neither_here() -> None:
+    tokenizer = small_tokenizer(SIX_EMOTIONS)
+    plain = chat.answers(tokenizer, ALL), chat.render(tokenizer).ids(tokenizer, "Name it.", 1, SPEECH_ID)
+    tokenizer.backend_tokenizer.enable_truncation(1)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    assert plain == (chat.answers(tokenizer, ALL), chat.render(tokenizer).ids(tokenizer, "Name it.", 1, SPEECH_ID))

@@ -157,7 +157,7 @@ def test_a_model_that_is_wrong_is_refused_by_name(kind: type[LlamaForCausalLM], 
 
 def test_one_that_is_not_causal_is_refused() -> None:
     torch.manual_seed(0)
-    with pytest.raises(UserError, match="BertLMHeadModel cannot be used here.*not causal"):
+    with pytest.raises(UserError, match=r"BertLMHeadModel cannot be used here.*not causal"):
         check(BertLMHeadModel(BertConfig(**SIZES, is_decoder=False)))
 
 
