@@ -308,6 +308,8 @@ def test_lora_targets_are_in_every_layer_or_an_error(tmp_path: Path) -> None:
 def test_a_cast_model_computes_what_transformers_own_does(kind: Any, tmp_path: Path) -> None:
     """RoPE's frequencies and the like stay fp32, as `from_pretrained(dtype=bfloat16)` leaves them."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    if kind is not OPTForCausalLM:
+        sizes["num_key_value_heads"] = 1
     torch.manual_seed(0)
     model = kind(kind.config_class(**sizes)).eval()
     model.save_pretrained(tmp_path)
