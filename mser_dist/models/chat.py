@@ -29,6 +29,9 @@ class ChatPrompt:
     after: str
     questions: tuple[str, ...] = prompts.INSTRUCTIONS
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "questions", tuple(self.questions))  # from JSON, a list
+
     def instructions(self, labels: list[str]) -> list[str]:
         """Every way to ask for one of `labels`."""
         return prompts.instructions(labels, self.questions)
@@ -92,7 +95,7 @@ def _rendered(tokenizer: Any, content: str, as_parts: bool) -> str:
 
 
 def _name(tokenizer: Any) -> str:
-    return tokenizer.name_or_path or "the tokenizer"
+    return tokenizer.name_or_path or "this LLM"
 
 
 def answer_ids(tokenizer: Any, label: str) -> list[int]:

@@ -19,14 +19,14 @@ class SpeechLLM(nn.Module):
     """Encoder → Q-Former → projector → embeddings in the prompt of the LLM.
 
     The LLM is called as a whole, whatever it does between embeddings and logits. `shares_cache` says whether the keys
-    and values of a prompt may be read by many answers; `self_check` finds out.
+    and values of a prompt may be read by many answers: not until `self_check` has found that they may.
     """
 
     def __init__(self, speech: SpeechModel, llm: PreTrainedModel) -> None:
         super().__init__()
         self.speech = speech
         self.llm = llm
-        self.shares_cache = True
+        self.shares_cache = False
         causal_lm = base_of(llm)
         self._keeps_logits = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
         text = causal_lm.config.get_text_config()

@@ -169,7 +169,7 @@ class Instruct:
         llm, self.tokenizer = build_llm(config.llm, self.labels, attention, ds_json)
         self.model = SpeechLLM(speech, llm)
         self.features = speech.encoder.features
-        self.prompt = _kept_prompt(Path(config.out), config.llm.pretrained, self.tokenizer)
+        self.prompt = kept_prompt(Path(config.out), config.llm.pretrained, self.tokenizer)
         self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
         self.collate.check_length(llm.config)
 
@@ -205,17 +205,20 @@ class Instruct:
         return {**card, "stage1": self.config.stage1, "prompt": asdict(self.prompt)}
 
 
-def _kept_prompt(out: Path, llm: str | None, tokenizer: Any) -> ChatPrompt:
+def kept_prompt(out: Path, llm: str | None, tokenizer: Any) -> ChatPrompt:
     """The prompt that a run began with; at its first start, the one that the LLM's template gives today. Collective.
 
     ``<out>/prompt.json`` keeps it: a template may print the date, and ranks may meet midnight.
     """
     kept = out / "prompt.json"
-    found = None
+    prompt = None
     if kept.is_file():
-        found = json.loads(kept.read_text(encoding="utf-8"))
-    prompt = ChatPrompt(**found["prompt"]) if found and found["llm"] == llm else chat.render(tokenizer)
-    agreed: ChatPrompt = distributed.agree(prompt)
+        try:
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            prompt = ChatPrompt(**found["prompt"]) if found["llm"] == llm else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{kept} is damaged ({error!r}): remove it to render the prompt anew") from error
+    agreed: ChatPrompt = distributed.agree(prompt or chat.render(tokenizer))
     if distributed.discover().is_main:
         write_json(kept, {"llm": llm, "prompt": asdict(agreed)})
     return agreed

@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -11,6 +12,7 @@ from mser_dist.config import SIX_EMOTIONS
 from mser_dist.errors import UserError
 from mser_dist.models import chat, prompts
 from mser_dist.models.small_llm import small_tokenizer
+from mser_dist.training.stages import kept_prompt
 
 SPEECH_ID = -1
 ALL = [*SIX_EMOTIONS, "surprise", "boredom"]
@@ -164,3 +166,14 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither_here() -> None:
     tokenizer.backend_tokenizer.enable_truncation(1)
     tokenizer.backend_tokenizer.enable_padding(length=40)
     assert plain == (chat.answers(tokenizer, ALL), chat.render(tokenizer).ids(tokenizer, "Name it.", 1, SPEECH_ID))
+
+
+def test_a_run_keeps_the_prompt_that_it_began_with(tmp_path: Path) -> None:
+    first, later = (with_template(f"It is {day}.\n{_TURNS}".replace("CONTENT", "{{ m['content'] }}")) for day in (1, 2))
+    began = kept_prompt(tmp_path, "llama", first)
+    assert began.before == "It is 1.\n<|user|>"
+    assert kept_prompt(tmp_path, "llama", later) == began
+    assert kept_prompt(tmp_path, "another", later).before.startswith("It is 2.")
+    (tmp_path / "prompt.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"prompt\.json is damaged"):
+        kept_prompt(tmp_path, "llama", later)
