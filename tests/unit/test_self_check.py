@@ -180,13 +180,14 @@ def test_a_cache_that_forgets_or_cannot_be_shared_is_not_used() -> None:
 def test_a_clip_that_depends_on_its_batch_is_found() -> None:
     model = speech()
     check_speech(model, "cpu")
-    layer = model.encoder.whisper.conv2
+    whisper: Any = model.encoder.whisper
+    layer = whisper.conv2
 
     class OverTheBatch(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = layer(x)
             return y - y.mean((0, 2), keepdim=True)
 
-    model.encoder.whisper.conv2 = OverTheBatch()
+    whisper.conv2 = OverTheBatch()
     with pytest.raises(UserError, match="makes of a clip depends on the other clips of its batch"):
         check_speech(model, "cpu")
