@@ -1,4 +1,4 @@
-"""What the plan of the stream costs and is worth: packing, resume, an epoch of ten million samples, a worker's memory.
+"""What the plan of the stream costs: a resume, an epoch of ten million samples, a worker's memory.
 
     python tools/bench_plan.py [--samples 10000000] [--shards 1000]
 
@@ -28,31 +28,11 @@ from mser_dist.shards.writer import DatasetWriter
 from mser_dist.stream.examples import Examples
 from mser_dist.stream.features import Features
 from mser_dist.stream.loader import Example
-from mser_dist.stream.plan import Plan, Position
-from mser_dist.stream.steps import TOKEN, plan_of, training_steps
+from mser_dist.stream.plan import Position
+from mser_dist.stream.steps import plan_of, training_steps
+from tools import bench_packing
 
 LABELS = ["anger", "happy", "sad"]
-RANKS, BUDGET = 1024, 8192
-
-
-def lognormal_seconds(count: int) -> np.ndarray:
-    """(count,) lengths of 0.6 to 30 s with a median of 4.5 s: those outside are drawn again."""
-    random = np.random.default_rng(0)
-    drawn = random.lognormal(np.log(4.5), 0.7, 2 * count)
-    return drawn[(drawn >= 0.6) & (drawn <= 30)][:count].astype(np.float32)
-
-
-def packing(samples: int = 500_000) -> dict[str, float]:
-    """fill: useful share of all packs. slowest_rank: mean load / fullest pack, the worst step of 1,024 ranks."""
-    tokens = np.ceil(lognormal_seconds(samples) / TOKEN).astype(np.int64)
-    plan = Plan(samples, RANKS, 0, batching="tokens", tokens=tokens, budget=BUDGET)
-    loads = np.array(
-        [
-            [int(tokens[plan.share(position, rank, RANKS)[0]].sum()) for rank in range(RANKS)]
-            for position in plan.walk(Position(), plan.steps())
-        ]
-    )  # (steps, ranks)
-    return {"fill": float(loads.mean() / BUDGET), "slowest_rank": float((loads.mean(1) / loads.max(1)).min())}
 
 
 def write_small(folder: Path, shards: int, each: int) -> None:
@@ -98,7 +78,7 @@ def _tiled(shards: ShardSet, size: int) -> ShardSet:
     def tile(column: np.ndarray) -> np.ndarray:
         return np.resize(column, size)
 
-    big.duration = lognormal_seconds(size)
+    big.duration = bench_packing.seconds("lognormal", size)
     big.source = np.random.default_rng(1).integers(0, 2**62, size // 6 + 1)[np.arange(size) // 6]
     big.shard, big._row = tile(shards.shard), tile(shards._row)
     big._place = [tile(column) for column in shards._place]
@@ -188,7 +168,6 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1000, help="of the resume (default: %(default)s)")
     options = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "packing": packing,
         "resume": lambda: resume(options.shards),
         "plan": lambda: plan(options.samples),
     }

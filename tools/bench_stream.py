@@ -2,7 +2,8 @@
 
     python tools/bench_stream.py --json FILE [--audio DIR] [--peers a,b] [--envs DIR] [--rounds 5] [--quick]
 
-Then what `bench_plan.py` and `bench_encoder.py` measure: packing, resume, planning, and the encoder without padding.
+Then what `bench_packing.py`, `bench_plan.py` and `bench_encoder.py` measure: padding and waiting by batching, resume,
+planning, and the encoder without padding.
 
 Run it from a checkout that `make install` installed. Each loader is a long-lived process with one thread for torch that
 decodes in the process itself; a round runs each once, one after the other, and the medians over the rounds are told.
@@ -31,7 +32,7 @@ from typing import Any
 
 from mser_dist.errors import UserError
 from mser_dist.files import write_json
-from tools import bench_plan
+from tools import bench_packing, bench_plan
 from tools.stream_peers import clips
 from tools.stream_peers.loaders import OWN_FORMAT, PEERS, Loader, PeerError
 
@@ -180,8 +181,8 @@ def encoder(quick: bool) -> dict[str, Any]:
     return bench_encoder.measure(3.0, rounds=1 if quick else 7, batch=1 if quick else 4)
 
 
-PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "packing": lambda quick: bench_plan.packing(40_000 if quick else 500_000),
+PARTS: dict[str, Callable[[bool], Any]] = {
+    "packing": lambda quick: bench_packing.rows(20_000 if quick else 200_000),
     "resume": lambda quick: bench_plan.resume(20 if quick else 1000, rounds=1 if quick else 7),
     "plan": lambda quick: bench_plan.plan(20_000, ["shuffle"]) if quick else bench_plan.plan(),
     "encoder": encoder,
@@ -223,7 +224,7 @@ def main() -> None:
     print(table(result))
     for name, part in PARTS.items():
         result[name] = part(options.quick)
-        print(f"{name}: {json.dumps(result[name])}")
+        print(bench_packing.table(result[name]) if name == "packing" else f"{name}: {json.dumps(result[name])}")
     if options.json:
         write_json(options.json, result | {"machine": machine()})
 

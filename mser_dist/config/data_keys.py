@@ -97,7 +97,8 @@ class TrainingDataConfig(DataConfig):
     )
     bucket: PositiveInt = opt(16, "batching=bucket: so many global batches are sorted by length together")
     tokens: PositiveInt = opt(
-        8192, "batching=tokens: a micro-batch's encoder steps (20 ms) at most; global_batch counts packs"
+        8192,
+        "batching=tokens: a micro-batch's encoder steps (20 ms) with its padding, at most; global_batch counts packs",
     )
     shuffle_shards: NonNegativeInt = opt(
         0, "shuffle within so many shards at a time (remote sets larger than the cache); 0: all"

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
+from mser_dist.stream import packing
 from mser_dist.stream.balance import Balance
-from mser_dist.stream.packing import pack
 
-WINDOW = 2048  # samples that are packed together (batching=tokens), and hold the shares of `weights`
+WINDOW = 8192  # samples at most that are packed together (batching=tokens), and hold the shares of `weights`
 
 Indices = NDArray[np.int32]
 
@@ -34,17 +34,11 @@ START = Position()
 
 @dataclass(frozen=True)
 class Epoch:
-    """The order of an epoch, (slots,) samples, cut at `starts` (units + 1,): a unit is a clip, or a pack of clips."""
+    """The order of an epoch, (slots,) samples, cut at `starts` (packs + 1,)."""
 
     order: Indices
-    starts: NDArray[np.int64] | None  # None: every unit is one clip
+    starts: NDArray[np.int64] | None  # None: there are no packs
     steps: int
-
-    def units(self, first: int, last: int) -> list[Indices]:
-        """Units first … last - 1; past the end the epoch's first ones come again."""
-        assert self.starts is not None
-        numbers = np.arange(first, last) % (len(self.starts) - 1)
-        return [self.order[self.starts[i] : self.starts[i + 1]] for i in numbers]
 
 
 @dataclass(eq=False)
@@ -59,7 +53,8 @@ class Plan:
         balance: fields in equal parts in every global batch.
         parts, weights: (size,) number of the set of each sample, and each set's share of every batch.
         batching: "shuffle"; "bucket": `bucket` global batches at a time are sorted by length before they are cut;
-            "tokens": units are packs of at most `budget` of `tokens` (size,), all nearly equally full.
+            "tokens": packs of any number of clips, whose longest of `tokens` (size,) times their number is at most
+            `budget`; those of a step cost nearly the same.
         shards, shuffle_shards: (size,) shard of each sample; shuffle within so many random shards at a time.
     """
 
@@ -110,7 +105,7 @@ class Plan:
         first = position.batch * self.global_batch
         if epoch.starts is None:
             return epoch.order[first : first + self.global_batch]
-        return np.concatenate(epoch.units(first, first + self.global_batch))
+        return epoch.order[epoch.starts[first] : epoch.starts[first + self.global_batch]]
 
     def share(self, position: Position, rank: int, world_size: int, micro: int | None = None) -> list[Indices]:
         """A rank's micro-batches of a step: of `micro` clips (None: all in one), or a pack each.
@@ -121,7 +116,8 @@ class Plan:
         epoch = self.epoch(position.epoch)
         if epoch.starts is not None:
             first = position.batch * self.global_batch
-            return epoch.units(first, first + self.global_batch)[rank::world_size]
+            packs = range(first + rank, first + self.global_batch, world_size)
+            return [epoch.order[epoch.starts[i] : epoch.starts[i + 1]] for i in packs]
         batch = self.batch(position)
         if self.duration is not None:
             batch = batch[np.argsort(-self.duration[batch], kind="stable")]
@@ -142,13 +138,24 @@ class Plan:
             if self.groups is not None and self.together > 1:
                 order = _side_by_side(order, self.groups, self.together, self.global_batch, random)
         if self.batching == "tokens":
-            assert self.tokens is not None
-            order, starts = pack(order, self.tokens, self.budget, WINDOW)
-            return Epoch(order, starts, -(-(len(starts) - 1) // self.global_batch))
+            return self._packed(order, random)
         order = np.resize(order, steps * self.global_batch)
         if self.batching == "bucket":
             order = self._by_length(order, random)
         return Epoch(order, None, steps)
+
+    @property
+    def _window(self) -> int:
+        """At least two windows of equal size: which clips meet in a pack differs from epoch to epoch."""
+        return -(-self.size // max(2, -(-self.size // WINDOW)))
+
+    def _packed(self, order: Indices, random: np.random.Generator) -> Epoch:
+        assert self.tokens is not None
+        order, starts = packing.pack(order, self.tokens, self.budget, self._window)
+        cost = self.tokens[order[starts[:-1]]].astype(np.int64) * np.diff(starts)
+        span = 1.0 if self.shards is None else self.shuffle_shards / (int(self.shards.max()) + 1)
+        packs = packing.into_steps(cost, starts[:-1] // self._window, self.global_batch, span, random)
+        return Epoch(*packing.gather(order, starts, packs), len(packs) // self.global_batch)
 
     def _mixed(self, random: np.random.Generator) -> Indices:
         """Every batch holds the sets in their shares, rounded up or down by systematic sampling."""
@@ -160,8 +167,8 @@ class Plan:
             return random.permuted(np.searchsorted(bounds, line, side="right").astype(np.uint8), axis=1).ravel()
 
         if self.batching == "tokens":  # whose last window is as short as it comes
-            part = shares(self.size // WINDOW, WINDOW)
-            if rest := self.size % WINDOW:
+            part = shares(self.size // self._window, self._window)
+            if rest := self.size % self._window:
                 part = np.concatenate([part, shares(1, rest)])
         else:
             part = shares(-(-self.size // self.global_batch), self.global_batch)

@@ -19,7 +19,7 @@ from mser_dist.stream.examples import Examples
 from mser_dist.stream.loader import Answer, BadClips, ClipRequest, Collate, Request, answers
 from mser_dist.stream.plan import Plan, Position
 
-ORDER_VERSION = 1  # of the order of clips as a function of seed, epoch and step
+ORDER_VERSION = {"shuffle": 1, "bucket": 1, "tokens": 2}  # of the order as a function of seed, epoch and step
 TOKEN = 0.02  # seconds a token: one step of a Whisper-type encoder
 SORTED_ROUNDS = 32  # rounds of `one_pass` whose clips are sorted by length together
 FETCH_AHEAD = 8  # steps whose remote shards are fetched before a worker asks for them
@@ -88,7 +88,7 @@ def _balance(
 def identity(examples: Examples, plan: Plan) -> dict[str, Any]:
     """What a position counts in, as JSON: it means nothing in another set, or in another order of the same."""
     return {
-        "version": ORDER_VERSION,
+        "version": ORDER_VERSION[plan.batching],
         "clips": len(examples),
         "fingerprint": examples.shards.fingerprint(),
         "seed": plan.seed,
@@ -100,7 +100,11 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise `UserError` where a checkpoint's position is one of other data, or of another order."""
     for name, value in now.items():
         if saved.get(name) != value:
-            what = {"fingerprint": "the data set has changed since", "clips": "the data set has changed since"}
+            what = {
+                "fingerprint": "the data set has changed since",
+                "clips": "the data set has changed since",
+                "version": "another version of mser_dist put the clips in another order",
+            }
             raise UserError(
                 f"the checkpoint's data.{name} is {saved.get(name)}, and now it is {value}: "
                 f"{what.get(name, 'it is of another configuration')}; restore it, or train anew with another out="

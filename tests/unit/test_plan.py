@@ -12,6 +12,7 @@ from mser_dist.shards.columns import Column
 from mser_dist.stream.balance import Balance, fields_of
 from mser_dist.stream.packing import pack
 from mser_dist.stream.plan import Plan, Position
+from tools import bench_packing
 
 
 def fresh(plan: Plan, **changes: Any) -> Plan:
@@ -182,18 +183,16 @@ def test_weights_hold_in_every_batch(weights: list[float], batch: int, seed: int
         assert counts.max() - counts.min() <= 1
 
 
-@given(st.integers(1, 30), st.sampled_from([0, 1, 7, 16]), st.integers(0, 99))
+@given(st.integers(2, 30), st.sampled_from([0, 1, 7, 15]), st.integers(0, 99))
 def test_weights_with_packs_make_an_epoch_of_the_sets_size(windows: int, more: int, seed: int) -> None:
     size = 16 * windows + more
     tokens = np.random.default_rng(seed).integers(1, 50, size)
     options: dict[str, Any] = {"parts": np.arange(size) % 2, "weights": [3, 1]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mser_dist.stream.plan.WINDOW", 16)
-        order = Plan(size, 4, seed, batching="tokens", tokens=tokens, budget=100, **options).epoch(0).order
+        order = Plan(size, 1, seed, batching="tokens", tokens=tokens, budget=100, **options).epoch(0).order
     assert len(order) == size
-    for start in range(0, size, 16):
-        window = options["parts"][order[start : start + 16]]
-        assert abs((window == 0).sum() - 0.75 * len(window)) < 1
+    assert abs((options["parts"][order] == 0).sum() - 0.75 * size) <= windows + 1  # less than one in each window
 
 
 def test_a_set_with_a_weight_and_no_clip_is_refused() -> None:
@@ -241,23 +240,54 @@ def test_packs_hold_every_sample_once_within_the_budget(lengths: list[int], budg
     tokens = np.array(lengths)
     order = np.random.default_rng(0).permutation(len(tokens)).astype(np.int32)
     packed, starts = pack(order, tokens, budget, window)
-    assert sorted(packed) == sorted(order)
-    loads = np.add.reduceat(tokens[packed], starts[:-1])
-    assert loads.max() <= budget
-    assert (np.diff(starts) > 0).all()
     for i in range(0, len(order), window):  # windows stay together, in their order
-        assert set(packed[i : i + window]) == set(order[i : i + window])
+        assert sorted(packed[i : i + window]) == sorted(order[i : i + window])
+    counts = np.diff(starts)
+    assert counts.min() > 0 and starts[-1] == len(order)
+    longest = np.maximum.reduceat(tokens[packed], starts[:-1])
+    np.testing.assert_array_equal(longest, tokens[packed[starts[:-1]]])
+    assert (longest * counts).max() <= budget
 
 
-def test_packs_are_full_and_equally_full() -> None:
-    random = np.random.default_rng(0)
-    seconds = random.lognormal(1.5, 0.7, 60_000)
-    seconds = seconds[(seconds >= 0.6) & (seconds <= 30)]
-    tokens = np.ceil(seconds * 50).astype(np.int64)
-    packed, starts = pack(np.arange(len(tokens), dtype=np.int32), tokens, 8192, 2048)
-    loads = np.add.reduceat(tokens[packed], starts[:-1])
-    assert loads.sum() / (8192 * len(loads)) >= 0.98
-    assert loads[:1024].mean() / loads[:1024].max() >= 0.97
+@pytest.mark.parametrize("kind", bench_packing.DURATIONS)
+@pytest.mark.parametrize(("size", "ranks"), [(200_000, 1024), (200_000, 64), (20_000, 64), (4_000, 4)])
+def test_packs_cost_little_more_than_is_in_them_and_ranks_wait_for_none(kind: str, size: int, ranks: int) -> None:
+    """In what a GPU pays: the longest clip of a pack, times their number."""
+    found = bench_packing.measured(bench_packing.seconds(kind, size), "tokens", ranks)
+    assert found["padded_over_real"] <= 1.03
+    assert found["largest_over_budget"] <= 1
+    assert found["slowest_over_mean_in_all"] <= 1.03
+    assert found["slowest_over_mean"] <= 1.03 or ranks == 4, "nor in the worst step, but where it is of few packs"
+
+
+def test_packs_are_others_in_each_epoch_of_a_small_set_too() -> None:
+    tokens = np.random.default_rng(0).permutation(np.arange(30, 630))
+    plan = Plan(600, 4, 0, batching="tokens", tokens=tokens, budget=4096)
+    first, second = (
+        {frozenset(p) for step in range(plan.steps(epoch)) for p in plan.share(Position(epoch, step), 0, 1)}
+        for epoch in (0, 1)
+    )
+    assert not first & second
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_fewer_packs_than_a_step_has_come_again(size: int) -> None:
+    plan = Plan(size, 16, 0, batching="tokens", tokens=np.full(size, 5), budget=5)
+    assert plan.steps() == 1
+    counts = np.bincount(plan.batch(Position()), minlength=size)
+    assert counts.sum() == 16 and counts.max() - counts.min() <= 1
+
+
+def test_packs_of_few_shards_stay_near_each_other() -> None:
+    """A remote set larger than the cache: no step reads from all over it, and clips of many shards are mixed."""
+    size = 64_000
+    tokens = np.random.default_rng(0).integers(50, 1000, size)
+    shards = np.arange(size) // 100
+    plan = Plan(size, 8, 0, batching="tokens", tokens=tokens, shards=shards, shuffle_shards=64)
+    near = [len(np.unique(shards[plan.batch(Position(0, step))])) for step in range(0, plan.steps(), 7)]
+    assert max(near) <= 3 * 64  # 8,192 clips are of 82 shards
+    seen = [step for step in range(plan.steps()) if (shards[plan.batch(Position(0, step))] == 5).any()]
+    assert seen[-1] - seen[0] < plan.steps() / 3
 
 
 def test_a_clip_longer_than_a_pack_is_refused() -> None:
