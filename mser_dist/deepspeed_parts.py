@@ -317,8 +317,9 @@ def set_scale(engine: Any, values: dict[str, float]) -> None:
 
 
 def coalesces(engine: Any) -> bool:
-    """Whether `engine.coalesce_grad_reduction` can be used: not by the wrapper for bfloat16 under ZeRO-1."""
-    return hasattr(engine.optimizer, "_coalesce_grad_reduction")
+    """Whether `engine.coalesce_grad_reduction` can be used: it adds up gradients in the model's own dtype."""
+    model_dtype, gradient_dtype = engine.get_data_types()
+    return model_dtype == gradient_dtype and hasattr(engine.optimizer, "_coalesce_grad_reduction")
 
 
 def drop_gradients(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from mser_dist.errors import UserError
 from mser_dist.ranks.distributed import World
 from mser_dist.state import engine_state
 
-_SECTIONS = ("zero_optimization", "bf16", "fp16")
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")
 
 
 def find_json(name: str) -> Path:
@@ -85,6 +85,9 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
                 f"{f'set engine.dtype={dtype}' if said else 'change engine.dtype'} or remove {section} from the JSON"
             )
         plain[section] = {**plain.get(section, {}), "enabled": enabled}
+    if config.engine.dtype == "bfloat16":  # of whose 8 bits a sum over ranks and micro-batches loses what is small
+        plain.setdefault("communication_data_type", "fp32")
+        plain["data_types"] = {"grad_accum_dtype": "fp32", **plain.get("data_types", {})}
     plain.setdefault("steps_per_print", 10**9)  # our log says more
     try:
         deepspeed_parts.check_supported(plain)
@@ -188,8 +191,9 @@ class Engine:
     def one_reduction(self) -> Iterator[None]:
         """Around several backward passes that are one step's: gradients add up here, and are reduced once, at the end.
 
-        Takes memory for whole gradients. DeepSpeed's wrapper for bfloat16 under ZeRO-1 cannot do this, and need not: it
-        reduces at the last backward pass alone, which `no_sync` marks.
+        Takes memory for whole gradients. Where these are added up in a wider dtype than the model's (float32 for
+        bfloat16), DeepSpeed does not: ZeRO-1 reduces at the last backward pass alone, which `no_sync` marks, 2 and 3 at
+        each, and a rank adds up its part.
         """
         with self._engine.coalesce_grad_reduction() if deepspeed_parts.coalesces(self._engine) else nullcontext():
             try:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,13 @@ def test_the_scale_is_bounded_in_the_masters_too(tmp_path: Path) -> None:
 # ---- caching in bfloat16
 
 
+ROUNDED = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+
+
 def bfloat16_steps(rank: int, ranks: int, folder: str) -> dict[str, list[float]]:
     """By engine: the norm of the gradient of one step, in one chunk and in three."""
     result = {}
-    for stage, more in ((1, {}), (1, {"data_types": {"grad_accum_dtype": "fp32"}}), (2, {}), (3, {})):
+    for stage, more in ((stage, more) for stage in (1, 2, 3) for more in ({}, ROUNDED)):
         norms = []
         for count in (1, 3):
             path = Path(folder) / f"bf16-{rank}.json"
@@ -156,10 +160,74 @@ def bfloat16_steps(rank: int, ranks: int, folder: str) -> dict[str, list[float]]
     return result
 
 
-def test_caching_counts_each_gradient_once_in_bfloat16_too(tmp_path: Path) -> None:
-    """Also where DeepSpeed's wrapper cannot add up gradients before it reduces them."""
-    for engine, (whole, chunked) in run(bfloat16_steps, 2, 2, str(tmp_path))[0].items():
+class Plain(nn.Module):
+    """Its gradient is the batch, exactly; one parameter has fewer elements than there are ranks, one an odd number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (1, 7, 64)])
+        self.computed: set[torch.dtype] = set()  # dtypes of what the model computes with
+
+    def forward(self, batch: Tensor) -> Tensor:
+        self.computed |= {part.dtype for part in self.parts}
+        return torch.stack([(part * batch).float().sum() for part in self.parts]).sum()
+
+
+SMALL = 2.0**-9  # 1 + this is 1 in bfloat16
+GRADIENTS = [[1.0, SMALL], [SMALL, SMALL / 2]]  # of each rank's two micro-batches
+
+
+def bfloat16_sums(rank: int, folder: str) -> dict[str, tuple[list[Tensor], set[torch.dtype]]]:
+    """By engine: the gradients of one step, each parameter's whole; the dtypes of weights in the model and in AdamW."""
+    from deepspeed.utils import safe_get_full_grad
+
+    result = {}
+    for stage, more in ((stage, more) for stage in (1, 2, 3) for more in ({}, ROUNDED)):
+        path = Path(folder) / f"sums-{rank}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}, **more}))
+        for cached in (True, False):
+            train = cfg.TrainConfig(global_batch=4, micro_batch=1, grad_clip=0.0)
+            parts: Any = {"train": train, "engine": cfg.EngineConfig(deepspeed=str(path), dtype="bfloat16")}
+            config = cfg.Stage1(**parts) if cached else cfg.Stage2(**parts)
+            engine = Engine(Plain(), config, World(rank, 2), total=10, device="cpu")
+            with engine.one_reduction() if cached else nullcontext():
+                for turn, gradient in enumerate(GRADIENTS[rank]):
+                    with engine.no_sync() if cached and turn == 0 else nullcontext():
+                        loss = engine.forward(torch.tensor(gradient, dtype=torch.bfloat16))  # type: ignore[arg-type]
+                        engine.backward(loss / 2 if cached else loss)
+                    if not cached and turn == 0:
+                        engine.step()
+            found = [safe_get_full_grad(p).clone() for p in engine.module.parameters()]
+            masters = {p.owner.dtype for group in deepspeed_parts.trained(engine._engine) for p in group}
+            result[f"{stage} {'cached' if cached else 'accumulated'} {more}"] = found, engine.module.computed | masters
+            engine.step()
+    return result
+
+
+def in_bfloat16(rank: int, ranks: int, folder: str) -> tuple[Any, Any]:
+    return bfloat16_steps(rank, ranks, folder), bfloat16_sums(rank, folder)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, Any]]:
+    found: list[tuple[Any, Any]] = run(in_bfloat16, 2, 2, str(tmp_path_factory.mktemp("bf16")))
+    return found
+
+
+def test_caching_counts_each_gradient_once_in_bfloat16_too(halves: list[tuple[Any, Any]]) -> None:
+    """Also where gradients are not added up before they are reduced."""
+    for engine, (whole, chunked) in halves[0][0].items():
         assert chunked == pytest.approx(whole, rel=0.02), engine  # bfloat16 has 8 bits; an error would be of 3 or 2
+
+
+def test_gradients_in_bfloat16_are_reduced_and_added_up_in_float32(halves: list[tuple[Any, Any]]) -> None:
+    mean = torch.tensor(GRADIENTS).mean()
+    for _, sums in halves:
+        for engine, (gradients, dtypes) in sums.items():
+            assert dtypes == {torch.bfloat16, torch.float32}, "the model computes in the one, AdamW steps in the other"
+            for gradient in gradients:
+                rounded = ROUNDED["communication_data_type"] in engine  # what a file of one's own says holds
+                assert (gradient != mean).all() if rounded else (gradient == mean).all(), f"{engine}: {gradient}"
 
 
 # ---- the model of stage 1, whole steps

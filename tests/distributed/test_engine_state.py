@@ -17,7 +17,9 @@ from tests.distributed.spawn import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 STEPS, MICRO, WIDTH = 3, 4, 6
-BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale_window": 2, "initial_scale_power": 12}}
+BF16 = {"bf16": {"enabled": True}}
+SUMS = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}  # as a run has them with bf16
+FP16 = {"fp16": {"enabled": True, "loss_scale_window": 2, "initial_scale_power": 12}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
 
@@ -32,21 +34,22 @@ CASES: dict[str, dict[str, Any]] = {
     "0 fp16": zero(0) | FP16,
     "1": zero(1),
     "1 bf16": zero(1) | BF16,
-    "1 bf16, fp32 gradients": zero(1) | BF16 | {"data_types": {"grad_accum_dtype": "fp32"}},
+    "1 bf16, fp32 gradients": zero(1) | BF16 | SUMS,
     "2": zero(2),
-    "2 bf16": zero(2) | BF16,
+    "2 bf16": zero(2) | BF16 | SUMS,
     "2 fp16": zero(2) | FP16,
     "2 aligned": zero(2, parameter_alignment=True),
-    "2 offload": zero(2, **OFFLOAD) | BF16 | {"zero_force_ds_cpu_optimizer": False},
+    "2 offload": zero(2, **OFFLOAD) | BF16 | SUMS | {"zero_force_ds_cpu_optimizer": False},
     "3": zero(3),
     "3 partitioned": PARTITIONED,
     "3 bf16": zero(3) | BF16,
-    "3 bf16, partitioned": PARTITIONED | BF16,
+    "3 bf16, partitioned": PARTITIONED | BF16 | SUMS,
     "3 fp16": zero(3) | FP16,
     "3 sub-groups": zero(3, sub_group_size=20),
     "3 secondary": zero(3, stage3_param_persistence_threshold=0, zero_hpz_partition_size=2) | BF16,
     "3 offload": zero(3, offload_param={"device": "cpu", "pin_memory": False}, **OFFLOAD)
     | BF16
+    | SUMS
     | {"zero_force_ds_cpu_optimizer": False},
 }
 

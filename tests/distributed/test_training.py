@@ -268,6 +268,12 @@ def test_bfloat16_trains_both_stages(trained: Path) -> None:
     mser(*stage2("runs/bf16_two", LLM, "stage1=runs/bf16_one", *words), cwd=trained)
     weights = load_file(trained / "runs/bf16_two/export/llm/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    checkpoint = sorted((trained / "runs/bf16_two/checkpoints").glob("step-*"))[-1]
+    for rank in (0, 1):  # what was stepped holds more than bfloat16 does
+        state = load_file(checkpoint / f"rank-{rank:05d}.safetensors")
+        masters = [tensor for name, tensor in state.items() if name.startswith("master/llm")]
+        assert {tensor.dtype for tensor in masters} == {torch.float32}
+        assert any((tensor != tensor.bfloat16()).any() for tensor in masters)
     runs = ["stage1=runs/bf16_one", "stage2=runs/bf16_two"]
     mser("eval", "demo_eval", "data.sets=shards", "out=runs/bf16_eval", "dtype=bfloat16", *runs, cwd=trained)
 

@@ -88,6 +88,15 @@ def test_the_same_said_twice_or_auto_is_no_contradiction(tmp_path: Path) -> None
     assert resolved["bf16"] == {"enabled": False}
 
 
+def test_bfloat16_reduces_and_adds_up_gradients_in_float32_unless_a_file_says_otherwise(tmp_path: Path) -> None:
+    assert not {"communication_data_type", "data_types"} & resolve_json(run_config("zero2"), 2).keys()
+    for path in DS_CONFIGS:
+        resolved = resolve_json(run_config(path.stem, "bfloat16"), 2)
+        assert resolved["communication_data_type"] == resolved["data_types"]["grad_accum_dtype"] == "fp32"
+    own = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+    assert own.items() <= resolve_json(run_config(written(tmp_path, own), "bfloat16"), 2).items()
+
+
 @pytest.mark.parametrize(
     ("content", "dtype", "says"),
     [
@@ -113,6 +122,7 @@ def test_the_same_said_twice_or_auto_is_no_contradiction(tmp_path: Path) -> None
         ({"optimizer": {"type": "Adam"}}, "float32", r"remove the section 'optimizer'.*train\.lr"),
         ({"scheduler": {"type": "WarmupLR"}}, "float32", r"remove the section 'scheduler'.*train\.warmup"),
         ({"bf16": True}, "bfloat16", "is a JSON object whose"),
+        ({"data_types": "fp32"}, "bfloat16", "is a JSON object whose"),
         ([1], "float32", "is a JSON object"),
         ("{", "float32", "not valid JSON"),
     ],
