@@ -134,7 +134,8 @@ def _check_claim(frames: int, rate: int, channels: int, where: str, limit: float
         raise UserError(f"{where}: its header does not say how long it is; encode it to a file, not to a pipe")
     if frames > limit * rate:
         raise UserError(
-            f"{where}: {frames / rate:.1f} s of audio, the limit is {limit:g} s; cut it or raise max_seconds"
+            f"{where}: {frames / rate:.1f} s of audio, the limit is {limit:g} s; cut it or raise the limit "
+            "(mser pack --max-seconds, data.max_seconds in a config)"
         )
     if channels > MAX_CHANNELS:
         raise UserError(f"{where}: {channels} channels, at most {MAX_CHANNELS} can be read; convert it to mono")

@@ -39,7 +39,7 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     pack.add_argument("corpus", metavar="CORPUS", help="manifest, emodb, … (an unknown name lists them)")
     pack.add_argument("src", type=Path, metavar="SRC", help="the corpus folder, or the manifest file")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder of shards to make")
-    pack.add_argument("--val-fraction", type=float, default=0.1, help="share of the speakers (default: %(default)s)")
+    pack.add_argument("--val-fraction", type=float, help="share of the speakers (default: 0.1; of two speakers, none)")
     pack.add_argument("--test-fraction", type=float, default=0.2, help="share of the speakers (default: %(default)s)")
     pack.add_argument("--test-speakers", default="", metavar="A,B", help="these speakers make the test split")
     pack.add_argument("--folds", type=int, metavar="K", help="cross-validation: cut the speakers in K test sets …")
@@ -50,6 +50,9 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     )
     pack.add_argument(
         "--max-seconds", type=float, default=40.0, metavar="S", help="refuse longer clips (default: %(default)g)"
+    )
+    pack.add_argument(
+        "--drop-duplicates", action="store_true", help="of clips of identical audio keep the first in SRC's order"
     )
     pack.add_argument("--overwrite", action="store_true", help="replace an earlier set in OUT")
 
@@ -74,6 +77,7 @@ def _synth(options: argparse.Namespace) -> None:
 
 def _pack(options: argparse.Namespace) -> None:
     from mser_dist.corpora.pack import pack
+    from mser_dist.shards import repeats
 
     summary = pack(
         options.corpus,
@@ -87,14 +91,24 @@ def _pack(options: argparse.Namespace) -> None:
         seed=options.seed,
         audio_format=options.format,
         max_seconds=options.max_seconds,
+        drop_duplicates=options.drop_duplicates,
         overwrite=options.overwrite,
     )
     print(f"{summary['out']}: {summary['clips']} clips, {summary['hours']:.2f} h, in {summary['seconds']:.0f} s")
     for name, part in summary["splits"].items():
         print(f"  {name:<6} {part['clips']:>7} clips, {part['speakers']} speakers")
+    if options.val_fraction is None and not summary["splits"]["val"]["clips"] and summary["splits"]["train"]["clips"]:
+        print("  no val: the speakers do not suffice for one; train with data.val_split=null, or give --val-fraction")
     for key in ("emotions", "languages", "dropped"):
         if summary[key]:
             print(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in summary[key].items()))
+    if options.drop_duplicates:
+        gone = summary["duplicates"]
+        other = f"{gone['other_labels']} of another label, {gone['other_splits']} of another split"
+        print(f"  clips of audio that an earlier one has, dropped: {gone['clips']} ({other})")
+    lines = repeats.lines(summary["identical"])
+    for line in lines + (["  --drop-duplicates keeps the first of each"] if lines else []):
+        print(f"  {line}")
     if summary["shared_speakers"]:
         print(
             f"  warning: {summary['shared_speakers']} speakers are in more than one split, as the manifest prescribes"
@@ -105,7 +119,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from mser_dist.shards.inspect import describe, draw, report_parts
     from mser_dist.shards.shard_set import ShardSet
 
-    shards = ShardSet.open(options.sets, split=options.split)
+    shards = ShardSet.open(options.sets, split=options.split, sound=True)
     report = describe(shards)
     tables.show(*report_parts(report))
     try:
@@ -122,13 +136,20 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from mser_dist.shards import repeats
+    from mser_dist.shards.columns import Filter, Gathered
+    from mser_dist.shards.shard_set import ShardSet
     from mser_dist.shards.verify import verify
 
     found = 0
+    gathered = Gathered(Filter(None, None, {}, {}), sound=True)
     for path in options.sets:
-        problems = verify(path, progress=True)
+        problems = verify(path, progress=True, into=gathered)
         for problem in problems:
             print(problem)
         print(f"{path}: {'no problem found' if not problems else f'problems: {len(problems)}'}")
         found += len(problems)
+    if gathered.shards:
+        for line in repeats.lines(repeats.describe(ShardSet(gathered, None))):
+            print(line)
     return 1 if found else 0

@@ -29,7 +29,9 @@ from mser_dist.corpora.splits import split_by_speaker
 from mser_dist.errors import UserError
 from mser_dist.progress import bar
 from mser_dist.shards import index as shard_index
+from mser_dist.shards import repeats
 from mser_dist.shards.index import SPLITS
+from mser_dist.shards.shard_set import ShardSet
 from mser_dist.shards.writer import DATASET_FILE, DatasetWriter, shard_name
 
 CHUNK = 16  # clips a task: long enough that handing it to a process costs little, short enough to keep all busy
@@ -40,7 +42,7 @@ def pack(
     src: str | Path,
     out: str | Path,
     *,
-    val_fraction: float = 0.1,
+    val_fraction: float | None = None,
     test_fraction: float = 0.2,
     test_speakers: Collection[str] = (),
     folds: int | None = None,
@@ -48,6 +50,7 @@ def pack(
     seed: int = 0,
     audio_format: str = "flac",
     max_seconds: float = 40.0,
+    drop_duplicates: bool = False,
     shard_samples: int = 512,
     workers: int | None = None,
     progress: bool = True,
@@ -57,7 +60,8 @@ def pack(
 
     For the splits see `splits.split_by_speaker`. Clips in which annotators named no emotion are left out and counted.
     workers: processes that decode (default: the cores this process may use); a script that calls this with more than
-    one needs the usual `if __name__ == "__main__"`.
+    one needs the usual `if __name__ == "__main__"`. drop_duplicates: of clips of identical audio keep the first in the
+    order of the source, before the splits are made; every recording is decoded once more for that.
 
     However it is stopped, the finished shards stay in `<out>.partial`, and the same call keeps each of them whose clips
     (path, size, time of change, labels), audio format and max_seconds are as they were.
@@ -65,7 +69,9 @@ def pack(
     Returns:
         {name, out, clips, hours, dropped: {native emotion: clips}, splits: {split: {clips, speakers}}, emotions:
         {label: clips}, languages: {language: clips}, shared_speakers: speakers in more than one split (only a
-        prescribed split can do that), seconds: of packing}.
+        prescribed split can do that), identical: audio that is in the set more than once (`repeats.describe`),
+        duplicates: {clips, other_labels, other_splits}: those that were dropped, and how many of these had another
+        label, or another prescribed split, than the one that stays; seconds: of packing}.
 
     Raises UserError, and leaves no `out`, for anything wrong with the corpus, a clip that cannot be decoded or a full
     disk.
@@ -80,6 +86,9 @@ def pack(
     labelled = [clip for clip in parsed if clip.label is not None]
     if not labelled:
         raise UserError(f"{src}: not one of {len(parsed)} clips has a label; check the emotion column")
+    duplicates = {"clips": 0, "other_labels": 0, "other_splits": 0}
+    if drop_duplicates:
+        labelled, duplicates = _without_duplicates(labelled, max_seconds, workers, progress)
     split = {"val_fraction": val_fraction, "test_fraction": test_fraction, "folds": folds, "fold": fold, "seed": seed}
     clips = split_by_speaker(
         labelled,
@@ -96,6 +105,7 @@ def pack(
         "command": "mser pack",
         "corpus": corpus,
         "max_seconds": max_seconds,
+        "drop_duplicates": drop_duplicates,
         "test_speakers": sorted(test_speakers),
     } | split
     shards = _shards(clips, shard_samples)
@@ -109,8 +119,8 @@ def pack(
         with closing(_encode_all(todo, audio_format, max_seconds, workers)) as encoded:
             title = f"pack {name}"
             shown = bar(encoded, title=title, unit="clip", total=len(clips), initial=there, disable=not progress)
-            for clip, (data, duration) in zip(todo, shown, strict=True):
-                writer.write(str(clip.split), clip.id, data, audio_format, _meta(clip, duration))
+            for clip, (data, duration, sound) in zip(todo, shown, strict=True):
+                writer.write(str(clip.split), clip.id, data, audio_format, _meta(clip, duration), sound)
     described = shard_index.read_facts(Path(out) / DATASET_FILE)["splits"].values()
     return {
         "name": name,
@@ -122,6 +132,8 @@ def pack(
         "emotions": dict(sorted(Counter(str(clip.label) for clip in clips).items())),
         "languages": dict(sorted(Counter(clip.language for clip in clips).items())),
         "shared_speakers": _shared_speakers(clips),
+        "identical": repeats.describe(ShardSet.open(out, sound=True)),
+        "duplicates": duplicates,
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -187,10 +199,32 @@ def _shared_speakers(clips: Iterable[Recording]) -> int:
     return sum(count > 1 for count in Counter((corpus, speaker) for corpus, speaker, _ in pairs).values())
 
 
+def _without_duplicates(
+    clips: list[Recording], max_seconds: float, workers: int | None, progress: bool
+) -> tuple[list[Recording], dict[str, int]]:
+    """The clips without those whose audio an earlier one has; and what was dropped, as `pack` returns it."""
+    first: dict[int, Recording] = {}
+    dropped = {"clips": 0, "other_labels": 0, "other_splits": 0}
+    with closing(_encode_all(clips, None, max_seconds, workers)) as encoded:
+        shown = bar(encoded, title="look for duplicates", unit="clip", total=len(clips), disable=not progress)
+        for clip, (_, _, sound) in zip(clips, shown, strict=True):
+            if (kept := first.setdefault(sound, clip)) is not clip:
+                dropped["clips"] += 1
+                dropped["other_labels"] += clip.label != kept.label
+                dropped["other_splits"] += clip.split != kept.split
+    return list(first.values()), dropped
+
+
+_Encoded = tuple[bytes, float, int]
+"""A clip's bytes, its duration in s, and `shard_index.sound` of its samples."""
+
+
 def _encode_all(
-    clips: Iterable[Recording], audio_format: str, max_seconds: float, workers: int | None
-) -> Generator[tuple[bytes, float], None, None]:
-    """(bytes, duration in s) of every clip, in order; only a few chunks a process are under way at any time."""
+    clips: Iterable[Recording], audio_format: str | None, max_seconds: float, workers: int | None
+) -> Generator[_Encoded, None, None]:
+    """Every clip, in order, without bytes where no format is given; only a few chunks a process are under way at any
+    time.
+    """
     processes = workers if workers is not None else len(os.sched_getaffinity(0))
     paths = iter([clip.path for clip in clips])
     if processes <= 1:
@@ -200,7 +234,7 @@ def _encode_all(
     # spawn: a fork of a process that runs threads (torch, MLflow) can deadlock
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_follow_parent)
     try:
-        under_way: deque[Future[list[tuple[bytes, float]]]] = deque()
+        under_way: deque[Future[list[_Encoded]]] = deque()
         while True:
             while len(under_way) < 4 * processes and (chunk := list(islice(paths, CHUNK))):
                 under_way.append(pool.submit(_encode_chunk, chunk, audio_format, max_seconds))
@@ -230,18 +264,19 @@ def _follow_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _encode_chunk(paths: list[Path], audio_format: str, max_seconds: float) -> list[tuple[bytes, float]]:
+def _encode_chunk(paths: list[Path], audio_format: str | None, max_seconds: float) -> list[_Encoded]:
     return [_encode(path, audio_format, max_seconds) for path in paths]
 
 
-def _encode(path: Path, audio_format: str, max_seconds: float) -> tuple[bytes, float]:
-    """A recording as 16 kHz mono 16-bit, and its duration in seconds."""
+def _encode(path: Path, audio_format: str | None, max_seconds: float) -> _Encoded:
+    """A recording as 16 kHz mono 16-bit."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from None
     pcm = audio.to_pcm16(audio.decode(data, str(path), max_seconds=max_seconds))
-    return audio.encode(pcm, audio.SAMPLE_RATE, audio_format), len(pcm) / audio.SAMPLE_RATE
+    encoded = audio.encode(pcm, audio.SAMPLE_RATE, audio_format) if audio_format else b""
+    return encoded, len(pcm) / audio.SAMPLE_RATE, shard_index.sound(pcm)
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

@@ -4,7 +4,10 @@ Letter codes do not carry over from one corpus to another, so each parser has it
 check.
 """
 
+import filecmp
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +34,12 @@ def _by_name(
 ) -> Iterator[Recording]:
     """Clips of a folder whose file names carry the labels. read: None for a file that is not to be used, ValueError or
     KeyError for a name that does not follow `naming`, which is quoted in the error."""
-    if not src.is_dir():
+    if not os.path.isdir(src):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
         raise UserError(f"{src}: no such folder; give the folder of the {corpus} recordings")
-    files = sorted(path for path in src.rglob("*") if path.suffix.lower() == ".wav" and not path.name.startswith("."))
+    files = sorted(path for path in _files(src) if path.suffix.lower() == ".wav" and not path.name.startswith("."))
     if not files:
         raise UserError(f"{src}: no .wav in it or below; give the folder of the {corpus} recordings")
-    seen: dict[str, Path] = {}
+    found: dict[str, list[tuple[Path, _Named]]] = {}
     for path in files:
         try:
             named = read(path)
@@ -46,14 +49,54 @@ def _by_name(
             ) from None
         if named is None:
             continue
-        name = safe_id(f"{corpus}_{named.id or path.stem}")
-        if name in seen:
-            raise UserError(f"{path}: the recording {path.stem!r} is also at {seen[name]}; remove one copy")
-        seen[name] = path
+        found.setdefault(safe_id(f"{corpus}_{named.id or path.stem}"), []).append((path, named))
+    _check_copies({name: [path for path, _ in places] for name, places in found.items()})
+    for name, [(path, named), *_] in found.items():
         label = to_label(named.emotion)
         yield Recording(
             path, named.emotion, label, language, named.speaker, corpus, name, name, named.gender, named.text
         )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file of a folder and those below, linked ones too; a folder that several links lead to is visited once."""
+    visited: set[tuple[int, int]] = set()
+    for here, below, names in os.walk(folder, followlinks=True):
+        status = Path(here).stat()
+        if (status.st_dev, status.st_ino) in visited:
+            below.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        below.sort()
+        yield from (Path(here, name) for name in names)
+
+
+def _check_copies(places: dict[str, list[Path]]) -> None:
+    """Say how many recordings are there several times, byte for byte; `UserError` where they differ."""
+    several = {name: paths for name, paths in places.items() if len(paths) > 1}
+    others = {name: [path for path in paths[1:] if not _same(paths[0], path)] for name, paths in several.items()}
+    if differing := [(several[name][0], paths[0]) for name, paths in others.items() if paths]:
+        first = "; ".join(f"{one} is also at {other}" for one, other in differing[:3])
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"recordings of one name and other content: {len(differing)} ({len(several)} names are there more than "
+            f"once): {first}{more}; keep one of each, or name them by mser pack manifest"
+        )
+    if several:
+        one, other = next(iter(several.values()))[:2]
+        print(
+            f"mser: recordings that are there more than once, byte for byte: {len(several)}; each is taken once "
+            f"({one}, and not {other})",
+            file=sys.stderr,
+        )
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files are a recording and its copy; two empty ones are none."""
+    try:
+        return one.stat().st_size > 0 and filecmp.cmp(one, other, shallow=False)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend or remove this file") from None
 
 
 def _match(pattern: str, path: Path) -> re.Match[str]:

@@ -1,7 +1,9 @@
 """A recording of a corpus before it is packed, as every parser yields it."""
 
+import errno
 import hashlib
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,23 @@ class Recording:
     gender: str | None = None  # "female", "male" or not known
     text: str | None = None
     split: str | None = None  # "train", "val" or "test" where the source prescribes it
+
+
+def why_no_file(path: Path) -> str | None:
+    """None for a file that is there; else the path, cut where it is long, and what is there instead."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+        what = f"{'is missing' if missing else 'cannot be read'} ({str(error.strerror).lower()})"
+    except ValueError:  # a NUL byte
+        what = "is missing (it holds a NUL byte)"
+    else:
+        if stat.S_ISREG(mode):
+            return None
+        what = "is a folder, not a file" if stat.S_ISDIR(mode) else "is no regular file"
+    name = str(path) if str(path).isprintable() else repr(str(path))
+    return f"{name if len(name) <= 250 else name[:80] + '…' + name[-40:]} {what}"
 
 
 def safe_id(name: str) -> str:

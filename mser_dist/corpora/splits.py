@@ -15,7 +15,7 @@ DRAWS = 256  # candidate assignments compared a group; more gave no closer balan
 def split_by_speaker(
     clips: Sequence[Recording],
     *,
-    val_fraction: float = 0.1,
+    val_fraction: float | None = 0.1,
     test_fraction: float = 0.2,
     seed: int = 0,
     test_speakers: Collection[str] = (),
@@ -31,19 +31,24 @@ def split_by_speaker(
 
     Args:
         val_fraction, test_fraction: of the speakers; 0 leaves a split out, test_fraction=1 makes all of them test.
+            val_fraction=None is 0.1, or 0 where a corpus has too few speakers of a language for a val of its own.
         test_speakers: the test's speakers by name; validation is then drawn from the others.
         folds, fold: the test is part `fold` (from 0) of the speakers dealt into `folds` parts, for cross-validation.
 
     Raises UserError where the speakers do not suffice.
     """
+    may_go_without = val_fraction is None  # nobody has asked for a val
+    if val_fraction is None:
+        val_fraction = min(0.1, max(0.0, 1 - test_fraction))
     if not (0 <= val_fraction < 1 and 0 <= test_fraction <= 1 and val_fraction + test_fraction <= 1):
         raise UserError(
-            f"val_fraction={val_fraction} and test_fraction={test_fraction}: each is 0 to 1, their sum at most 1"
+            f"--val-fraction {val_fraction:g} (val_fraction={val_fraction}) and --test-fraction {test_fraction:g} "
+            f"(test_fraction={test_fraction}): each is 0 to 1, their sum at most 1"
         )
     if folds is not None and (folds < 2 or not 0 <= fold < folds):
-        raise UserError(f"folds={folds}, fold={fold}: give two folds or more, and a fold from 0 to folds - 1")
+        raise UserError(f"--folds {folds}, --fold {fold}: give two folds or more, and a fold from 0 to folds - 1")
     if folds is not None and test_speakers:
-        raise UserError("folds and test_speakers both choose the test's speakers; give one of them")
+        raise UserError("--folds and --test-speakers both choose the test's speakers; give one of them")
     given = sum(clip.split is not None for clip in clips)
     if given == len(clips):
         return list(clips)
@@ -53,7 +58,7 @@ def split_by_speaker(
         )
     if unknown := set(test_speakers) - {clip.speaker for clip in clips}:
         raise UserError(
-            f"test_speakers: no clip of {min(unknown)!r}; there are {_some({clip.speaker for clip in clips})}"
+            f"--test-speakers: no clip of {min(unknown)!r}; there are {_some({clip.speaker for clip in clips})}"
         )
 
     by_speaker: dict[tuple[str, str], list[Recording]] = defaultdict(list)
@@ -71,7 +76,7 @@ def split_by_speaker(
         if folds is not None:
             if folds > len(speakers):
                 raise UserError(
-                    f"folds={folds}: {corpus} has {len(speakers)} speakers of {language}; give at most that many"
+                    f"--folds {folds}: {corpus} has {len(speakers)} speakers of {language}; give at most that many"
                 )
             test = [speakers[i] for i in rng.permutation(len(speakers))[fold::folds]]
         elif test_speakers:
@@ -80,6 +85,8 @@ def split_by_speaker(
         rest = [speaker for speaker in speakers if speaker not in test]
         shares = {"val": val_fraction, "test": 0.0 if chosen_by_hand else test_fraction}
         result = dict.fromkeys(test, "test")
+        if may_go_without and 0 < len(rest) < 2 + (shares["test"] > 0):
+            shares["val"] = 0.0
         if rest:
             result |= _divide(
                 rest, {name: by_speaker[corpus, name] for name in rest}, shares, rng, f"{corpus} ({language})"
@@ -106,7 +113,7 @@ def _divide(
     if sum(sizes.values()) + need_train > total:
         raise UserError(
             f"{where}: {total} speakers do not make {len(sizes) + need_train} speaker-disjoint splits; "
-            "give the source's own splits in a manifest, or set val_fraction to 0, or test_fraction to 0 or 1"
+            "give the source's own splits in a manifest, or --val-fraction 0, or --test-fraction 0 or 1"
         )
     sizes["train"] = total - sum(sizes.values())
     if not need_train:  # rounding must not leave a speaker over for a training set that was not asked for

@@ -17,6 +17,9 @@ from mser_dist.shards.reader import Shard
 FIELDS = (*shard_index.CODED, "split", "set")
 """The coded columns. `set` is the number of the data set among those opened together."""
 
+PLACE = ("audio_at", "audio_size", "json_at", "json_size", "crc")
+"""The columns of a `Ref`."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -105,16 +108,17 @@ def _has(name: str, wanted: Any, columns: Mapping[str, Any], split: str) -> NDAr
 
 
 class Gathered:
-    """The columns of many shards on their way into a `ShardSet`."""
+    """The columns of many shards on their way into a `ShardSet`; `sound` only where it is asked for."""
 
-    def __init__(self, keep: Filter) -> None:
+    def __init__(self, keep: Filter, *, sound: bool = False) -> None:
         self.shards: list[Shard] = []
         self.keys = Keys()
+        self.sound = sound
         self._filter = keep
         self._parts: dict[str, list[NDArray[Any]]] = {}
         self._numbers: dict[str, dict[Any, int]] = {name: {} for name in FIELDS}  # value → code
         self._hashes: list[NDArray[np.int64]] = []  # of each shard's keys
-        self._sets: list[int] = []  # of each shard
+        self.sets: list[int] = []  # of each shard
         self._keys_found: set[str] = set()
         self._count = 0
 
@@ -130,13 +134,13 @@ class Gathered:
             numbers = self._numbers[name]
             codes = np.array([numbers.setdefault(value, len(numbers)) for value in given["names"]], dtype=np.int64)
             self._put(name, codes[np.array(given["codes"], dtype=np.int64)][mask] if count else codes[:0])
-        for name in ("audio_at", "audio_size", "json_at", "json_size", "crc", "source"):
+        for name in (*PLACE, "source", *(["sound"] if self.sound else [])):
             self._put(name, np.array(columns[name], dtype=np.int64)[mask])
         self._put("duration", np.array(columns["duration"], dtype=np.float64)[mask])
         self._put("row", np.flatnonzero(mask))
         self._put("shard", np.full(int(mask.sum()), len(self.shards)))
         self._hashes.append(np.fromiter(map(hash, columns["key"]), np.int64, count))
-        self._sets.append(number)
+        self.sets.append(number)
         self.keys.add(columns["key"])
         self.shards.append(shard)
         self._count += int(mask.sum())
@@ -183,8 +187,8 @@ class Gathered:
         names = [shard.name for shard in self.shards]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(f"{twice[0]}: the same shard is named twice; open it once")
-        for number in set(self._sets):
-            shards = [i for i, of in enumerate(self._sets) if of == number]
+        for number in set(self.sets):
+            shards = [i for i, of in enumerate(self.sets) if of == number]
             hashes = np.sort(np.concatenate([self._hashes[i] for i in shards]))
             for value in hashes[1:][hashes[1:] == hashes[:-1]].tolist():  # equal keys or, almost never, unequal ones
                 self._check_key(value, shards)

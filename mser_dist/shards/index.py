@@ -1,11 +1,13 @@
 """The index beside each shard: what it holds and where, so that a set is opened without reading one tar.
 
 `<shard>.tar.idx.json`: {version, split, count, bytes, sha256, columns}; of a tar not written here also {foreign,
-changed_ns}: it is made anew when that tar changes. A column has one value a sample, in
+changed_ns, scan}: it is made anew when that tar changes. A column has one value a sample, in
 the order of the tar: `key`; `audio_at`, `audio_size`, `json_at`, `json_size` (bytes; 0, 0 where there is no json);
 `crc`, the crc32 of the audio with its 512-byte tar header before it, then of the json with its own; `duration` (s);
-`source`, a hash of corpus and source_id, equal for parallel clips. The fields that repeat (`CODED`) are {"names":
-[...], "codes": [...]}: it is columns so that millions of samples are opened in seconds.
+`source`, a hash of corpus and source_id, equal for parallel clips; `sound`, a hash of the decoded samples, equal for
+identical audio, 0 where nobody has decoded it (a tar that is not ours, before `mser verify`) or the index is an older
+one. The fields that repeat (`CODED`) are {"names": [...], "codes": [...]}: it is columns so that millions of samples
+are opened in seconds.
 """
 
 import hashlib
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
 from mser_dist.files import write_json
@@ -25,6 +28,7 @@ from mser_dist.shards import tarsafe
 from mser_dist.shards.emotions import to_label
 
 VERSION = 2
+SCAN = 2  # of what a scan of a tar that is not ours notes: an index of an earlier one is made anew
 SPLITS = ("train", "val", "test")
 SUFFIX = ".idx.json"
 AUDIO_EXTENSIONS = frozenset({"wav", "flac", "ogg", "opus", "mp3"})
@@ -56,7 +60,7 @@ CODED = ("label", "emotion", "language", "speaker", "gender", "corpus", "synthet
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff]")
 """What no text of a sample may hold: it would break a message's one line, drive a terminal, or be no UTF-8."""
 
-PLAIN = ("key", "audio_at", "audio_size", "json_at", "json_size", "crc", "duration", "source")
+PLAIN = ("key", "audio_at", "audio_size", "json_at", "json_size", "crc", "duration", "source", "sound")
 
 
 def check_meta(meta: dict[str, Any], where: str) -> None:
@@ -89,6 +93,15 @@ def source(corpus: str, source_id: str) -> int:
     """The number that parallel clips share, 63 bits: equal ids in two corpora are not one utterance."""
     digest = hashlib.blake2b(f"{corpus}/{source_id}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def sound(pcm: NDArray[np.int16]) -> int:
+    """The number that clips of identical audio share, 63 bits and never 0, of the int16 [samples] that they decode to.
+
+    Of ten million different clips, two have the same one by chance in 5 of a million sets.
+    """
+    digest = hashlib.blake2b(pcm.astype("<i2", copy=False).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1 or 1
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -132,6 +145,8 @@ def parse_json(raw: bytes, name: str) -> dict[str, Any]:
 def parse(raw: bytes, name: str) -> dict[str, Any]:
     """An index; UserError with `name` unless it is whole."""
     index = parse_json(raw, name)
+    with suppress(KeyError, TypeError, AttributeError, MemoryError, OverflowError):  # `_check` says what is wrong
+        index["columns"].setdefault("sound", [0] * len(index["columns"]["key"]))  # of an earlier version
     _check(index, name)
     return index
 
@@ -148,8 +163,8 @@ def load(shard: Path) -> dict[str, Any]:
     if path.exists():
         raw = path.read_bytes()
         # An index that was made here of a foreign tar that has changed since, or by an older version: made anew.
-        made_of = b'"changed_ns":%d,' % shard.stat().st_mtime_ns in raw and b'"version":%d' % VERSION in raw
-        if made_of or b'"foreign":true' not in raw:
+        made_of = b'"changed_ns":%d,' % shard.stat().st_mtime_ns in raw
+        if (made_of and is_of_this_scan(raw)) or b'"foreign":true' not in raw:
             index = parse(raw, str(path))
             if index["bytes"] != size:
                 raise UserError(f"{shard}: {size} bytes where its index says {index['bytes']} (truncated?); {REPACK}")
@@ -158,6 +173,11 @@ def load(shard: Path) -> dict[str, Any]:
     with suppress(OSError):  # a read-only folder: the scan is done anew by the next run
         write_json(path, index, compact=True)
     return index
+
+
+def is_of_this_scan(raw: bytes) -> bool:
+    """Whether the index of a tar that is not ours was made by a scan as `from_tar` does it now."""
+    return b'"scan":%d,' % SCAN in raw and b'"version":%d' % VERSION in raw
 
 
 def _check(index: dict[str, Any], name: str) -> None:
@@ -265,6 +285,7 @@ def from_tar(shard: Path) -> dict[str, Any]:
         "sha256": digest,
         "foreign": True,
         "changed_ns": shard.stat().st_mtime_ns,
+        "scan": SCAN,
         "columns": columns(samples),
     }
 
@@ -288,17 +309,18 @@ def _foreign_row(
         file.seek(text.offset - tarsafe.BLOCK)
         raw = file.read(tarsafe.BLOCK + text.size)
     meta = parse_meta(raw[tarsafe.BLOCK :], where) if raw else {}
-    duration, rate = meta.get("duration"), meta.get("sample_rate")
-    if not isinstance(duration, (int, float)) or isinstance(duration, bool) or not 0 < duration < MAX_DURATION:
+    duration = _number(meta.get("duration"), MAX_DURATION)
+    rate = _number(meta.get("sample_rate"), float(1 << 31))
+    if duration is None:
         from mser_dist.audio import seconds
 
         duration = seconds(data[tarsafe.BLOCK :], where)
 
     def word(name: str, fallback: str | None) -> str | None:
-        value = meta.get(name)
-        if isinstance(value, str) and CONTROL.search(value):
+        value = as_text(meta.get(name))
+        if value is not None and CONTROL.search(value):
             raise UserError(f"{where}: its json has a {name!r} that cannot be printed, {value[:40]!r}; mend that json")
-        return value if isinstance(value, str) else fallback
+        return fallback if value is None else value
 
     corpus = word("corpus", shard.parent.name)
     row = {
@@ -308,18 +330,40 @@ def _foreign_row(
         "json_at": text.offset if text else 0,
         "json_size": text.size if text else 0,
         "crc": crc(data, raw),
-        "duration": float(duration),
+        "duration": duration,
         "source": source(str(corpus), str(word("source_id", key))),
+        "sound": 0,
         "label": word("label", None) or _label(word("emotion", "")),
         "emotion": word("emotion", ""),
         "language": word("language", "und"),
         "speaker": word("speaker", ""),
         "gender": word("gender", None),
         "corpus": corpus,
-        "synthetic": meta.get("synthetic") is True,
-        "sample_rate": rate if isinstance(rate, int) and 0 < rate < 1 << 31 else 0,
+        "synthetic": (as_text(meta.get("synthetic")) or "").lower() in ("true", "1"),
+        "sample_rate": int(rate or 0),
     }
     return row, word("split", None)
+
+
+def as_text(value: Any) -> str | None:
+    """A value of any JSON type as text: a text is itself, 3 is "3", a list is compact JSON; None where there is none.
+
+    NaN is none: so Python writes what is missing in a column of numbers.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None or value != value:
+        return None
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _number(value: Any, limit: float) -> float | None:
+    """A number above 0 and below `limit`, which may stand there as a text; None where it is none."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        return None
+    return number if 0 < number < limit else None
 
 
 def _label(emotion: str | None) -> str | None:

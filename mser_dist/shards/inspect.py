@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mser_dist.shards import repeats
 from mser_dist.shards.columns import Column
 from mser_dist.shards.index import SPLITS
 from mser_dist.shards.shard_set import ShardSet
@@ -24,7 +25,8 @@ def describe(shards: ShardSet) -> dict[str, Any]:
     {all, splits, languages, corpora: {name: {clips, hours, speakers, seconds: {min, median, mean, p95, max}, labels:
     {label: clips}}}, sample_rates, genders, kinds (recorded or synthetic), unlabelled: {native emotion: clips that have
     no label}, parallel: {utterances: those in two languages or more, clips: of these}, speakerless: clips that name no
-    speaker, shared_speakers: in more than one split, [{corpus, speaker, clips: {split: clips}}]}.
+    speaker, shared_speakers: in more than one split, [{corpus, speaker, clips: {split: clips}}], identical: audio that
+    is there more than once (`repeats.describe`), None for a set that was opened without `sound`}.
 
     A speaker is one of a corpus: equal names in two corpora are two people.
     """
@@ -45,6 +47,7 @@ def describe(shards: ShardSet) -> dict[str, Any]:
         "parallel": _parallel(shards),
         "speakerless": int((voices.codes < 0).sum()),
         "shared_speakers": _shared(voices, coded["split"]),
+        "identical": None if shards.sound is None else repeats.describe(shards),
     }
 
 
@@ -185,6 +188,13 @@ def _facts(report: dict[str, Any]) -> list[str]:
     if report["unlabelled"]:
         lines.append(f"without label  {listed(report['unlabelled'])}")
     warnings = []
+    if identical := report["identical"]:
+        if identical["unknown"]:
+            unknown = f"not known of {_int(identical['unknown'])} clips, whose index has no hash of their samples"
+            lines.append(f"identical      {unknown} (mser verify looks)")
+        elif not identical["recordings"]:
+            lines.append("identical      no audio is there twice")
+        warnings = repeats.lines(identical)
     if report["speakerless"]:
         warnings.append(f"warning: clips that name no speaker: {_int(report['speakerless'])}")
     if shared:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
 from mser_dist.shards import index as shard_index
-from mser_dist.shards.columns import FIELDS, Filter, Gathered
+from mser_dist.shards.columns import FIELDS, PLACE, Filter, Gathered
 from mser_dist.shards.reader import Ref, ShardReader, VanishedError
 from mser_dist.shards.remote import RemoteCache
 from mser_dist.shards.source import load_all
@@ -41,7 +41,8 @@ class ShardSet:
     """The samples of one or more data sets, as columns: about 50 bytes a sample, and no Python object for one.
 
     `duration` float32 (n,) seconds; `source` int64 (n,), equal for parallel clips; `shard` (n,), number in `shards`;
-    `coded[name]` a `Column` for each of `FIELDS`.
+    `coded[name]` a `Column` for each of `FIELDS`. `sound` int64 (n,), equal for identical audio and 0 where it is not
+    known, of a set opened with it.
     """
 
     def __init__(self, gathered: Gathered, cache: RemoteCache | None) -> None:
@@ -50,11 +51,12 @@ class ShardSet:
         self.reader = ShardReader(self.shards, cache)
         self.duration = gathered.take("duration").astype(np.float32)
         self.source = gathered.take("source")
+        self.sound: NDArray[Any] | None = gathered.take("sound") if gathered.sound else None
         self.shard = gathered.take("shard")
         self.coded = {name: gathered.take_coded(name) for name in FIELDS}
         self._row = gathered.take("row")  # of the shard's index
         # [5 × (n,)], as in Ref
-        self._place = [gathered.take(n) for n in ("audio_at", "audio_size", "json_at", "json_size", "crc")]
+        self._place = [gathered.take(n) for n in PLACE]
         self._keys = gathered.keys
 
     @classmethod
@@ -67,6 +69,7 @@ class ShardSet:
         keep: Mapping[str, Any] | None = None,
         drop: Mapping[str, Any] | None = None,
         cache: RemoteCache | None = None,
+        sound: bool = False,
     ) -> Self:
         """Open data sets (folders, URLs) or single tars by their indexes alone, in the order given.
 
@@ -75,13 +78,14 @@ class ShardSet:
             keep, drop: field → values (one or a list) to keep, or to leave out: any of `FIELDS`, `key`, and `duration`
                 as [shortest, longest] in seconds.
             cache: of remote sets.
+            sound: take the hashes of the clips' samples too, 8 bytes a clip, for `repeats`.
 
         Raises UserError for a missing or truncated shard, a key that comes twice, a value that no sample has, or a
         filter that leaves nothing.
         """
         listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
         cache = cache or RemoteCache()
-        gathered = Gathered(Filter(split, labels, keep or {}, drop or {}))
+        gathered = Gathered(Filter(split, labels, keep or {}, drop or {}), sound=sound)
         for number, path in enumerate(listed):
             for shard, index in load_all(path, cache):
                 gathered.add(number, shard, index)

@@ -122,8 +122,8 @@ def _load_remote_foreign(urls: Sequence[str], cache: RemoteCache) -> Iterator[tu
         identity = cache.identity(url)
         path = cache.path_of(url, identity)
         index_path = path.with_name(path.name + shard_index.SUFFIX)
-        if index_path.exists():
-            index = shard_index.parse(index_path.read_bytes(), str(index_path))
+        if index_path.exists() and shard_index.is_of_this_scan(raw := index_path.read_bytes()):
+            index = shard_index.parse(raw, str(index_path))
         else:
             try:
                 index = shard_index.load(cache.get(url, identity, check=False))

@@ -5,16 +5,18 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mser_dist import audio
 from mser_dist.errors import UserError
-from mser_dist.files import file_sha256
+from mser_dist.files import file_sha256, write_json
 from mser_dist.progress import bar
 from mser_dist.shards import index as shard_index
 from mser_dist.shards import tarsafe
+from mser_dist.shards.columns import Gathered
 from mser_dist.shards.index import SUFFIX
 from mser_dist.shards.reader import Ref, Shard, ShardReader
 from mser_dist.shards.remote import is_remote
@@ -24,8 +26,11 @@ from mser_dist.shards.writer import DATASET_FILE, describe
 MAX_DRIFT = 0.1  # seconds by which a lossy file's indexed and decoded lengths may differ (codec delay)
 
 
-def verify(path: str | Path, progress: bool = False) -> list[str]:
+def verify(path: str | Path, progress: bool = False, into: Gathered | None = None) -> list[str]:
     """Check a local data set to the last byte and sample; returns the problems, one line each ([] = sound).
+
+    into: takes the columns, with the hashes of the samples as they were decoded here, for `repeats`. Those of a tar
+    that is not ours are kept in its index.
 
     Every shard: there, of the size and SHA-256 of its index and of dataset.json, a sound tar whose members are exactly
     the indexed ones, every sample read and decoded. No extra shard, no key twice.
@@ -44,13 +49,16 @@ def verify(path: str | Path, progress: bool = False) -> list[str]:
         stray = {file.name.removesuffix(SUFFIX) for file in Path(path).glob(f"*{SUFFIX}")} - expected.keys()
         problems += [f"{Path(path) / name}{SUFFIX}: an index that dataset.json does not list" for name in sorted(stray)]
     first_seen: dict[str, Path] = {}
+    number = 1 + max(into.sets, default=-1) if into else 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # decoding and hashing let other threads run
         results = pool.map(partial(_verify_shard, expected=expected), shards)
-        for shard, (keys, found) in zip(
+        for shard, (index, found) in zip(
             shards, bar(results, title="verify", unit="shard", total=len(shards), disable=not progress), strict=True
         ):
             problems += found
-            for key in keys:
+            if index and into:
+                into.add(number, Shard(str(shard), index["bytes"], index["sha256"]), index)
+            for key in index["columns"]["key"] if index else ():
                 if (first := first_seen.setdefault(key, shard)) is not shard:
                     problems.append(f"{shard}: the key {key!r} is also in {first}")
     if not first_seen and not problems:
@@ -62,15 +70,15 @@ def verify(path: str | Path, progress: bool = False) -> list[str]:
     return problems
 
 
-def _verify_shard(shard: Path, expected: Mapping[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """(keys, problems) of one shard."""
+def _verify_shard(shard: Path, expected: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
+    """(index, if there is one, with the hashes of all samples that could be decoded; problems) of one shard."""
     fact = expected.get(shard.name)
     if fact is not None and shard.is_file() and not shard.with_name(shard.name + SUFFIX).exists():
-        return [], [f"{shard}: its index is missing; {shard_index.REPACK}"]
+        return None, [f"{shard}: its index is missing; {shard_index.REPACK}"]
     try:
         index = shard_index.load(shard)
     except UserError as error:
-        return [], [str(error)]
+        return None, [str(error)]
     problems = []
     index_path = shard.with_name(shard.name + SUFFIX)
     if fact is not None and file_sha256(index_path) != fact["index"]:
@@ -80,7 +88,7 @@ def _verify_shard(shard: Path, expected: Mapping[str, dict[str, Any]]) -> tuple[
             problems.append(f"{shard}: the {name} of its index is not that of dataset.json")
     if index.get("foreign"):
         try:
-            if shard_index.from_tar(shard)["columns"] != index["columns"]:
+            if shard_index.from_tar(shard)["columns"] | {"sound": None} != index["columns"] | {"sound": None}:
                 problems.append(f"{index_path}: not what a new scan of the tar gives; delete this index")
         except UserError as error:
             problems.append(str(error))
@@ -90,7 +98,13 @@ def _verify_shard(shard: Path, expected: Mapping[str, dict[str, Any]]) -> tuple[
     keys = index["columns"]["key"]
     problems += [f"{shard}: its index has the key {key!r} {n} times" for key, n in Counter(keys).items() if n > 1]
     problems += _verify_members(shard, index)
-    return keys, problems + _verify_samples(shard, index)
+    sounds, found = _verify_samples(shard, index)
+    if sounds != index["columns"]["sound"]:
+        index["columns"]["sound"] = sounds
+        if index.get("foreign") and not problems:
+            with suppress(OSError):  # a read-only folder: they are found anew by the next run
+                write_json(index_path, index, compact=True)
+    return index, problems + found
 
 
 def _verify_members(shard: Path, index: dict[str, Any]) -> list[str]:
@@ -117,9 +131,10 @@ def _verify_members(shard: Path, index: dict[str, Any]) -> list[str]:
     ]
 
 
-def _verify_samples(shard: Path, index: dict[str, Any]) -> list[str]:
-    """Read and decode every sample, and hold its json against the index."""
+def _verify_samples(shard: Path, index: dict[str, Any]) -> tuple[list[int], list[str]]:
+    """Read and decode every sample, and hold its json against the index: hashes of the samples, and problems."""
     problems = []
+    sounds = [0] * index["count"]
     reader = ShardReader([Shard(str(shard), index["bytes"], index["sha256"])], None)
     for i, row in enumerate(shard_index.rows(index)):
         where = f"{shard}: sample {row['key']}"
@@ -131,6 +146,7 @@ def _verify_samples(shard: Path, index: dict[str, Any]) -> list[str]:
             continue
         try:
             wave = audio.decode(data, where)
+            sounds[i] = shard_index.sound(audio.to_pcm16(wave))
             meta = {} if index.get("foreign") else shard_index.parse_meta(text, where)
             if meta:
                 shard_index.check_meta(meta, where)
@@ -143,10 +159,12 @@ def _verify_samples(shard: Path, index: dict[str, Any]) -> list[str]:
             )
         if meta:
             differing = [name for name in (*shard_index.CODED, "duration") if meta[name] != row[name]]
+            if row["sound"] not in (0, sounds[i]):
+                differing.append("sound")
             if meta["split"] != index["split"]:
                 differing.append("split")
             if shard_index.source(meta["corpus"], meta["source_id"]) != row["source"]:
                 differing.append("source_id")
             if differing:
-                problems.append(f"{where}: its json and its index differ in {', '.join(differing)}")
-    return problems
+                problems.append(f"{where}: its files and its index differ in {', '.join(differing)}")
+    return sounds, problems

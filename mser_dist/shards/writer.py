@@ -92,7 +92,7 @@ class DatasetWriter:
     def __enter__(self) -> Self:
         if _has_files(self.out):
             if not self.overwrite:
-                raise UserError(f"{self.out}: already exists and is not empty; choose another folder, or overwrite it")
+                raise UserError(f"{self.out}: already exists and is not empty; choose another, or --overwrite it")
             _refuse_strangers(self.out)
         with _disk_errors(self._staging):
             self._staging.mkdir(parents=True, exist_ok=True)
@@ -124,9 +124,9 @@ class DatasetWriter:
             if path.name not in whole:
                 path.unlink()
 
-    def write(self, split: str, key: str, audio: bytes, ext: str, meta: Mapping[str, Any]) -> None:
+    def write(self, split: str, key: str, audio: bytes, ext: str, meta: Mapping[str, Any], sound: int = 0) -> None:
         """Add a sample: `<key>.<ext>` holding `audio` and `<key>.json` holding `meta` (`id` and `split` are filled
-        in).
+        in). sound: `shard_index.sound` of what `audio` decodes to, 0 where it is not known.
         """
         where = f"sample {key!r} of {self.name}"
         if not _KEY.fullmatch(key):
@@ -154,7 +154,7 @@ class DatasetWriter:
             shard = self._open.get(split)
             if shard is None:
                 shard = self._open[split] = _Shard(self._staging / self._new_shard(split), split)
-            shard.add(key, ext, audio, text, full)
+            shard.add(key, ext, audio, text, full, sound)
             if len(shard.rows) == self.shard_samples:
                 self._finish(split)
         self._keys.add(key)
@@ -231,9 +231,9 @@ class _Shard:
         self._hash = hashlib.sha256()
         self._size = 0
 
-    def add(self, key: str, ext: str, audio: bytes, text: bytes, meta: Mapping[str, Any]) -> None:
+    def add(self, key: str, ext: str, audio: bytes, text: bytes, meta: Mapping[str, Any], sound: int) -> None:
         row: dict[str, Any] = {name: meta[name] for name in ("duration", *shard_index.CODED)}
-        row["key"] = key
+        row["key"], row["sound"] = key, sound
         row["source"] = shard_index.source(meta["corpus"], meta["source_id"])
         row["audio_at"], row["audio_size"], crc = self._member(f"{key}.{ext}", audio, 0)
         row["json_at"], row["json_size"], row["crc"] = self._member(f"{key}.json", text, crc)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from mser_dist.audio import decode
 from mser_dist.errors import UserError
 from mser_dist.shards.columns import FIELDS
+from mser_dist.shards.index import as_text
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.features import Features
 
@@ -63,7 +64,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             "audio" if self.features is None else "features": value,
             "target": int(self.target[i]),
             "key": sample.key,
-            "text": sample.meta.get("text"),
+            "text": as_text(sample.meta.get("text")),
             "duration": float(self.shards.duration[i]),
             **{name: column.names[column.codes[i]] for name, column in self.shards.coded.items()},
         }

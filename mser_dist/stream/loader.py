@@ -164,8 +164,9 @@ class BadClips:
                 continue
             self.found.add(index)
             if len(self.found) > self.allowed:
-                budget = f" (bad clip number {len(self.found)}, data.max_bad={self.allowed})" if self.allowed else ""
-                raise UserError(f"{self.where(index)}: {problem}{budget}")
+                budget = f"bad clip number {len(self.found)}, data.max_bad={self.allowed}"
+                more = "" if self.allowed else ": a higher one lets so many pass"
+                raise UserError(f"{self.where(index)}: {problem} ({budget}{more})")
             print(
                 f"mser: warning: {self.where(index)}: {problem}; another clip takes its place "
                 f"({len(self.found)} of data.max_bad={self.allowed})",

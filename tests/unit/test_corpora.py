@@ -193,7 +193,24 @@ def test_manifest_jsonl_and_tsv_agree(tmp_path: Path) -> None:
         ("m.jsonl", "{}\n", "line 1: no path"),
         ("m.jsonl", "\n[1]\n", "line 2: not a JSON object"),
         ("m.jsonl", "{path: a.wav}\n", "line 1: not valid JSON"),
-        ("m.jsonl", '{"path": "a.wav", "emotion": ["sad"], "language": "de", "speaker": "s"}\n', "emotion is .'sad'."),
+        ("m.jsonl", "[" * 100_000 + "\n", "line 1: not valid JSON"),
+        (
+            "m.jsonl",
+            '{"path": "a.wav", "emotion": ["sad"], "language": "de", "speaker": "s"}\n',
+            r"emotion '\[\"sad\"\]'",
+        ),
+        ("m.jsonl", '{"path": "a.wav", "speaker": "s", "speaker": "t"}\n', "line 1: 'speaker' is there twice"),
+        ("m.jsonl", '{"path": "a.wav", "speaker": "\\ud800"}\n', "line 1: 'speaker' holds half a character"),
+        ("m.csv", f"{HEADER}, speaker\na.wav,sad,de,s1,s2\n", "line 1: the column speaker is there twice"),
+        ("m.tsv", "path;note;emotion;language;speaker;note\n", "line 1: the column note is there twice"),
+        ("m.csv", f'{HEADER}\n"a.wav,sad,de,s1\nb.wav,sad,de,s1\n', "line 2: not valid CSV"),
+        ("m.csv", f"{HEADER}\n{'x' * 300},sad,de,s1\n", "line 2: .*x is missing .file name too long"),
+        ("m.csv", f"{HEADER}\n{'x/' * 3000},sad,de,s1\n", "line 2: .* is missing"),
+        ("m.csv", f"{HEADER}\n.,sad,de,s1\n", "line 2: .* is a folder, not a file"),
+        ("m.csv", f"{HEADER}\na.wav/x,sad,de,s1\n", "line 2: .* is missing"),
+        ("m.csv", f'{HEADER}\n"a\nb",sad,de,s1\n', "line 3: .* is missing"),
+        ("m.csv", f"{HEADER}\na\0.wav,sad,de,s1\n", "line 2: a NUL byte"),
+        ("m.jsonl", '{"path": "a\\u0000", "emotion": "sad", "language": "de", "speaker": "s"}\n', "holds a NUL byte"),
         ("m.xlsx", "", "not a .csv"),
     ],
 )
@@ -209,6 +226,83 @@ def test_bad_manifests_name_file_and_line(tmp_path: Path, name: str, text: str, 
 def test_manifest_that_is_missing_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         list(parse_manifest(tmp_path / "m.csv"))
-    (tmp_path / "m.csv").write_bytes(HEADER.encode() + b"\na.wav,w\xfctend,de,s1\n")
-    with pytest.raises(UserError, match="not UTF-8"):
-        list(parse_manifest(tmp_path / "m.csv"))
+    with pytest.raises(UserError, match="is a folder"):
+        list(parse_manifest(tmp_path))
+    with pytest.raises(UserError, match="xxx.*x.csv is missing"):
+        list(parse_manifest(tmp_path / ("x" * 300 + ".csv")))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "says"),
+    [
+        ("latin-1", "line 2: not UTF-8 text"),
+        ("utf-16", "UTF-16, not UTF-8 text"),
+        ("utf-16-le", "line [12]: a NUL byte"),
+        ("utf-32", "UTF-16, not UTF-8|a NUL byte"),
+    ],
+)
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_a_manifest_of_another_encoding(name: str, encoding: str, says: str, tmp_path: Path) -> None:
+    text = f"{HEADER}\na.wav,wütend,de,s1\n" if name == "m.csv" else '\n{"path": "wütend.wav"}\n'
+    (tmp_path / name).write_text(text, encoding=encoding)
+    with pytest.raises(UserError, match=says) as caught:
+        list(parse_manifest(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.tsv"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_separator_is_found(name: str, separator: str, end: str, tmp_path: Path) -> None:
+    touch(tmp_path, "a.wav")
+    cells = (
+        ["speaker", "text", " path ", "emotion", "language"],
+        ["s1", '"eins, zwei; drei|\tvier"', "a.wav", "sad", "de"],
+    )
+    (tmp_path / name).write_bytes(end.join(separator.join(row) for row in cells).encode("utf-8-sig"))
+    (clip,) = parse_manifest(tmp_path / name)
+    assert (clip.speaker, clip.text, clip.label) == ("s1", "eins, zwei; drei|\tvier", "sad")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("3", "3"), ("3.5", "3.5"), ("true", "true"), ("[1, 2]", "[1,2]"), ('{"é": null}', '{"é":null}'), ('"x"', "x")],
+)
+def test_json_of_any_type_is_kept_as_text(value: str, text: str, tmp_path: Path) -> None:
+    touch(tmp_path, "a.wav")
+    line = (
+        f'{{"path": "a.wav", "emotion": "sad", "language": "de", "speaker": {value}, "text": {value}, "corpus": null}}'
+    )
+    (tmp_path / "m.jsonl").write_text(line, encoding="utf-8")
+    (clip,) = parse_manifest(tmp_path / "m.jsonl")
+    assert (clip.speaker, clip.text, clip.corpus) == (text, text, "m")
+
+
+RAVDESS = [f"03-01-05-01-02-01-{actor:02d}.wav" for actor in range(1, 5)]
+
+
+def test_a_copy_of_all_recordings_is_taken_once_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Kaggle's RAVDESS, which has every file in two folders."""
+    for folder in ("Actor_x", "copy/Actor_x"):
+        for name in RAVDESS:
+            touch(tmp_path, f"{folder}/{name}")
+            (tmp_path / folder / name).write_bytes(name.encode())
+    clips = list(CORPORA["ravdess"](tmp_path))
+    assert [clip.path.parent.parent for clip in clips] == [tmp_path] * 4
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "more than once, byte for byte: 4; each is taken once" in said
+    for name in RAVDESS[1:]:
+        (tmp_path / "copy/Actor_x" / name).write_bytes(b"another take")
+    with pytest.raises(UserError, match=rf"other content: 3 \(4 names .*{RAVDESS[1]} is also at .*copy") as caught:
+        list(CORPORA["ravdess"](tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_linked_folders_are_followed_and_no_circle_is(tmp_path: Path) -> None:
+    touch(tmp_path, "elsewhere/sa01.wav", "savee/JE/a01.wav")
+    (tmp_path / "savee/DC").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "savee/JE/up").symlink_to(tmp_path / "savee")
+    (tmp_path / "elsewhere/self").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "savee/KL").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "savee/KL_a02.wav").symlink_to(tmp_path / "elsewhere/sa01.wav")
+    assert [clip.id for clip in parse_savee(tmp_path / "savee")] == ["savee_DC_sa01", "savee_JE_a01", "savee_KL_a02"]
