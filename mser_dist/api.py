@@ -14,6 +14,7 @@ from mser_dist.config import Evaluation, Stage1, Stage2
 from mser_dist.config.file import load_any
 from mser_dist.errors import UserError
 from mser_dist.ranks.session import session
+from mser_dist.tables import showing_what_can_be
 
 Config = Stage1 | Stage2 | Evaluation
 
@@ -61,7 +62,7 @@ def _expect(function: str, config: Any, kinds: tuple[type, ...]) -> Any:
 
 
 def _run(module: str, function: str, config: Any) -> dict[str, Any]:
-    with session():
+    with session(), showing_what_can_be():
         # What libraries do to the filters of warnings when they are imported has to stay; what we do for a run goes.
         loaded = importlib.import_module(module)
         with quiet.hushed():

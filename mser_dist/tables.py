@@ -5,7 +5,8 @@ Output must not end a command after hours of work: what a stream's encoding cann
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO, TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
@@ -133,3 +134,16 @@ def show_what_can_be() -> None:
     """Let `print` write "?" for what the encoding of standard output has no letter for, where it would raise."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="replace")
+
+
+@contextmanager
+def showing_what_can_be() -> Iterator[None]:
+    """`show_what_can_be` for the block; behind it standard output is as it was before."""
+    output = sys.stdout
+    before = output.errors if isinstance(output, TextIOWrapper) else None
+    show_what_can_be()
+    try:
+        yield
+    finally:
+        if isinstance(output, TextIOWrapper) and not output.closed:
+            output.reconfigure(errors=before)

@@ -45,7 +45,7 @@ class Bench:
         """One measurement. Raises `PeerError` where it fails."""
         command = [str(self.python), str(ROOT / "tools" / "contrastive_worker.py"), json.dumps(task)]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(command, env=environ, capture_output=True, encoding="utf-8", errors="replace", cwd=ROOT)
         if done.returncode:
             raise PeerError(f"{task}: {done.stderr[-2000:]}")
         return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -108,7 +108,9 @@ def _peak_kib() -> int:
 
     ru_maxrss would not do: on Linux a process starts with that of the one which started it.
     """
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    [line] = [
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")
+    ]
     return int(line.split()[1])
 
 

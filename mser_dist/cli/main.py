@@ -20,6 +20,7 @@ from mser_dist.tables import show_what_can_be
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and return the exit code: 0, 2 for a mistake that the user can mend, 75 for a run that was stopped and
     has saved, 130 for Ctrl-C."""
+    show_what_can_be()  # first: a help text may hold more letters than the terminal
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     # argparse takes no more key=value words once an option stood among them: they are what is left over.
@@ -28,7 +29,6 @@ def main(argv: list[str] | None = None) -> int:
     else:
         options.words += rest
     hush()
-    show_what_can_be()
     try:
         return int(options.run(options) or 0)
     except UserError as error:

@@ -143,7 +143,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     found = 0
     gathered = Gathered(Filter(None, None, {}, {}), sound=True)
-    for path in options.sets:
+    for path in dict.fromkeys(path.rstrip("/") or path for path in options.sets):  # one named twice is one set
         problems = verify(path, progress=True, into=gathered)
         for problem in problems:
             print(problem)

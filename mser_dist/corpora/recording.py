@@ -4,6 +4,7 @@ import errno
 import hashlib
 import re
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def why_no_file(path: Path) -> str | None:
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
         what = f"{'is missing' if missing else 'cannot be read'} ({str(error.strerror).lower()})"
-    except ValueError:  # a NUL byte
+    except UnicodeEncodeError:
+        what = f"has no name in this machine's encoding ({sys.getfilesystemencoding()}; PYTHONUTF8=1 makes it UTF-8)"
+    except ValueError:
         what = "is missing (it holds a NUL byte)"
     else:
         if stat.S_ISREG(mode):

@@ -30,7 +30,7 @@ from mser_dist.runs import folder as run_folder
 from mser_dist.runs.record import status_of
 from mser_dist.runs.tracking import tracked
 from mser_dist.stream import steps
-from mser_dist.stream.examples import Examples, open_clips, pad_speech
+from mser_dist.stream.examples import Examples, open_evaluation_clips, pad_speech
 from mser_dist.stream.loader import Collate
 
 
@@ -95,7 +95,8 @@ def validate(
 
 
 def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
-    """Evaluate finished runs and return {"zero_shot": rows, …}; writes ``<out>/``: the table, predictions and plots.
+    """Evaluate finished runs and return {"zero_shot": rows, "warnings": lines, …}; writes ``<out>/``: the table,
+    predictions and plots.
 
     Collective. Raises `Stopped` between two batches when a signal came to any rank.
     """
@@ -106,7 +107,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     attention = choose(config.attention, dtype, device)
     runs: dict[int, str] = {stage: run for stage, run in ((1, config.stage1), (2, config.stage2)) if run}
     exports = {stage: exported.find(run, stage) for stage, run in runs.items()}
-    shards = open_clips(data, data.split)
+    trained = {label for export in exports.values() for label in exported.read_card(export)["labels"]}
+    shards = open_evaluation_clips(data, trained)
     out = Path(config.out)
     if (out / "checkpoints").exists() or (out / "summary.json").exists():
         raise UserError(f"out={out} is the folder of a training run: name another one for the evaluation")
@@ -140,7 +142,11 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
             answers[stage] = report.Answers(numbers, clips.label[numbers], scores, card["languages"])
         groups = report.measure(answers, shards)
         rows = [*map(report.as_row, groups)]
-        result: dict[str, Any] = {"version": __version__, "zero_shot": rows, "attention": asdict(attention)}
+        told = report.warnings(groups, data.labels)
+        result: dict[str, Any] = {"version": __version__, "zero_shot": rows, "warnings": told}
+        result["attention"] = asdict(attention)
+        for line in told if world.is_main else ():
+            distributed.warn(line)
         if tracker:
             names = f"Zero-shot evaluation of {config.stage1} and {config.stage2}"
             report.publish(tracker, names, groups, report.predictions(answers, shards, data.labels), data.labels)

@@ -1,7 +1,8 @@
 """Metrics of emotion recognition, spelled out because papers swap their names.
 
 WA (weighted accuracy) is plain accuracy. UA (unweighted accuracy) is the mean of the classes' recalls, a.k.a. balanced
-accuracy. macro-F1 is the mean of the classes' F1. Classes without clips in the reference do not count.
+accuracy. macro-F1 is the mean of the classes' F1. Classes without clips in the reference do not count, not for chance
+either: chance is the UA of one answer to all clips.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Metrics:
-    """n clips of k classes, and how well they were named. `confusion` is (K, K): reference by prediction."""
+    """n clips of k classes, and how well they were named. `confusion` is (K, K): reference by prediction; of the K
+    classes that could be predicted, k have clips.
+    """
 
     n: int
     k: int
@@ -23,8 +26,14 @@ class Metrics:
 
     @property
     def chance(self) -> float:
-        """UA of a guess."""
+        """UA of an answer that does not look at the clip."""
         return 1 / self.k
+
+    @property
+    def constant(self) -> int | None:
+        """The class that all clips, of several classes, are taken for; None where predictions differ."""
+        answered = np.flatnonzero(self.confusion.sum(0))
+        return int(answered[0]) if len(answered) == 1 < self.k else None
 
 
 def score(reference: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> Metrics:
@@ -40,7 +49,7 @@ def score(reference: NDArray[np.int64], predicted: NDArray[np.int64], classes: i
     f1 = 2 * hits[present] / (support + confusion.sum(0))[present]
     return Metrics(
         n=len(reference),
-        k=classes,
+        k=int(present.sum()),
         ua=float(recall.mean()),
         wa=float(hits.sum() / support.sum()),
         macro_f1=float(f1.mean()),

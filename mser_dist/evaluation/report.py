@@ -3,7 +3,6 @@
 Languages are never pooled: a mean over languages is the mean of their own UAs.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from mser_dist.evaluation.metrics import Metrics, score
 from mser_dist.files import whole, write_text
+from mser_dist.runs.names import Name
 from mser_dist.runs.tracking import Tracker
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.tables import Table
@@ -65,8 +65,37 @@ def as_row(group: Group) -> dict[str, Any]:
     """A line of the zero-shot table, ready for JSON."""
     m = group.metrics
     numbers = {"n": m.n, "k": m.k, "chance": m.chance, "ua": m.ua, "wa": m.wa, "macro_f1": m.macro_f1}
-    names = {"stage": group.stage, "corpus": group.corpus, "language": group.language, "seen_language": group.seen}
-    return names | numbers
+    what = {"stage": group.stage, "corpus": group.corpus, "language": group.language, "seen_language": group.seen}
+    return what | numbers | {"constant": m.constant is not None}
+
+
+def warnings(groups: Sequence[Group], labels: Sequence[str]) -> list[str]:
+    """What a reader of the numbers should know, a line each: labels that do not count, answers that are constant."""
+    said = []
+    stages = sorted({group.stage for group in groups})
+    first = [group for group in groups if group.stage == stages[0]]  # the other stages score the same clips
+    lacking = [{labels[i] for i, own in enumerate(group.metrics.confusion) if not own.any()} for group in first]
+    if nowhere := set.intersection(*lacking):
+        named = ", ".join(sorted(nowhere))
+        said.append(f"no clip has the label {named}: it can be answered, and counts for no UA and no chance")
+    more = [(place(group), sorted(lacks - nowhere)) for group, lacks in zip(first, lacking, strict=True)]
+    if some := [f"{where} ({', '.join(lacks)})" for where, lacks in more if lacks]:
+        said.append(f"labels that no clip of a language has do not count there: {', '.join(some)}")
+    for stage in stages:
+        own = [group for group in groups if group.stage == stage]
+        total = np.sum([group.metrics.confusion for group in own], axis=0)
+        answered = np.flatnonzero(total.sum(0))
+        if len(answered) == 1 < np.count_nonzero(total.sum(1)):
+            what = f"answers {labels[answered[0]]!r} to all {total.sum()} clips"
+            said.append(f"stage {stage} {what}: it does not tell them apart, and its numbers are those of chance")
+        elif constant := [f"{place(g)} ({labels[g.metrics.constant]})" for g in own if g.metrics.constant is not None]:
+            said.append(f"stage {stage} gives one answer to all clips of {', '.join(constant)}")
+    return said
+
+
+def place(group: Group) -> str:
+    """Names a group's clips to a person."""
+    return f"{group.language} of {group.corpus}"
 
 
 def macro_ua(rows: Iterable[Mapping[str, Any]], stage: int, seen: bool) -> float:
@@ -82,9 +111,9 @@ def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for stage in sorted({row["stage"] for row in rows}):
         lines = []
         for row in (row for row in rows if row["stage"] == stage):
-            names = [str(stage), row["corpus"], row["language"], "yes" if row["seen_language"] else "no"]
+            what = [str(stage), row["corpus"], row["language"], "yes" if row["seen_language"] else "no"]
             numbers = [f"{row[name]:.3f}" for name in ("chance", "ua", "wa", "macro_f1")]
-            lines.append([*names, str(row["n"]), *numbers])
+            lines.append([*what, str(row["n"]), *numbers])
         for seen, name in ((True, "seen languages"), (False, "unseen languages")):
             mean = macro_ua(rows, stage, seen)
             if mean == mean:
@@ -122,16 +151,12 @@ def publish(
     from pyarrow import parquet
 
     rows = [as_row(group) for group in groups]
-    table, out = str(zero_shot_table(rows)), tracker.out
+    table, out = "\n\n".join([str(zero_shot_table(rows)), *warnings(groups, labels)]), tracker.out
     write_text(out / "table.txt", table + "\n")
     with whole(out / "predictions.parquet") as staging:
         parquet.write_table(predicted, staging, compression="zstd")
     files = [out / "table.txt", out / "predictions.parquet", *_draw(groups, rows, labels, out)]
-    # MLflow takes no other characters in a metric's name, and a corpus may be named in any script.
-    numbers = {
-        re.sub(r"[^\w./ :-]", "_", f"ua/stage{g.stage}/{g.corpus}/{g.language}", flags=re.ASCII): g.metrics.ua
-        for g in groups
-    }
+    numbers: dict[Name, float] = {("ua", f"stage{g.stage}", g.corpus, g.language): g.metrics.ua for g in groups}
     for stage in sorted({group.stage for group in groups}):
         for seen in (True, False):
             mean = macro_ua(rows, stage, seen)

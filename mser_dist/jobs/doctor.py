@@ -215,7 +215,9 @@ def accounting() -> Finding:
 def _ask(*command: str, seconds: float = 10) -> tuple[bool, str]:
     """(True, what a command printed), or (False, its complaint)."""
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        ended = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds, check=False
+        )
     except subprocess.TimeoutExpired as error:
         said = (error.stderr or b"").decode(errors="replace")
         return False, f"no answer from {command[0]} in {seconds:.0f} s. {said}"
@@ -232,7 +234,11 @@ def two_processes(limit: float = _PATIENCE) -> Finding:
         for rank in ("0", "1"):
             env = os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
             # The pipe into it ends with this process, by whatever that ends, and so does the rank: see `_local_rank`.
-            ranks.append(subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=said, text=True))
+            ranks.append(
+                subprocess.Popen(
+                    command, env=env, stdin=pipe, stdout=pipe, stderr=said, encoding="utf-8", errors="replace"
+                )
+            )
         while (codes := [rank.poll() for rank in ranks]) != [0, 0] and not any(codes) and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:

@@ -129,7 +129,7 @@ def _in_queue(job_id: str) -> str:
     """squeue's word for a job, GONE where it has been forgotten, UNKNOWN where the cluster does not answer."""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
     except (OSError, subprocess.SubprocessError):
         return "UNKNOWN"
     if done.returncode == 0:

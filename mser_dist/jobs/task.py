@@ -133,7 +133,9 @@ def _queue_state(job_id: str) -> str:
     """RUNNING, also in the grace time of a preemption; another word where the job was cancelled or is over."""
     command = ["squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "RUNNING"  # as far as this node can tell
 
@@ -141,7 +143,7 @@ def _queue_state(job_id: str) -> str:
 def _keep_first(code: int, env: Any) -> None:
     """Leave the exit code of the first rank to fail for the job's script (`launch.py`), as slurm/task.sh does."""
     if env.cluster == "slurm":
-        with suppress(OSError), (env.paths.folder / f"{env.raw_job_id}.code").open("x") as file:
+        with suppress(OSError), (env.paths.folder / f"{env.raw_job_id}.code").open("x", encoding="ascii") as file:
             file.write(f"{code}\n")
 
 

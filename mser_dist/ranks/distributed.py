@@ -118,7 +118,12 @@ def _address(node: str) -> str:
         pass
     try:
         shown = subprocess.run(
-            ["scontrol", "show", "node", node], capture_output=True, text=True, timeout=20, check=True
+            ["scontrol", "show", "node", node],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return node  # no scontrol in the container: the name is what there is
@@ -135,7 +140,12 @@ def job_end() -> float | None:
         return float(text)
     try:
         shown = subprocess.run(
-            ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, timeout=20, check=True
+            ["scontrol", "show", "job", job, "--oneliner"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            check=True,
         ).stdout
         found = re.search(r"\bEndTime=(\S+)", shown)
         return datetime.fromisoformat(found[1]).timestamp() if found else None

@@ -71,8 +71,10 @@ def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
         colours = [SEEN if row["seen_language"] else UNSEEN for row in mine]
         bars = axis.bar(range(len(mine)), [row["ua"] for row in mine], color=colours)
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
-        axis.axhline(1 / mine[0]["k"], color="black", linestyle="--", linewidth=1)
-        axis.text(len(mine) - 0.5, 1 / mine[0]["k"], " chance", fontsize=8, va="bottom", ha="right")
+        ends = [(i - 0.5, i + 0.5) for i in range(len(mine))]
+        chance = [1 / row["k"] for row in mine]  # of its own in each language, by the labels that it has
+        axis.hlines(chance, *zip(*ends, strict=True), color="black", linestyle="--", linewidth=1)
+        axis.text(len(mine) - 0.5, chance[-1], " chance", fontsize=8, va="bottom", ha="right")
         axis.set_xticks(range(len(mine)), names, fontsize=8, rotation=30 if several else 0)
         axis.set_ylim(0, 1.05)
         axis.set_title(f"stage {stage}")

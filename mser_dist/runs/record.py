@@ -14,6 +14,7 @@ from typing import Any
 
 from mser_dist import config as cfg
 from mser_dist.files import lock_file, write_json
+from mser_dist.runs.names import plain
 
 NOT_NUMBERS = frozenset({"step", "seconds", "time"})  # of a line of log.jsonl: when, not what
 _TAG_LENGTH = 8000  # characters; MLflow refuses longer ones
@@ -122,8 +123,9 @@ class Record:
 
     def add_params(self, params: dict[str, str]) -> None:
         """Note params without passwords. MLflow cannot change one: what the first start said stays."""
+        noted = dict(zip(plain(params), map(redact, params.values()), strict=True))
         with self._lock:
-            self.params = {name: redact(value) for name, value in params.items()} | self.params
+            self.params = noted | self.params
 
     def add_artifact(self, run: Path, file: Path, folder: str | None) -> None:
         """Note a file to be sent, again if it was; files of the run folder by their relative path."""

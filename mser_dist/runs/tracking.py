@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.errors import Stopped
 from mser_dist.files import unlock_file, write_json
+from mser_dist.runs.names import plain
 from mser_dist.runs.record import NOT_NUMBERS, Record, lock, now_ms, tracking_uri
 from mser_dist.runs.record import run_id_of as run_id_of  # callers have it from here
 from mser_dist.runs.sync import Sender, prepare_mlflow, refused, say, trouble
@@ -83,10 +84,15 @@ class Tracker:
             self._answered.wait(_FIRST_ANSWER)
         return self._record.run_id
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Log numbers at a step."""
+    def metrics(self, step: int, values: Mapping[Any, float]) -> None:
+        """Log numbers at a step; each has a `names.Name`, written as MLflow's plots can read (`names.plain`)."""
         seconds = round(time.monotonic() - self._opened, 3)
-        line = {"step": step, "seconds": seconds, "time": round(time.time(), 3), **values}
+        line = {
+            "step": step,
+            "seconds": seconds,
+            "time": round(time.time(), 3),
+            **dict(zip(plain(values), values.values(), strict=True)),
+        }
         self._log.write(json.dumps(line) + "\n")
         self._log.flush()
 

@@ -27,6 +27,9 @@ _OWN_WORDS = {
     "frustration": "frustration frustrated fru",
     "sleepiness": "sleepiness sleepy",
 }
+LABELS = (*COMMON, *_OWN_WORDS)
+"""Every label that `to_label` gives."""
+
 _TO_COMMON = {word: label for label, words in _COMMON_WORDS.items() for word in words.split()}
 _TO_OWN = {word: label for label, words in _OWN_WORDS.items() for word in words.split()}
 # What annotators write when they could not name one emotion: such clips carry no label and are dropped, and counted.

@@ -217,7 +217,7 @@ def _claim(path: Path) -> Iterator[bool]:
             yield False
             return
         try:
-            with mark.open("x") as file:
+            with mark.open("x", encoding="utf-8") as file:
                 file.write(f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}")
             break
         except FileExistsError:
@@ -234,7 +234,7 @@ def _claim(path: Path) -> Iterator[bool]:
 def _abandoned(mark: Path) -> bool:
     """Whether the process that made a claim is gone; of another node's process its age decides."""
     try:
-        owner = mark.read_text().split()
+        owner = mark.read_text(encoding="utf-8").split()
         age = time.time() - mark.stat().st_mtime
     except FileNotFoundError:
         return False
@@ -246,6 +246,8 @@ def _abandoned(mark: Path) -> bool:
 def _started(pid: int) -> str:
     """When a process of this machine started, in clock ticks: with its number it names one process for good."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # field 22 of proc_pid_stat(5)
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        )  # field 22 of proc_pid_stat(5)
     except (OSError, IndexError):
         return "gone"

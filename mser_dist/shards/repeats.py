@@ -9,6 +9,7 @@ from mser_dist.shards.shard_set import ShardSet
 
 NAMED = 5  # recordings of a kind that are named to a person
 LISTED = 1000  # that the JSON names
+COPIES = 25  # of each, at most: every one is looked up in its shard's keys
 
 KINDS = {
     "splits": "in more than one split (a leak)",
@@ -25,7 +26,7 @@ def describe(shards: ShardSet) -> dict[str, Any]:
     {unknown: clips whose hash is not known, recordings: of which there are several clips, clips: of these, splits,
     labels, speakers, others: {recordings, clips} of each of `KINDS`, where one that is both of two splits and of two
     labels counts for both, named: of the first `LISTED` recordings, the serious ones first, {kind: the most serious,
-    clips: [{key, split, label, speaker}]}}. No speaker or label is none that differs.
+    count: clips, clips: the first `COPIES`, [{key, split, label, speaker}]}}. No speaker or label is none that differs.
     """
     assert shards.sound is not None
     known = np.flatnonzero(shards.sound)
@@ -52,8 +53,9 @@ def describe(shards: ShardSet) -> dict[str, Any]:
         return {"key": shards.key(i), **named}
 
     named = [
-        {"kind": list(KINDS)[kind[g]], "clips": [facts(int(i)) for i in clips[starts[g] : starts[g + 1]]]}
+        {"kind": list(KINDS)[kind[g]], "count": int(sizes[g]), "clips": [*map(facts, own[:COPIES].tolist())]}
         for g in np.lexsort((clips[starts[:-1]], kind))[:LISTED].tolist()
+        for own in [clips[starts[g] : starts[g + 1]]]
     ]
     counts = {name: {"recordings": int(of.sum()), "clips": int(sizes[of].sum())} for name, of in differ.items()}
     unknown = len(shards) - len(known)
@@ -79,9 +81,11 @@ def lines(report: dict[str, Any]) -> list[str]:
         if not report[kind]["recordings"]:
             continue
         recordings, clips = report[kind]["recordings"], report[kind]["clips"]
-        said.append(f"warning: identical audio {what}: {recordings:,} recordings in {clips:,} clips")
-        own = [one["clips"] for one in report["named"] if one["kind"] == kind][:NAMED]
-        said += [f"  {' = '.join(map(_clip, some[:NAMED]))}{' …' if len(some) > NAMED else ''}" for some in own]
+        said.append(f"warning: identical audio {what}: {recordings:,} ({clips:,} clips)")
+        own = [one for one in report["named"] if one["kind"] == kind][:NAMED]
+        said += [
+            f"  {' = '.join(map(_clip, one['clips'][:NAMED]))}{' …' if one['count'] > NAMED else ''}" for one in own
+        ]
         if own and recordings > len(own):
             said.append(f"  and {recordings - len(own):,} more")
     return said

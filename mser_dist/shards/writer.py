@@ -97,7 +97,7 @@ class DatasetWriter:
         with _disk_errors(self._staging):
             self._staging.mkdir(parents=True, exist_ok=True)
             _refuse_strangers(self._staging)
-            self._lock = (self._staging / LOCK_FILE).open("w")
+            self._lock = (self._staging / LOCK_FILE).open("wb")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

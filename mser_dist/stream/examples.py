@@ -1,6 +1,8 @@
 """The clips that a config asks for, opened, and what a training makes of them: labels, features, augmentation."""
 
 import difflib
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ from numpy.typing import NDArray
 
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
+from mser_dist.shards.emotions import LABELS, to_label
 from mser_dist.shards.remote import RemoteCache
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.features import Features
@@ -15,18 +18,15 @@ from mser_dist.stream.loader import ClipRequest, Collate, Decoder, Example
 
 
 def open_training_clips(data: cfg.TrainingDataConfig) -> ShardSet:
-    """The clips to train on: `open_clips`, and every label must occur, for one that does not is most likely a typo."""
+    """The clips to train on: `open_clips`, and every label must occur: one that does not is a typo, or not learned."""
     shards = open_clips(data, data.split)
-    absent = [label for label in data.labels if label not in shards.coded["label"].names]
-    if absent:
-        everything = ShardSet.open(data.sets, split=data.split, cache=_cache(data))
-        there = [str(label) for label in everything.coded["label"].names if label]
+    if absent := _absent_labels(data, shards):
+        there = _labels_there(data, data.split)
         if absent[0] in there:
             raise UserError(
                 f"data.labels names {absent[0]!r}, and the filters leave no clip of it: drop it from data.labels"
             )
-        near = difflib.get_close_matches(absent[0], there, 1)
-        hint = f"did you mean {near[0]}?" if near else f"labels there: {', '.join(there)}"
+        hint = _nearest(absent[0], there)
         raise UserError(f"data.labels names {absent[0]!r}, and no clip of the split {data.split!r} has it: {hint}")
     remote = sum(shard.bytes for shard in shards.shards if shard.is_remote) / 1e9
     if remote > data.cache_gb and not data.shuffle_shards:
@@ -36,6 +36,40 @@ def open_training_clips(data: cfg.TrainingDataConfig) -> ShardSet:
             f"fetch a shard for nearly every clip. Set data.shuffle_shards={fit}, or raise data.cache_gb"
         )
     return shards
+
+
+def open_evaluation_clips(data: cfg.DataConfig, trained: Collection[str]) -> ShardSet:
+    """The clips to evaluate on: `open_clips`, and every label must mean something, for else it is a typo.
+
+    It does where a clip of the sets has it, in any split, or where it is one of the `trained` labels of the exports or
+    of `emotions.LABELS`: a corpus without surprise can be asked about it.
+    """
+    shards = open_clips(data, data.split)
+    if absent := _absent_labels(data, shards):
+        there = _labels_there(data, None)
+        if strange := [label for label in absent if label not in {*there, *trained, *LABELS}]:
+            hint = _nearest(strange[0], there, [*trained, *LABELS])
+            raise UserError(f"data.labels names {strange[0]!r}, and no clip of the sets has it: {hint}")
+    return shards
+
+
+def _absent_labels(data: cfg.DataConfig, shards: ShardSet) -> list[str]:
+    return [label for label in data.labels if label not in shards.coded["label"].names]
+
+
+def _labels_there(data: cfg.DataConfig, split: str | None) -> list[str]:
+    """Those that clips have, whatever the filters leave."""
+    everything = ShardSet.open(data.sets, split=split, cache=_cache(data))
+    return [str(label) for label in everything.coded["label"].names if label]
+
+
+def _nearest(label: str, there: list[str], others: Collection[str] = ()) -> str:
+    """What may have been meant: the label of that word, one that is spelled alike, or any of those there."""
+    with suppress(KeyError):
+        if (meant := to_label(label)) in (*there, *others):
+            return f"did you mean {meant}?"
+    near = difflib.get_close_matches(label, there, 1) or difflib.get_close_matches(label, others, 1)
+    return f"did you mean {near[0]}?" if near else f"labels there: {', '.join(there)}"
 
 
 def open_clips(data: cfg.DataConfig, split: str) -> ShardSet:

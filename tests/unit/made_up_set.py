@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mser_dist import audio
+from mser_dist.shards.index import sound
 from mser_dist.shards.writer import DatasetWriter
 
 LANGUAGES = ("de", "el", "fr")
@@ -34,5 +35,6 @@ def meta(i: int, **changes: Any) -> dict[str, Any]:
 def write_set(out: Path, n: int = 20, ext: str = "flac", **options: Any) -> Path:
     with DatasetWriter(out, "made-up", {"seed": 0}, shard_samples=6, **options) as writer:
         for i in range(n):
-            writer.write("test" if i % 5 == 0 else "train", f"k{i:02d}", audio.encode(pcm(i), 16000, ext), ext, meta(i))
+            split, data = "test" if i % 5 == 0 else "train", audio.encode(pcm(i), 16000, ext)
+            writer.write(split, f"k{i:02d}", data, ext, meta(i), sound(pcm(i)))
     return out

@@ -248,6 +248,22 @@ def test_labels_that_no_clip_has(run: Run, shards: Path) -> None:
     refused(code, error, "no sample is left", "happy")
 
 
+def test_an_evaluations_labels_are_checked(run: Run, shards: Path, tmp_path: Path) -> None:
+    finished_run(tmp_path / "one", stage=1)
+    words = ["eval", "demo_eval", f"data.sets={shards}", "stage1=one", "stage2=null", "out=run"]
+    for labels, says in (("[happy,hapyp]", "did you mean happy?"), ("[happy,Angst]", "did you mean fear?")):
+        code, error = run(*words, f"data.labels={labels}")
+        refused(code, error, "data.labels names", "no clip of the sets has it", says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_packing_onto_a_set_names_the_option(run: Run, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(audio.encode(np.ones(16000, np.int16), 16000, "wav"))
+    (tmp_path / "list.csv").write_text("path,emotion,language,speaker,split\na.wav,sad,de,s1,train\n")
+    refused(*run("pack", "manifest", "list.csv", shutil.copytree(shards, tmp_path / "set")), "--overwrite")
+    assert run("pack", "manifest", "list.csv", "set", "--overwrite")[0] == 0
+
+
 def test_a_kernel_that_cannot_run(run: Run, shards: Path) -> None:
     code, error = run("train", "demo_stage1", *SMALL, f"data.sets={shards}", "engine.attention=flash_attention_2")
     refused(code, error, "flash_attention_2 cannot run")
@@ -304,7 +320,7 @@ def test_a_clip_longer_than_pack_takes(run: Run, tmp_path: Path) -> None:
     (tmp_path / "long.wav").write_bytes(audio.encode(np.zeros(41 * 16000, np.int16), 16000, "wav"))
     (tmp_path / "list.csv").write_text("path,emotion,language,speaker,split\nlong.wav,sad,de,s1,train\n")
     code, error = run("pack", "manifest", "list.csv", "out")
-    refused(code, error.splitlines()[-1], "long.wav: 41.0 s of audio, the limit is 40 s; cut it or raise max_seconds")
+    refused(code, error.splitlines()[-1], "long.wav: 41.0 s of audio, the limit is 40 s; cut it", "--max-seconds")
     assert run("pack", "manifest", "list.csv", "out", "--max-seconds", 60)[0] == 0
 
 

@@ -228,7 +228,7 @@ def test_manifest_that_is_missing_or_not_text(tmp_path: Path) -> None:
         list(parse_manifest(tmp_path / "m.csv"))
     with pytest.raises(UserError, match="is a folder"):
         list(parse_manifest(tmp_path))
-    with pytest.raises(UserError, match="xxx.*x.csv is missing"):
+    with pytest.raises(UserError, match=r"xxx.*x\.csv is missing"):
         list(parse_manifest(tmp_path / ("x" * 300 + ".csv")))
 
 

@@ -45,7 +45,8 @@ def test_equal_to_scikit_learn(drawn: tuple[np.ndarray, np.ndarray, int]) -> Non
     macro = f1_score(reference, predicted, average="macro", labels=np.unique(reference), zero_division=0)
     assert found.macro_f1 == pytest.approx(macro)
     np.testing.assert_array_equal(found.confusion, confusion_matrix(reference, predicted, labels=range(classes)))
-    assert (found.n, found.k, found.chance) == (len(reference), classes, 1 / classes)
+    assert (found.n, found.k) == (len(reference), len(np.unique(reference)))
+    assert found.chance == 1 / found.k
 
 
 def test_by_hand() -> None:
@@ -57,9 +58,19 @@ def test_by_hand() -> None:
     assert found.confusion.tolist() == [[2, 0, 1], [0, 1, 0], [0, 0, 0]]
 
 
-def test_one_answer_for_all_is_chance() -> None:
-    found = score(np.repeat(np.arange(6), 5), np.zeros(30, dtype=int), 6)
+@pytest.mark.parametrize("there", [2, 5, 6])
+def test_one_answer_for_all_is_chance(there: int) -> None:
+    """Whatever labels could be answered too."""
+    found = score(np.repeat(np.arange(there), 5), np.zeros(5 * there, dtype=int), 6)
+    assert (found.k, found.constant) == (there, 0)
     assert found.ua == pytest.approx(found.chance)
+    assert found.confusion.shape == (6, 6)
+
+
+def test_one_answer_is_no_fault_where_clips_have_one_label() -> None:
+    assert score(numbers(1, 1), numbers(1, 1), 2).constant is None
+    assert score(numbers(1, 0), numbers(1, 0), 2).constant is None
+    assert score(numbers(1, 0), numbers(2, 2), 3).constant == 2
 
 
 @pytest.mark.parametrize(("reference", "predicted"), [([], []), ([0], [0, 1])])

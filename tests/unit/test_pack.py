@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mser_dist import audio
+from mser_dist.cli import main as cli
 from mser_dist.corpora.pack import pack
 from mser_dist.corpora.recording import Recording
 from mser_dist.corpora.splits import split_by_speaker
@@ -130,7 +131,27 @@ def test_impossible_splits_are_explained(options: dict[str, Any], says: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_two_speakers_make_a_train_and_a_test_where_nobody_asks_for_a_val() -> None:
+    for options in ({}, {"test_speakers": ["s01"]}, {"folds": 2}):
+        done = split_by_speaker(corpus_of(2), val_fraction=None, **options)
+        assert Counter(c.split for c in done) == {"train": 8, "test": 8}
+    assert split_by_speaker(corpus_of(9), val_fraction=None) == split_by_speaker(corpus_of(9))
+    with pytest.raises(UserError, match="--val-fraction 0, or --test-fraction 0 or 1"):
+        split_by_speaker(corpus_of(1), val_fraction=None)
+
+
 # ---- pack
+
+
+def test_tess_has_two_speakers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tess").mkdir()
+    for i, name in enumerate(
+        f"{speaker}_{word}_{e}" for speaker in ("OAF", "YAF") for word in "ab" for e in ("sad", "ps")
+    ):
+        soundfile.write(tmp_path / "tess" / f"{name}.wav", np.random.default_rng(i).uniform(-0.3, 0.3, 1600), 16000)
+    assert cli.main(["pack", "tess", str(tmp_path / "tess"), str(tmp_path / "set")]) == 0
+    assert "no val: the speakers do not suffice" in capsys.readouterr().out
+    assert Counter(ShardSet.open(tmp_path / "set").column("split")) == {"train": 4, "test": 4}
 
 
 @pytest.fixture

@@ -87,6 +87,36 @@ def test_what_is_published(two_stages: dict[int, report.Answers], shards: ShardS
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_is_told_of_labels_and_constant_answers(shards: ShardSet, tmp_path: Path) -> None:
+    right, constant = [[0.75, 0.25], [0.125, 0.875]], [[0.75, 0.25], [0.875, 0.125]]
+    told = {1: answers(right + constant, shards), 2: answers(constant + constant, shards)}
+    groups = report.measure(told, shards)
+    assert [report.as_row(group)["constant"] for group in groups] == [False, True, True, True]
+    assert report.warnings(groups, LABELS) == [
+        f"stage 1 gives one answer to all clips of el of {CORPUS} (happy)",
+        "stage 2 answers 'happy' to all 4 clips: it does not tell them apart, and its numbers are those of chance",
+    ]
+    assert report.warnings(report.measure({1: answers(right + right, shards)}, shards), LABELS) == []
+    with tracked(cfg.TrackingConfig(enabled=False), tmp_path, {}, {}, True) as tracker:
+        assert tracker is not None
+        report.publish(tracker, "title", groups, report.predictions(told, shards, LABELS), LABELS)
+    assert "stage 2 answers 'happy' to all 4 clips" in (tmp_path / "table.txt").read_text(encoding="utf-8")
+
+
+def test_a_label_that_no_clip_has_lowers_no_chance(shards: ShardSet) -> None:
+    scores = np.array([[0.75, 0.25, 0], [0, 1, 0.5], [1, 0, 0], [0, 1, 0]], dtype=np.float32)
+    for reference, chances, says in (
+        ([0, 1, 0, 1], [1 / 2, 1 / 2], ["no clip has the label fear: it can be answered"]),
+        ([0, 1, 0, 2], [1 / 2, 1 / 2], [f"do not count there: de of c (fear), el of {CORPUS} (sad)"]),
+        ([0, 1, 0, 0], [1 / 2, 1], ["no clip has the label fear", f"do not count there: el of {CORPUS} (sad)"]),
+    ):
+        given = report.Answers(np.arange(4), np.array(reference), scores, ["de"])
+        groups = report.measure({1: given, 2: given}, shards)
+        assert [report.as_row(group)["chance"] for group in groups] == chances * 2
+        told = report.warnings(groups, ["happy", "sad", "fear"])
+        assert len(told) == len(says) and all(part in line for part, line in zip(says, told, strict=True)), told
+
+
 def test_a_clip_that_names_little(tmp_path: Path) -> None:
     """Of a tar with audio alone."""
     (tmp_path / "clip.wav").write_bytes(audio.encode(pcm(0), 16000, "wav"))

@@ -202,6 +202,34 @@ def test_an_index_of_a_foreign_tar_follows_the_tar(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"),
+        (3.5, "3.5"),
+        (True, "true"),
+        ([1, "é"], '[1,"é"]'),
+        ({"a": None}, '{"a":null}'),
+        (None, ""),
+        ("s", "s"),
+    ],
+)
+def test_json_of_any_type_is_kept_as_text(value: Any, text: str, tmp_path: Path) -> None:
+    names = ("emotion", "language", "speaker", "gender", "corpus", "source_id", "text")
+    line = dict.fromkeys(names, value) | {"duration": "0.25", "sample_rate": 44100.0, "synthetic": 1}
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        for key, one in (("k", line), ("nan", dict.fromkeys(names, float("nan")))):
+            data = audio.encode(pcm(0), 16000, "wav")
+            writer.write({"__key__": key, "wav": data, "json": json.dumps(one).encode()})
+    shards = ShardSet.open(tmp_path / "a.tar")
+    assert [shards.column(name)[0] for name in ("emotion", "speaker")] == [text] * 2
+    assert shards.column("language")[0] == (text or "und") and shards.column("gender")[0] == (text or None)
+    assert shards.column("corpus")[0] == (text or tmp_path.name)
+    assert (shards.duration[0], shards.column("sample_rate")[0]) == (0.25, 44100)
+    assert shards.column("synthetic").tolist() == [True, False]
+    assert shards.column("speaker")[1] == "" and shards.column("language")[1] == "und", "NaN is how Python says none"
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         (b"[" * 100_000, "its json cannot be read"),

@@ -14,7 +14,14 @@ from mser_dist import config as cfg
 from mser_dist.errors import UserError
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.shards.writer import DatasetWriter
-from mser_dist.stream.examples import Examples, open_clips, open_training_clips, pad_speech, shuffled
+from mser_dist.stream.examples import (
+    Examples,
+    open_clips,
+    open_evaluation_clips,
+    open_training_clips,
+    pad_speech,
+    shuffled,
+)
 from mser_dist.stream.features import Features
 from mser_dist.stream.loader import Example
 from mser_dist.stream.plan import Plan, Position
@@ -326,6 +333,27 @@ def data(shards: ShardSet, **options: Any) -> cfg.TrainingDataConfig:
 def test_a_choice_of_clips_that_fails(shards: ShardSet, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         open_training_clips(data(shards, **options))
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([*LABELS, "surprise"], None),  # nobody has it: asked in vain, and no typo
+        ([*LABELS, "boredom"], None),
+        ([*LABELS, "grumpy"], None),  # the export was trained on it
+        ([*LABELS, "angr"], "did you mean anger"),
+        ([*LABELS, "joy"], "did you mean happy"),
+        ([*LABELS, "suprise"], "did you mean surprise"),
+        ([*LABELS, "grumpi"], "did you mean grumpy"),
+        ([*LABELS, "zzz"], "labels there: anger, happy, sad"),
+    ],
+)
+def test_an_evaluations_labels_mean_something(shards: ShardSet, labels: list[str], says: str | None) -> None:
+    if says is None:
+        assert len(open_evaluation_clips(data(shards, labels=labels), ["grumpy"])) == len(shards)
+        return
+    with pytest.raises(UserError, match=f"data.labels names {labels[-1]!r}, and no clip of the sets has it: {says}"):
+        open_evaluation_clips(data(shards, labels=labels), ["grumpy"])
 
 
 def test_filters_and_two_sets_with_weights(shards: ShardSet, tmp_path: Any) -> None:

@@ -87,7 +87,7 @@ def environment(peer: Peer, folder: Path) -> Path:
     if not behind.exists():
         venv.create(home, clear=True, symlinks=True)
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-        done = subprocess.run([*pip, *peer.requires], capture_output=True, text=True)
+        done = subprocess.run([*pip, *peer.requires], capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
             raise PeerError(f"cannot be installed: {errors[-1]}")
@@ -108,7 +108,7 @@ class Loader:
             "HF_DATASETS_CACHE": str(log.with_suffix(".cache")),
             "TMPDIR": str(log.parent),  # mosaicml-streaming leaves lock files there
         }
-        with log.open("w") as stderr:
+        with log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [python, "-m", "tools.stream_peers.worker", peer.module, peer.features],
                 cwd=ROOT,
@@ -116,7 +116,8 @@ class Loader:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
             )
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Loader:
         ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
         line = self.process.stdout.readline() if ready else ""
         if not line:
-            said = self.log.read_text(errors="replace").split("\n")
+            said = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
             last = next((text for text in reversed(said) if text.strip()), "it said nothing")
             raise PeerError(f"{'ended' if ready else f'no answer in {PATIENCE} s'}: {last.strip()[:300]}")
         answer: dict[str, Any] = json.loads(line)
