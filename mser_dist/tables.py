@@ -19,6 +19,11 @@ _WIDE = 10**6  # characters: no line reaches it, so none is folded
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # a name from data moves no cursor and breaks no line
 
 
+def count(number: int, noun: str) -> str:
+    """A number and what it counts: 0 clips, 1 clip, 2 clips."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of cells, none of which is ever cut; `str` of it is the plain text, the same on every machine.

@@ -14,6 +14,7 @@ from mser_dist.errors import UserError
 from mser_dist.files import read_json, write_json
 from mser_dist.jobs import local_ranks
 from mser_dist.ranks.preempt import SAVED
+from mser_dist.shards.shard_set import ShardSet
 
 # What `--llm smollm2` changes: a real 135M model on two cores has time for few steps, of few clips.
 _SMOLLM2 = (
@@ -44,7 +45,8 @@ def demo(
     if nproc < 1:
         raise UserError(f"--nproc must be 1 or more, not {nproc}")
     began = time.monotonic()
-    _clear(out, overwrite)
+    if shards is not None:
+        ShardSet.open([shards])  # whether there is one: it would else be found by each rank, after the folder is made
     common = [f"data.sets=[{json.dumps(str(shards or out / 'shards'))}]"]
     training = [*common, f"seed={seed}", f"data.shuffle_labels={json.dumps(shuffle_labels)}"]
     stage1, stage2 = out / "stage1", out / "stage2"
@@ -55,6 +57,8 @@ def demo(
     for preset, words in (("demo_stage1", words1), ("demo_stage2", words2)):
         batch_shape(load_training(preset, words).train, nproc)
     load_evaluation("demo_eval", words3)
+
+    _clear(out, overwrite)
 
     seconds: dict[str, float] = {}
     steps = {"stage1": ["train", "demo_stage1", *words1], "stage2": ["train", "demo_stage2", *words2]}
@@ -77,10 +81,13 @@ def demo(
 
 def _clear(out: Path, overwrite: bool) -> None:
     """An unfinished demo goes on where it stopped; a finished one is kept unless `overwrite`."""
+    ours = any((out / name).exists() for name in ("shards", "shards.partial", "stage1", "mlflow.db"))
     if overwrite and out.exists():
-        if not any((out / name).exists() for name in ("shards", "stage1", "mlflow.db")):
+        if not ours:
             raise UserError(f"{out} is not the folder of a demo: name another one with --out")
         shutil.rmtree(out)
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise UserError(f"{out} holds other things than a demo: name another folder with --out")
     if (out / "report.json").exists():
         raise UserError(f"{out} holds a finished demo: add --overwrite to replace it, or --out FOLDER for another one")
     try:

@@ -1,6 +1,7 @@
 """The verbs of the ``mser`` command that have to do with a cluster: submit, sweep, requeue, sync, doctor."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
 
     sweep = verb("sweep", _sweep, "submit a job for each combination of values", _SWEEP_HELP)
     sweep.add_argument("config", metavar="CONFIG", help="YAML file or preset name")
-    sweep.add_argument("words", metavar="key=A,B", nargs="*", help="values to combine, and overrides of one value")
+    sweep.add_argument(
+        "words", metavar="key=A,B", nargs="*", default=[], help="values to combine, and overrides of one value"
+    )
     _job_options(sweep).add_argument("--parallel", type=int, metavar="N", help="at once (default: all; locally 1)")
 
     sync = verb("sync", _sync, "send to MLflow what is missing there", _SYNC_HELP)
@@ -93,6 +96,8 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
     slurm: dict[str, str | bool] = {}
     for word in options.slurm:
         key, equals, value = word.lstrip("-").partition("=")
+        if not re.fullmatch(r"[a-z][a-z-]*", key):
+            raise UserError(f"--slurm {word!r} is no option of sbatch: write --slurm KEY=VALUE, e.g. --slurm mem=64G")
         slurm[key] = value if equals else True
     return {
         "nodes": options.nodes,
@@ -141,7 +146,7 @@ def _sweep(options: argparse.Namespace) -> int:
         return 0
     cluster = "local" if options.local else launch.where()
     if cluster == "local":
-        print(f"{len(planned)} runs on this machine, {options.parallel or 1} at once", flush=True)
+        print(f"{tables.count(len(planned), 'run')} on this machine, {options.parallel or 1} at once", flush=True)
     jobs = sweep.submit_trials(planned, need, cluster=cluster, **shared)
     _announce(jobs, need, cluster)
     if not options.wait:
@@ -187,7 +192,8 @@ def _show(result: "dict[str, Any] | UserError") -> None:
         tables.show(zero_shot_table(result["zero_shot"]))
         return
     val = ", ".join(f"{name} {value:.3f}" for name, value in result["validation"].items()) or "none"
-    print(f"stage {result['stage']}: {result['steps']} steps in {result['seconds']:.0f} s; validation: {val}")
+    steps = tables.count(result["steps"], "step")
+    print(f"stage {result['stage']}: {steps} in {result['seconds']:.0f} s; validation: {val}")
     print(f"  model: {result['out']}/export")
 
 

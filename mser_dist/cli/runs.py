@@ -64,7 +64,7 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
 
     config = verb("config", _config, "list presets, print a resolved config, or explain the keys")
     config.add_argument("config", nargs="?", metavar="CONFIG", help="print this config with every default resolved")
-    config.add_argument("words", metavar="key=value", nargs="*", help="overrides")
+    config.add_argument("words", metavar="key=value", nargs="*", default=[], help="overrides")
     config.add_argument("--keys", choices=("stage1", "stage2", "eval"), help="explain every key of a kind of config")
 
 
@@ -108,7 +108,8 @@ def _train(options: argparse.Namespace) -> int:
         summary = train(config)
     if distributed.discover().is_main:
         val = ", ".join(f"{name} {value:.3f}" for name, value in summary["validation"].items()) or "none"
-        print(f"stage {summary['stage']}: {summary['steps']} steps in {summary['seconds']:.0f} s; validation: {val}")
+        steps = tables.count(summary["steps"], "step")
+        print(f"stage {summary['stage']}: {steps} in {summary['seconds']:.0f} s; validation: {val}")
         print(f"  model: {config.out}/export   curves: {config.out}/curves.png   log: {config.out}/log.jsonl")
     distributed.shutdown()
     return 0
@@ -137,6 +138,8 @@ def _config(options: argparse.Namespace) -> None:
     from mser_dist import config
     from mser_dist.config import file as config_file
 
+    if options.keys and options.config:
+        raise UserError(f"--keys explains a kind of config, and {options.config!r} is one to print: give either")
     if options.keys:
         from mser_dist.config.fields import key_table
 

@@ -1,7 +1,8 @@
 """The verbs of the ``mser`` command that make and read sets of shards: synth, pack, inspect, verify."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mser_dist import tables
@@ -70,7 +71,9 @@ def _synth(options: argparse.Namespace) -> None:
     from mser_dist.synth.speech import SynthConfig
     from mser_dist.synth.write import write_set
 
-    changes = {"train_takes": options.takes} if options.takes else {}
+    if options.takes is not None and options.takes < 1:
+        raise UserError(f"--takes must be 1 or more, not {options.takes}")
+    changes = {"train_takes": options.takes} if options.takes is not None else {}
     write_set(options.out, SynthConfig(seed=options.seed, **changes), overwrite=options.overwrite)
     print(f"shards: {options.out}")
 
@@ -122,17 +125,24 @@ def _inspect(options: argparse.Namespace) -> None:
     shards = ShardSet.open(options.sets, split=options.split, sound=True)
     report = describe(shards)
     tables.show(*report_parts(report))
-    try:
-        if options.json:
-            from mser_dist.files import write_json
+    if options.json:
+        from mser_dist.files import write_json
 
+        with _writable(options.json, "--json"):
             write_json(options.json, report)
-            print(f"numbers: {options.json}")
-        if options.out:
+        print(f"numbers: {options.json}")
+    if options.out:
+        with _writable(options.out, "--out"):
             draw(shards, options.out)
-            print(f"plots: {options.out}")
+        print(f"plots: {options.out}")
+
+
+@contextmanager
+def _writable(path: Path, option: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror}); choose another place") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}): choose another place with {option}") from None
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ An unknown key is named with the one that may have been meant.
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any, TypeVar
@@ -19,21 +20,41 @@ T = TypeVar("T")
 _adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 _UNKNOWN = ("unexpected_keyword_argument", "invalid_key")  # the second one is no string
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+# What other trainers call our keys.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "global_batch",
+    "train_batch_size": "global_batch",
+    "per_device_train_batch_size": "micro_batch",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "max_grad_norm": "grad_clip",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    "num_workers": "workers",
+    "output_dir": "out",
+    "model_name_or_path": "pretrained",
+}
 _NAMES = {
     "string": "str",
     "finite": "float",
 }  # where pydantic's name of an error begins with another word than the type
 
 
-def build(cls: type[T], tree: Any, where: str, prefix: str = "") -> T:
+def build(cls: type[T], tree: Any, where: Callable[[str], str], prefix: str = "") -> T:
     """An instance of a config class from a nested mapping.
 
-    where: the source, for errors. prefix: what stands before the keys, e.g. "tracking." for that section alone.
+    where: the source of a key, for errors. prefix: what stands before the keys, e.g. "tracking." for that section
+    alone.
     """
     try:
         built: T = _adapter(cls).validate_python(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_line(cls, error, prefix)}") from error
+        key, line = _line(cls, error, prefix)
+        raise UserError(f"{where(key)}: {line}") from error
     return built
 
 
@@ -45,36 +66,43 @@ def check_values(config: Any) -> None:
     try:
         vars(config).update(vars(_adapter(type(config)).validate_python(config)))
     except ValidationError as error:
-        raise UserError(_line(type(config), error)) from error
+        raise UserError(_line(type(config), error)[1]) from error
 
 
-def _line(cls: Any, error: ValidationError, prefix: str = "") -> str:
-    """What is wrong and how to mend it. Of several mistakes the first, but a mistaken key before a mistaken value."""
+def _line(cls: Any, error: ValidationError, prefix: str = "") -> tuple[str, str]:
+    """A key, and what is wrong and how to mend it; of several mistakes the first, but mistaken keys before values."""
     found = min(error.errors(include_url=False), key=lambda mistake: mistake["type"] not in _UNKNOWN)
-    what, path, value = found["type"], [str(part) for part in found["loc"]], found["input"]
-    if what in _UNKNOWN:
-        return f"unknown key {prefix}{'.'.join(path)}: {_meant(cls, path, prefix)}"
+    path = [str(part) for part in found["loc"]]
+    if found["type"] in _UNKNOWN:
+        key = prefix + ".".join(path)
+        return key, f"unknown key {key}: {meant(cls, path, prefix)}"
     known = keys_of(cls)
     while path and ".".join(path) not in known:  # an item of a list
         path.pop()
     key = prefix + ".".join(path) if path else prefix.rstrip(".") or "a config"
-    kind = known[".".join(path)].type if path else cls
+    return key, _value_line(key, known[".".join(path)].type if path else cls, found)
+
+
+def _value_line(key: str, kind: Any, found: Any) -> str:
+    """What is wrong with the value of a key of this type."""
+    what, value = found["type"], found["input"]
+    shown = "null (no value)" if value is None else repr(value)
     if found["loc"][-1:] == ("[key]",):
         return f"{key} has the key {value!r}, which YAML reads so: put it in quotes"
     if what in _BOUNDS:
         return _out_of_bounds(key, limits(kind), value)
     if what == "literal_error":
-        return f"{key} is {value!r}: use one of {', '.join(choices(kind))}"
+        return f"{key} is {shown}: use one of {', '.join(choices(kind))}"
     if what == "value_error":
-        return f"{key} {found['ctx']['error']}, not {value!r}"
+        return f"{key} {found['ctx']['error']}, not {shown}"
     if what.startswith("dataclass"):
         if is_dataclass(value):  # in Python, e.g. what an evaluation reads in place of what a training does
             return f"{key} must be a {found['ctx']['class_name']}, not a {type(value).__name__}"
-        return f"{key} is a section of keys, not {value!r}"
+        return f"{key} is a section of keys, not {shown}"
     if what == "list_type":
-        return f"{key} must be a list, not {value!r}"
+        return f"{key} must be a list, not {shown}"
     word = what.split("_")[0]
-    return f"{key} must be of type {_NAMES.get(word, word)}, not {value!r}"
+    return f"{key} must be of type {_NAMES.get(word, word)}, not {shown}"
 
 
 def _out_of_bounds(key: str, bounds: dict[str, float], value: Any) -> str:
@@ -90,21 +118,24 @@ def _out_of_bounds(key: str, bounds: dict[str, float], value: Any) -> str:
     raise AssertionError(f"{key} has bounds without words: {bounds}")
 
 
-def _meant(cls: Any, path: Sequence[str], prefix: str) -> str:
+def meant(cls: Any, path: Sequence[str], prefix: str = "") -> str:
     """Which key may have been meant: one of the same name elsewhere, else the nearest in its section."""
     known = list(keys_of(cls))
     *parents, name = path
     if name in known:
         section, _, key = name.rpartition(".")
         return f"in a file, write {section}: {{{key}: …}}"
+    plain = re.sub(r"[^a-z0-9_.]+", ".", ".".join(path).lower())  # train/lr, train-lr, train.LR
     section = "".join(f"{parent}." for parent in parents)
     here = sorted({key.removeprefix(section).split(".")[0] for key in known if key.startswith(section)})
+    name = _ELSEWHERE.get(name.lower(), name.lower())
     elsewhere = [key for key in known if key.split(".")[-1] == name]
     near = [section + key for key in difflib.get_close_matches(name, here, 1, cutoff=0.5)]
     deeper = (
-        difflib.get_close_matches(name, {key.split(".")[-1] for key in known}, 1, cutoff=0.6) if not parents else []
+        difflib.get_close_matches(name, {key.split(".")[-1] for key in known}, 1, cutoff=0.7) if not parents else []
     )
-    found = elsewhere or near or [key for key in known if key.split(".")[-1] in deeper]
+    same = [plain] if plain in known else []
+    found = same or elsewhere or near or [key for key in known if key.split(".")[-1] in deeper]
     if found:
         return f"did you mean {' or '.join(prefix + key for key in found)}?"
     return f"known here: {', '.join(here)}"

@@ -64,8 +64,10 @@ def contrastive_loss(
         gather: "all_gather" (fewer messages) or "ring" (memory that shrinks with the number of ranks).
         tile: scores are computed in blocks of so many rows and columns; 0: all at once.
 
-    Raises `ValueError` on all ranks where tensors do not fit each other, here or between ranks.
+    Raises `ValueError` on all ranks where tensors do not fit each other, here or between ranks; `TypeError` for what is
+    no tensor.
     """
+    _check_tensors(x=x, y=y, scale=scale, labels=labels, texts=texts, bias=bias)
     what = f"{loss} {symmetric} {labels is None} {texts is None}"
     problem = _problem(x, y, scale, bias, gather, tile, labels, texts)
     if loss not in get_args(Loss):
@@ -124,6 +126,7 @@ def parallel_loss(
 
     x: (B, D) of unit length; sources, labels: (B,) int64 ids; the rest as in `contrastive_loss`.
     """
+    _check_tensors(x=x, sources=sources, labels=labels, scale=scale)
     sizes = _agree(x, gather, "parallel", _problem(x, x, scale, None, gather, tile, sources, labels), group)
     ids = gather_rows(torch.stack([sources, labels], 1), sizes, group)  # (N, 2)
     source, label = ids.unbind(1)
@@ -145,6 +148,20 @@ def uniformity(x: Tensor, limit: int = 512) -> Tensor:
         squared = (2 - 2 * x @ x.T).clamp(min=0)  # (b, b)
     apart = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     return squared[apart].mul(-2).exp().mean().log()
+
+
+def _check_tensors(**given: Any) -> None:
+    """Raise `TypeError` for a number or a list in a tensor's place: a fault of the code, so of all ranks at once."""
+    ids = "a (rows,) tensor of int64 ids"
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and not (value is None and name in ("labels", "texts", "bias")):
+            fit = {
+                "x": "a (rows, width) tensor of embeddings",
+                "y": "a (rows, width) tensor of embeddings",
+                "scale": "a tensor of one number, 1/temperature, such as torch.tensor(14.0, device=x.device)",
+                "bias": "a tensor of one number, such as torch.tensor(-10.0, device=x.device)",
+            }.get(name, ids)
+            raise TypeError(f"{name} is {type(value).__name__} {value!r:.40}, and must be {fit}")
 
 
 def _problem(

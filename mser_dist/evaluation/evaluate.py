@@ -32,6 +32,7 @@ from mser_dist.runs.tracking import tracked
 from mser_dist.stream import steps
 from mser_dist.stream.examples import Examples, open_evaluation_clips, pad_speech
 from mser_dist.stream.loader import Collate
+from mser_dist.tables import count
 
 
 def predict(
@@ -67,7 +68,8 @@ def predict(
     lost = sorted(set(range(len(clips))) - everything.keys())
     if len(lost) > clips.max_bad or not everything:
         raise UserError(
-            f"{len(lost)} clips could not be read on all ranks together, more than data.max_bad={clips.max_bad}: "
+            f"{count(len(lost), 'clip')} could not be read on all ranks together, "
+            f"more than data.max_bad={clips.max_bad}: "
             f"the first is {clips.shards.where(lost[0])}; mser verify lists all of them"
         )
     numbers = np.array(sorted(everything))

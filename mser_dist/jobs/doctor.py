@@ -6,6 +6,7 @@
 Nothing is changed or compiled, no secret is printed. Exit code 1 if a check failed; a warning is none.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -61,6 +62,8 @@ def run(out: Path, ranks: bool = True, json: Path | None = None) -> int:
         return 0
     try:
         if world.is_main and json is not None:
+            if json.is_dir():
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
             json.touch()
     except OSError as error:
         raise UserError(f"{json} cannot be written ({error.strerror}): choose another place") from None
@@ -81,7 +84,7 @@ def run(out: Path, ranks: bool = True, json: Path | None = None) -> int:
         note(guarded("all-reduce", two_processes, 2 * _PATIENCE))
     count = {status: sum(check.status == status for check in report) for status in _MARKS}
     if world.is_main:
-        print(f"{count['ok']} ok, {count['warn']} warnings, {count['fail']} failed")
+        print(f"{count['ok']} ok, {tables.count(count['warn'], 'warning')}, {count['fail']} failed")
     if world.is_main and json is not None:
         write_json(json, {"ok": not count["fail"], "checks": [asdict(check) for check in report]})
     return 1 if world.is_main and count["fail"] else 0  # a launcher would end rank 0 when another rank fails
@@ -138,7 +141,7 @@ def space(place: Path, floor: float, remedy: str) -> Finding:
     usage, inodes = shutil.disk_usage(there), os.statvfs(there)
     found = f"{there} ({file_system(there)}): {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
     if inodes.f_files and inodes.f_favail < 10_000:
-        return "warn", f"{found}, but only {inodes.f_favail} more files", remedy
+        return "warn", f"{found}, but only {tables.count(inodes.f_favail, 'more file')}", remedy
     return ("ok", found, "") if usage.free >= floor * GIB else ("warn", found, remedy)
 
 

@@ -57,6 +57,7 @@ at_end() {
   exit "$code"
 }
 trap at_end EXIT"""
+_ELSEWHERE = "name another one for the logs with folder (--folder)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,9 @@ class Resources:
         for name in ("nodes", "tasks_per_node", "cpus_per_task", "signal_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} must be 1 or more, not {value}")
+                raise UserError(f"{name} ({_flag(name)}) must be 1 or more, not {value}")
         if self.gpus_per_node < 0:
-            raise UserError(f"gpus_per_node must not be negative: it is {self.gpus_per_node}")
+            raise UserError(f"gpus_per_node (--gpus-per-node) must not be negative: it is {self.gpus_per_node}")
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise UserError(
                 f"tasks_per_node={self.tasks_per_node} and gpus_per_node={self.gpus_per_node}: one task is one rank is "
@@ -105,6 +106,11 @@ class Resources:
     @property
     def world_size(self) -> int:
         return self.nodes * self.tasks
+
+
+def _flag(field: str) -> str:
+    """How the command line calls a field."""
+    return "--signal" if field == "signal_seconds" else f"--{field.replace('_', '-')}"
 
 
 def minutes(time: str | int) -> int:
@@ -180,7 +186,7 @@ def start(
     place = _place(Path(folder), name)
     executor = submitit.SlurmExecutor(folder=place, max_num_timeout=_TIMEOUTS)
     executor.update_parameters(**_parameters(configs, need, name, after, parallel or len(configs), place))
-    place.mkdir(parents=True, mode=0o700)  # here, since SLURM could not open a log in a folder that is made later
+    make_folder(place, _ELSEWHERE)  # here, since SLURM could not open a log in a folder that is made later
     try:
         jobs = executor.submit_array([Task(config) for config in configs])
     except submitit.core.utils.FailedJobError as error:
@@ -188,6 +194,14 @@ def start(
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
         raise UserError(f"sbatch refused the job: {said} (mser doctor looks at SLURM; --local runs it here)") from error
     return [Job(job, config.out) for job, config in zip(jobs, configs, strict=True)]
+
+
+def make_folder(folder: Path, how: str) -> None:
+    """Make a folder, or raise `UserError` with what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}: {how}") from error
 
 
 def _place(folder: Path, name: str) -> Path:
@@ -227,7 +241,10 @@ def check(config: Config, need: Resources, cluster: str) -> None:
     if cluster not in ("slurm", "local"):
         raise UserError(f"cluster is {cluster!r}: use slurm or local")
     if cluster == "local" and need.nodes > 1:
-        raise UserError(f"{need.nodes} nodes need SLURM, and this machine is one: use tasks_per_node for several ranks")
+        raise UserError(
+            f"{need.nodes} nodes need SLURM, and this machine is one: use tasks_per_node "
+            "(--tasks-per-node) for several ranks"
+        )
     if not isinstance(config, Evaluation):
         batch_shape(config.train, need.world_size)
         run_folder.finished(Path(config.out), config)
@@ -293,6 +310,7 @@ def _start_here(
         after.result()  # raises where it failed, as a dependency would never hold
     elif after is not None:
         raise UserError("waiting for a job by its number needs SLURM: here, start the second when the first has ended")
+    make_folder(folder, _ELSEWHERE)
     threads = max(1, len(os.sched_getaffinity(0)) // (need.tasks * parallel))
     jobs: list[Job] = []
     for config in configs:

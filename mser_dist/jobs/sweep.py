@@ -3,7 +3,6 @@
 Each is a run folder of its own in the folder `out`, and a child of one MLflow run that stands for the sweep.
 """
 
-import difflib
 import itertools
 import re
 from collections.abc import Sequence
@@ -13,11 +12,12 @@ from typing import Any
 
 from mser_dist import config as cfg
 from mser_dist.config.fields import key_table
-from mser_dist.config.file import find_config, load_any, read_yaml
+from mser_dist.config.file import find_config, load_any, read_yaml, split_word
+from mser_dist.config.validate import meant
 from mser_dist.errors import UserError
 from mser_dist.files import unlock_file
 from mser_dist.jobs import launch
-from mser_dist.tables import Table
+from mser_dist.tables import Table, count
 
 _UNFIT = re.compile(r"[^\w.+-]+")  # for a folder's name
 
@@ -73,14 +73,12 @@ def trials(config: str, words: Sequence[str]) -> list[Trial]:
     A comma outside brackets and quotes separates values. For a key that is a list, whose values a comma separates
     anyway, it does so between bracketed lists only: ``data.sets=a,b`` is one value, ``data.sets=[a],[a,b]`` are two.
     """
-    tree = read_yaml(find_config(config))
-    kinds = {key: kind for key, kind, _, _ in key_table(_class_of(tree))}
+    cls = _class_of(read_yaml(find_config(config)))
+    kinds = {key: kind for key, kind, _, _ in key_table(cls)}
     options: dict[str, list[str]] = {}
     for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"{word!r} is not key=value (e.g. train.lr=1e-4,3e-4)")
-        key = _full(key, kinds)
+        key, text = split_word(word)
+        key = _full(key, kinds, cls)
         if key in options:
             raise UserError(f"{key} is given twice: give all its values in one word, {key}=A,B")
         options[key] = _values(word, text, kinds.get(key, ""))
@@ -110,7 +108,7 @@ def _class_of(tree: dict[str, Any]) -> type:
     return cfg.Stage2 if tree["stage"] == 2 else cfg.Stage1
 
 
-def _full(key: str, kinds: dict[str, str]) -> str:
+def _full(key: str, kinds: dict[str, str], cls: type) -> str:
     """The whole key, where its last part alone is given: ``lr`` for ``train.lr``."""
     if key in kinds or "." in key:
         return key
@@ -118,10 +116,7 @@ def _full(key: str, kinds: dict[str, str]) -> str:
     if len(ending) > 1:
         raise UserError(f"{key} may be {' or '.join(ending)}: write it in full")
     if not ending and not any(full.startswith(f"{key}.") for full in kinds):
-        near = difflib.get_close_matches(key, [*kinds, *(full.split(".")[-1] for full in kinds)], 1)
-        raise UserError(
-            f"unknown key {key}: {f'did you mean {near[0]}?' if near else '`mser config --keys` lists them'}"
-        )
+        raise UserError(f"unknown key {key}: {meant(cls, [key])}")
     return ending[0] if ending else key
 
 
@@ -144,7 +139,9 @@ def _values(word: str, text: str, kind: str) -> list[str]:
     if kind.startswith("list") and not all(part.startswith("[") for part in parts):
         return [text]
     if len(parts) > 1 and not all(parts):
-        raise UserError(f"{word!r}: a value between the commas is missing (null stands for none)")
+        raise UserError(
+            f"{word!r}: a value between the commas is missing (null stands for none; no space behind a comma)"
+        )
     return parts
 
 
@@ -173,12 +170,15 @@ def join(planned: Sequence[Trial]) -> None:
 
     uri = records.tracking_uri(first.tracking, Path(first.out))
     place = folder / "sweep"
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    launch.make_folder(place, "choose another one with out=…")
     record = records.Record.of(place, first.tracking, uri)
     swept = {key: ",".join(dict.fromkeys(trial.values[key] for trial in planned)) for key in planned[0].values}
     record.run_name, record.status, record.params = folder.name, "FINISHED", swept
     words = "  \n".join(f"{key}={values}" for key, values in swept.items())
-    record.tags = {"mser.sweep": str(folder.resolve()), "mlflow.note.content": f"{len(planned)} runs:  \n{words}"}
+    record.tags = {
+        "mser.sweep": str(folder.resolve()),
+        "mlflow.note.content": f"{count(len(planned), 'run')}:  \n{words}",
+    }
     handle = records.lock(place)
     try:
         if handle is None:

@@ -32,17 +32,20 @@ from mser_dist.stream.features import Features
 FORMAT = 1  # of an export: raised where an older version could not read what this one writes
 
 
-def find(run: str, stage: int) -> Path:
-    """The export of a finished run. Raises `UserError` if it is missing, unfinished or of the other stage."""
-    folder = Path(run)
+def find(run: str, stage: int, key: str = "") -> Path:
+    """The export of a finished run, which the config names as `key` (default: stage1 or stage2).
+
+    Raises `UserError` if it is missing, unfinished or of the other stage.
+    """
+    folder, named = Path(run), f"{key or f'stage{stage}'}={run}"
     if not folder.is_dir():
-        raise UserError(f"stage{stage}={run}: there is no such run folder; run `mser train` for stage {stage} first")
+        raise UserError(f"{named}: there is no such run folder; run `mser train` for stage {stage} first")
     card_file = folder / "export" / "card.json"
     if not card_file.is_file():
-        raise UserError(f"stage{stage}={run}: the run has no finished export (no {card_file}): let it train to its end")
+        raise UserError(f"{named}: the run has no finished export (no {card_file}): let it train to its end")
     card = read_card(card_file.parent)
     if card["stage"] != stage:
-        raise UserError(f"stage{stage}={run}: this is a run of stage {card['stage']}; name a run of stage {stage}")
+        raise UserError(f"{named}: this is a run of stage {card['stage']}; name a run of stage {stage}")
     return card_file.parent
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
     A start of another config that left no checkpoint is forgotten, with its log and its MLflow run id; with `anew`, so
     is any start.
     """
+    _check_no_set(out)
     config_text = f"# mser_dist {__version__}\n{config_text}"
     try:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -72,6 +74,24 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
         raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
 
 
+def _check_no_set(out: Path) -> None:
+    """Raise `UserError` for a set of shards: a run's lock in it would look like that of a `mser pack` that died."""
+    if (out / "dataset.json").exists():
+        raise UserError(f"{out} holds a set of shards: choose another folder for the run with out=…")
+
+
+@contextmanager
+def forgotten_if_refused(out: Path) -> Iterator[None]:
+    """Around a start: a folder that is new, and that a mistake of the user leaves with nothing in it, is removed."""
+    new = not out.exists()
+    try:
+        yield
+    except UserError:
+        if new and out.is_dir() and {path.name for path in out.iterdir()} <= {".lock", "config.yaml"}:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
 @contextmanager
 def claimed(out: Path, patience: float) -> Iterator[None]:
     """Hold the run folder for the block: two trainings in it would prune each other's checkpoints.
@@ -79,6 +99,7 @@ def claimed(out: Path, patience: float) -> Iterator[None]:
     Waits `patience` seconds for a start that is just ending. `UserError` then; but a lock of an earlier start of this
     SLURM job is that of a dead node, which some network file systems keep, and is passed over.
     """
+    _check_no_set(out)
     job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     lock = out / ".lock"
     try:

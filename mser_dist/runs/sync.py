@@ -18,6 +18,7 @@ from mser_dist.config.file import build, flatten, read_yaml
 from mser_dist.errors import UserError
 from mser_dist.files import unlock_file
 from mser_dist.runs.record import Record, lock, now_ms, numbers_of, redact, tracking_uri
+from mser_dist.tables import count
 
 _METRICS, _ENTRIES = 1000, 100  # what MLflow takes in one request: metrics; params or tags
 _PARAM_LENGTH = 6000  # characters; MLflow refuses longer ones
@@ -234,7 +235,7 @@ def sync(run: Path, uri: str | None = None) -> str:
     if not config_file.is_file():
         raise UserError(f"{run} is no run folder: it has no config.yaml: name the folder that `out` was set to")
     tree = read_yaml(config_file)
-    config = build(cfg.TrackingConfig, tree.get("tracking") or {}, str(config_file), "tracking.")
+    config = build(cfg.TrackingConfig, tree.get("tracking") or {}, lambda key: str(config_file), "tracking.")
     try:
         handle = lock(run)
         if handle is None:
@@ -280,7 +281,7 @@ def _sync(run: Path, config: cfg.TrackingConfig, tree: dict[str, Any], uri: str 
             f"MLflow at {record.tracking_uri} {trouble(error)}: mend it, or name another one with --uri"
         ) from error
     total = len({(name, step) for name, step, _, _ in numbers})
-    files = f" and {sender.files} files" if sender.files else ""
+    files = f" and {count(sender.files, 'file')}" if sender.files else ""
     return (
         f"{run}: {sender.numbers} of {total} numbers{files} sent to {record.tracking_uri}, run {record.run_id}, "
         f"status {record.status}"

@@ -22,6 +22,7 @@ from mser_dist.runs.names import plain
 from mser_dist.runs.record import NOT_NUMBERS, Record, lock, now_ms, tracking_uri
 from mser_dist.runs.record import run_id_of as run_id_of  # callers have it from here
 from mser_dist.runs.sync import Sender, prepare_mlflow, refused, say, trouble
+from mser_dist.tables import count
 
 # All in seconds.
 _EVERY = 2.0  # between two sendings
@@ -160,7 +161,8 @@ class Tracker:
             with (self.out / "log.jsonl").open("rb") as log:
                 log.seek(max(self._first_byte, self._sender.done_to))
                 lines = sum(1 for _ in log)
-            what = f"{lines} lines of log.jsonl are" if lines else "files, tags or the status are"
+            unsent = f"{count(lines, 'line')} of log.jsonl {'is' if lines == 1 else 'are'}"
+            what = unsent if lines else "files, tags or the status are"
             why = trouble(self._failure) if self._failure else "is slow"
             say(f"warning: MLflow at {self.uri} {why}: {what} not sent; `mser sync {self.out}` sends them later")
 

@@ -11,7 +11,7 @@ from mser_dist.shards import repeats
 from mser_dist.shards.columns import Column
 from mser_dist.shards.index import SPLITS
 from mser_dist.shards.shard_set import ShardSet
-from mser_dist.tables import Table
+from mser_dist.tables import Table, count
 
 NO_LABEL = "no label"
 UNKNOWN = "unknown"
@@ -159,7 +159,7 @@ def _label_table(title: str, rows: dict[str, dict[str, int]]) -> Table:
     for kept in range(len(totals), -1, -1):
         often = sorted(totals, key=lambda label: -totals[label])[:kept]
         shown = sorted((label for label in totals if label in often), key=lambda label: label == NO_LABEL)
-        rest = [f"{len(totals) - kept} others"] if kept < len(totals) else []
+        rest = [count(len(totals) - kept, "other")] if kept < len(totals) else []
         cells = [
             [name, *(_int(row[label]) for label in shown)]
             + [_int(sum(n for label, n in row.items() if label not in shown)) for _ in rest]

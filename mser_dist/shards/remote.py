@@ -158,6 +158,8 @@ class RemoteCache:
             raise UserError(f"{url}: this kind of URL needs another package ({error})") from None
         except ValueError as error:
             raise UserError(f"{url}: not a URL that can be read ({error})") from None
+        except OSError as error:  # some connect at once
+            raise UserError(f"{url}: no connection ({error}); check the URL, or start again later") from None
         for attempt in range(ATTEMPTS):
             try:
                 return work(fs, path)

@@ -21,20 +21,33 @@ _HASH = re.compile("[0-9a-f]{64}")
 
 def list_shards(path: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
     """The shards of a local data set, and its dataset.json (None for a single tar or a folder of tars without one)."""
-    path = Path(str(path).removeprefix("file://"))
+    path = check_there(path)
     if path.is_file():
         return [path], None
-    if not path.is_dir():
-        raise UserError(f"{path}: no such data set; give a folder of shards or a .tar (mser pack makes one)")
     if (path / LOCK_FILE).exists():
         raise UserError(f"{path}: a data set that is still being written, or was left by a run that died; {REPACK}")
     if (path / DATASET_FILE).exists():
         description = shard_index.read_facts(path / DATASET_FILE)
         return [path / name for name in facts(description, str(path / DATASET_FILE))], description
-    shards = sorted(path.glob("*.tar"))
-    if not shards:
-        raise UserError(f"{path}: holds no .tar shard; give a folder of shards (mser pack makes one)")
-    return shards, None
+    return sorted(path.glob("*.tar")), None
+
+
+def check_there(path: str | Path) -> Path:
+    """The path of a local set; `UserError` where there is neither a folder nor a tar."""
+    name, path = str(path), Path(str(path).removeprefix("file://"))
+    if path.is_dir() and name:
+        if not any((path / there).exists() for there in (LOCK_FILE, DATASET_FILE)) and not any(path.glob("*.tar")):
+            raise UserError(f"{path}: holds no .tar shard; give a folder of shards (mser pack makes one)")
+        return path
+    if not path.exists() and any(sign in name for sign in "*?[{"):
+        raise UserError(f"{name}: no such data set, and patterns are not filled in; give the folder of shards")
+    if not path.is_file():
+        raise UserError(
+            f"{name or repr(name)}: no such data set; give a folder of shards or a .tar (mser pack makes one)"
+        )
+    if path.suffix != ".tar":
+        raise UserError(f"{path}: neither a folder of shards nor a .tar; give one of them (mser pack makes one)")
+    return path
 
 
 def facts(description: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:

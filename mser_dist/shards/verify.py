@@ -20,8 +20,9 @@ from mser_dist.shards.columns import Gathered
 from mser_dist.shards.index import SUFFIX
 from mser_dist.shards.reader import Ref, Shard, ShardReader
 from mser_dist.shards.remote import is_remote
-from mser_dist.shards.source import extra_shards, facts, list_shards
+from mser_dist.shards.source import check_there, extra_shards, facts, list_shards
 from mser_dist.shards.writer import DATASET_FILE, describe
+from mser_dist.tables import count
 
 MAX_DRIFT = 0.1  # seconds by which a lossy file's indexed and decoded lengths may differ (codec delay)
 
@@ -33,10 +34,12 @@ def verify(path: str | Path, progress: bool = False, into: Gathered | None = Non
     that is not ours are kept in its index.
 
     Every shard: there, of the size and SHA-256 of its index and of dataset.json, a sound tar whose members are exactly
-    the indexed ones, every sample read and decoded. No extra shard, no key twice.
+    the indexed ones, every sample read and decoded. No extra shard, no key twice. Raises `UserError` where there is no
+    set at all.
     """
     if is_remote(path):
         raise UserError(f"{path}: only a local data set can be verified; copy it to this machine first")
+    check_there(path)  # no set at all is not the damage of one
     try:
         shards, description = list_shards(path)
         expected = facts(description, str(path)) if description else {}
@@ -126,8 +129,8 @@ def _verify_members(shard: Path, index: dict[str, Any]) -> list[str]:
     if there == indexed:
         return []
     return [
-        f"{shard}: {len(indexed - there)} indexed files are not in the tar, "
-        f"{len(there - indexed)} files are not indexed"
+        f"{shard}: {count(len(indexed - there), 'indexed file')} not in the tar, "
+        f"{count(len(there - indexed), 'file')} not indexed"
     ]
 
 

@@ -15,6 +15,7 @@ from mser_dist.shards.remote import RemoteCache
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.features import Features
 from mser_dist.stream.loader import ClipRequest, Collate, Decoder, Example
+from mser_dist.tables import count
 
 
 def open_training_clips(data: cfg.TrainingDataConfig) -> ShardSet:
@@ -78,9 +79,10 @@ def open_clips(data: cfg.DataConfig, split: str) -> ShardSet:
     shards = ShardSet.open(data.sets, split=split, labels=data.labels, keep=keep, drop=data.drop, cache=_cache(data))
     long = (shards.duration > data.max_seconds).nonzero()[0]
     if len(long):
+        others = f", as {'does' if len(long) == 2 else 'do'} {count(len(long) - 1, 'other')}" if len(long) > 1 else ""
         raise UserError(
             f"{shards.where(int(long[0]))} lasts {shards.duration[long[0]]:.1f} s, more than "
-            f"data.max_seconds={data.max_seconds:g}, as do {len(long) - 1} others: leave them out by "
+            f"data.max_seconds={data.max_seconds:g}{others}: leave them out by "
             f"data.keep={{duration: [0, {data.max_seconds:g}]}}, or cut them when packing (Whisper takes 30 s at most)"
         )
     return shards

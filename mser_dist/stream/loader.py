@@ -22,6 +22,7 @@ from mser_dist.shards.reader import Ref, ShardReader, VanishedError
 from mser_dist.stream.augment import augment_wave, spec_augment
 from mser_dist.stream.features import Features
 from mser_dist.stream.workers import DeadWorkerError, answers_ahead
+from mser_dist.tables import count
 
 AHEAD = 2  # steps that each worker has under way
 MAX_RESTARTS = 3  # of workers that died with no clip to blame
@@ -213,7 +214,7 @@ def answers(decoder: Decoder, requests: Iterable[Request], workers: int, bad: Ba
             unblamed += not blamed
             if unblamed > MAX_RESTARTS:
                 raise UserError(
-                    f"data workers died {unblamed} times ({death}): out of memory? lower data.workers"
+                    f"data workers died {count(unblamed, 'time')} ({death}): out of memory? lower data.workers"
                 ) from None
 
 

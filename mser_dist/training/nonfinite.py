@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mser_dist.errors import UserError
 from mser_dist.ranks import distributed
 from mser_dist.shards.shard_set import ShardSet
+from mser_dist.tables import count
 from mser_dist.training.engine import Engine
 
 
@@ -89,7 +90,7 @@ class NotFinite:
         said = f"step {step}: not finite at {where}; the step changes nothing, its clips are in {self._file}"
         if in_a_row > self._limit:
             raise UserError(
-                f"{said}; that were {in_a_row} steps in a row (train.max_skipped={self._limit}): "
+                f"{said}; {count(in_a_row, 'step')} in a row (train.max_skipped={self._limit}): "
                 "lower train.lr or set train.grad_clip, and look at those clips"
             )
         if self._is_main:

@@ -73,6 +73,8 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
         pad_seconds = exported.features_of(exported.read_card(exported.find(config.stage1, stage=1))).pad_seconds
         parallel, wish = 1, []
     else:  # its loss is of pairs of clips, so the plan keeps parallel ones together and all emotions in each batch
+        if config.init_from:
+            exported.find(config.init_from, 1, "init_from")
         pad_seconds, parallel = config.encoder.pad_seconds, config.data.parallel
         wish = [] if config.contrastive.loss == "infonce" else ["label", "language"]
     shards = open_training_clips(config.data)
@@ -109,6 +111,7 @@ def started(setup: Setup) -> Iterator[None]:
     config, world = setup.config, setup.world
     with ExitStack() as held:
         if world.is_main:
+            held.enter_context(folder.forgotten_if_refused(setup.out))
             held.enter_context(folder.claimed(setup.out, config.engine.peer_seconds))
             folder.prepare(setup.out, to_yaml(config))
         distributed.init(world, config.engine.timeout_minutes, setup.device)

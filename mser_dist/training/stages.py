@@ -51,7 +51,7 @@ class Align:
         self.tower = TextTower(config.text.pretrained, device)
         self.source: dict[str, Any] | None = None
         if config.init_from:
-            export = exported.find(config.init_from, stage=1)
+            export = exported.find(config.init_from, 1, "init_from")
             self.source = exported.read_card(export)
             _same_shape(config, self.source["speech"])
             speech = exported.load_speech(export, attention)

@@ -13,6 +13,7 @@ from mser_dist.ranks import distributed
 from mser_dist.runs.tracking import Tracker
 from mser_dist.stream.examples import Examples
 from mser_dist.stream.steps import Step
+from mser_dist.tables import count
 from mser_dist.training.setup import Run
 
 
@@ -76,7 +77,8 @@ def bad_everywhere(own: frozenset[int], known: set[int], clips: Examples, is_mai
             distributed.warn(f"{clips.shards.where(index)}: could not be read by another rank")
     if len(everywhere) > clips.max_bad:
         raise UserError(
-            f"{len(everywhere)} clips could not be read on all ranks together, more than data.max_bad={clips.max_bad}: "
+            f"{count(len(everywhere), 'clip')} could not be read on all ranks together, "
+            f"more than data.max_bad={clips.max_bad}: "
             f"the last is {clips.shards.where(max(everywhere - known, default=max(everywhere)))}; mser verify lists all"
         )
     return everywhere

@@ -221,6 +221,26 @@ def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], says: str) 
         contrastive_loss(**(arguments | change))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scale": 14.0}, r"scale is float 14.0, and must be a tensor of one number, 1/temperature, .*torch.tensor\("),
+        ({"bias": -10}, "bias is int -10, and must be a tensor of one number"),
+        ({"x": [[1.0, 0.0]]}, r"x is list .*, and must be a \(rows, width\) tensor of embeddings"),
+        ({"y": None}, "y is NoneType None, and must be"),
+        ({"labels": [0, 1]}, r"labels is list \[0, 1\], and must be a \(rows,\) tensor of int64 ids"),
+        ({"texts": LABEL.numpy()}, "texts is ndarray"),
+    ],
+)
+def test_what_is_no_tensor_is_refused(change: dict[str, Any], says: str) -> None:
+    arguments: dict[str, Any] = {"x": unit(0), "y": unit(1), "scale": torch.tensor(14.0), "labels": LABEL}
+    with pytest.raises(TypeError, match=says):
+        contrastive_loss(**(arguments | change))
+    if "scale" in change:
+        with pytest.raises(TypeError, match=says):
+            contrastive.parallel_loss(unit(0), LABEL, LABEL, **change)
+
+
 def test_the_example_in_the_docstring_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert contrastive.__doc__
     code = "\n".join(line[4:] for line in contrastive.__doc__.splitlines() if line.startswith("    "))

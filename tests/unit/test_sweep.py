@@ -57,7 +57,7 @@ def test_keys_of_one_ending_are_told_apart() -> None:
     [
         (["seed=0"], "nothing to sweep"),
         (["width=4,8"], "width may be qformer.width or contrastive.width"),
-        (["lrr=1,2"], "unknown key lrr: did you mean lr?"),
+        (["lrr=1,2"], "unknown key lrr: did you mean train.lr?"),
         (["train.lrr=1,2"], "did you mean train.lr?"),
         (["seed=0,1", "seed=2"], "seed is given twice"),
         (["lr=1,2", "train.lr=3"], "train.lr is given twice"),

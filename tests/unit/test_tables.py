@@ -134,6 +134,10 @@ def test_a_terminal_that_is_not_utf_8() -> None:
     assert screen.startswith("+---") and "0.815" in screen and screen.splitlines()[-1] == "said ? after"
 
 
+def test_counts_are_singular_or_plural() -> None:
+    assert [tables.count(number, "clip") for number in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
+
+
 def test_print_writes_what_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
     monkeypatch.setattr(sys, "stdout", log)

@@ -253,7 +253,7 @@ def test_a_run_without_tracking_can_be_synced(runs: Path) -> None:
     tracker.close("FINISHED")
     assert tracker.run_id is None and run_id_of(out) is None
     assert [row["loss"] for row in log_lines(out)] == [1.0]
-    assert "1 of 1 numbers and 1 files sent" in sync(out)
+    assert "1 of 1 numbers and 1 file sent" in sync(out)
     assert (run_of(out).info.status, run_of(out).data.params) == ("FINISHED", {"fact": "1"})
 
 
@@ -270,7 +270,7 @@ def test_a_run_folder_of_an_earlier_version_is_synced(runs: Path) -> None:
     (out / "log.jsonl").write_text("\n".join(lines))
     (out / "config.yaml").write_text("stage: 2\ntrain: {lr: 0.1}\n")
     (out / "summary.json").write_text("{}")
-    assert "1 of 1 numbers and 1 files" in sync(out)
+    assert "1 of 1 numbers and 1 file" in sync(out)
     run = run_of(out)
     assert (run.info.status, run.data.params) == ("FINISHED", {"stage": "2", "train.lr": "0.1"})
     assert history(out, "loss") == [(1, 3.0)] and run.data.tags["mser.stage"] == "2"
@@ -308,7 +308,7 @@ def test_a_run_whose_database_is_gone_is_sent_anew(runs: Path, prepared: Path) -
     tracker.close("FINISHED")
     before = run_id_of(out)
     shutil.copy(prepared, runs / "mlflow.db")
-    assert "1 of 1 numbers and 1 files sent" in sync(out)
+    assert "1 of 1 numbers and 1 file sent" in sync(out)
     assert run_id_of(out) != before and history(out, "loss") == [(1, 1.0)]
 
 
