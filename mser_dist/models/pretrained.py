@@ -148,10 +148,14 @@ def damage(file: Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report of what is missing: ours is an error."""
-    level = transformers.logging.get_verbosity()
+    """Without transformers' own report of what is missing, for ours is an error, and without a bar in a log file."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -9,7 +9,8 @@ by none, because what decides is the same on all of them: the config, the step, 
 3. finite:    only after an update that was skipped: a vote, and a gather of what was in the step.
 4. log:       each `train.log_every` steps: a sum of the telemetry, a gather of the clips that could not be read.
 5. poll:      one all-reduce of five integers (`ranks.boundary`): signals, time, saves under way.
-6. save:      a gather of bad clips, a digest of buffers, who writes where. What is written later is agreed on in 5.
+6. save:      a gather of bad clips, a digest of buffers, who writes where. What is written later is agreed on in 5;
+              the last one is waited for, as in 9.
 7. validate:  between two batches a poll as in 5; then a gather of the scores.
 8. save best: as 6, where 6 has not saved this step.
 9. stop:      a gather that ends the saves under way.
@@ -109,6 +110,9 @@ def train_steps(run: Run, state: RunState, log: StepLog) -> None:
         run.boundary.poll()
         if save_due(run, state):
             save(run, state, data.bad)
+        if state.step == run.total:  # it is written behind the next steps, and there is none
+            run.watchdog.tick("the last save")
+            run.checkpoints.finish()
         # Validate; save the best, and what a stop in the middle of it would lose.
         best = validate_if_due(run, state, log)
         if run.saved != state.step and (run.boundary.stop or (best and run.config.train.save_best)):

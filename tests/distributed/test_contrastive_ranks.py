@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -198,8 +198,11 @@ def bfloat16_sums(rank: int, folder: str) -> dict[str, tuple[list[Tensor], set[t
                     if not cached and turn == 0:
                         engine.step()
             found = [safe_get_full_grad(p).clone() for p in engine.module.parameters()]
-            masters = {p.owner.dtype for group in deepspeed_parts.trained(engine._engine) for p in group}
-            result[f"{stage} {'cached' if cached else 'accumulated'} {more}"] = found, engine.module.computed | masters
+            masters: set[Any] = {p.owner.dtype for group in deepspeed_parts.trained(engine._engine) for p in group}
+            result[f"{stage} {'cached' if cached else 'accumulated'} {more}"] = (
+                found,
+                {*cast(Any, engine.module).computed, *masters},
+            )
             engine.step()
     return result
 
