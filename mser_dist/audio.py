@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from mser_dist import containers
 from mser_dist.errors import UserError
 
 SAMPLE_RATE = 16_000  # Hz, what every speech encoder here expects
@@ -22,11 +23,23 @@ MAX_SECONDS = 3600.0  # the bound on one clip's memory where the caller gives no
 MAX_CHANNELS = 16
 MAX_RATE = 768_000  # samples of all channels in a second: silence compresses to nothing at any rate
 
+FLOAT_PEAK = 1 + 2**-14  # times full scale: what a float file may hold; 32768 / 32767 is a common way to write its top
+CODEC_PEAK = (
+    2.0  # times full scale: what Vorbis, Opus and MP3 may decode to; loud sound comes back a few dB over its top
+)
+INTEGERS_FROM = 32.0  # times full scale: a float file that reaches past it holds integers of 16 bits
+
 FEATURE_BACKEND = "asrfront" if importlib.util.find_spec("asrfront") else "torch"
 """What `log_mel` computes with: asrfront's native code, or torch where that package is not installed."""
 
 
-def decode(data: bytes, where: str, rate: int = SAMPLE_RATE, max_seconds: float | None = None) -> np.ndarray:
+class BeyondFullScaleError(UserError):
+    """An audio file's samples are beyond full scale; `decode` with `scale` reads it."""
+
+
+def decode(
+    data: bytes, where: str, rate: int = SAMPLE_RATE, max_seconds: float | None = None, *, scale: bool = False
+) -> np.ndarray:
     """Decode an audio file held in memory (wav, flac, ogg, opus, mp3 …; by content, not by name) to one channel.
 
     Args:
@@ -34,15 +47,19 @@ def decode(data: bytes, where: str, rate: int = SAMPLE_RATE, max_seconds: float 
         where: names the file or sample in errors.
         rate: Hz of the result; another rate is resampled (soxr, HQ). Channels are averaged.
         max_seconds: longer clips are refused before their samples are read (default: `MAX_SECONDS`).
+        scale: divide a clip that is beyond full scale: by 32768 if it reaches past `INTEGERS_FROM`, and what then, or
+            by resampling, still is beyond by its peak.
 
     Returns:
-        float32 [samples], full scale ±1.
+        float32 [samples], full scale ±1. Without `scale` a codec's or the resampler's overshoot stays in it.
 
     Raises:
-        UserError: unreadable, truncated, empty, too long, or not finite.
+        UserError: unreadable, truncated or damaged (as far as `containers` can tell), empty, too long, not finite, or
+            (`BeyondFullScaleError`) beyond full scale: by more than `FLOAT_PEAK` in a file of floats, which somebody
+            forgot to divide, or `CODEC_PEAK` in a lossy one.
     """
     limit = MAX_SECONDS if max_seconds is None else max_seconds
-    wave, native_rate = _read_wav(data, where, limit) or _read_any(data, where, limit)  # [samples, channels]
+    wave, native_rate = _read_wav(data, where, limit) or _read_any(data, where, limit, scale)  # [samples, channels]
     if wave.shape[1] == 2:
         mono = (wave[:, 0] + wave[:, 1]) * np.float32(0.5)  # 20 times as fast as mean over so short an axis
     else:
@@ -51,14 +68,24 @@ def decode(data: bytes, where: str, rate: int = SAMPLE_RATE, max_seconds: float 
         mono = soxr.resample(mono, native_rate, rate, quality="HQ")
         if len(mono) == 0:
             raise UserError(f"{where}: the audio is shorter than one sample at {rate} Hz; remove this file")
+    if scale and (top := _peak(mono)) > 1:
+        mono = mono * np.float32(32766 / 32768 / top)  # in 16 bits a step below full scale: not a clipped clip's
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
 def seconds(data: bytes, where: str) -> float:
-    """The length of an audio file by its header, without decoding it; UserError naming `where` when it is not audio."""
+    """The length of an audio file as its header tells it, without decoding; an MP3's is counted in its frames.
+
+    UserError naming `where` when it is not audio, or truncated or damaged as far as `containers` can tell.
+    """
     with _open(data, where) as file:
         _check_claim(file.frames, file.samplerate, file.channels, where, math.inf)
         return file.frames / file.samplerate
+
+
+def _peak(wave: np.ndarray) -> float:
+    """The largest absolute value of a waveform that is not empty; NaN if it has one."""
+    return float(max(wave.max(), -wave.min()))
 
 
 def _read_wav(data: bytes, where: str, limit: float) -> tuple[np.ndarray, int] | None:
@@ -112,19 +139,32 @@ def _plain_format(chunk: bytes) -> tuple[int, int] | None:
     return (channels, rate) if pcm and whole and rate and channels in (1, 2) else None
 
 
-def _read_any(data: bytes, where: str, limit: float) -> tuple[np.ndarray, int]:
+def _read_any(data: bytes, where: str, limit: float, scale: bool) -> tuple[np.ndarray, int]:
     """float32 [samples, channels] and Hz of whatever libsndfile reads."""
     with _open(data, where) as file:
         _check_claim(file.frames, file.samplerate, file.channels, where, limit)
-        wave = file.read(dtype="float32", always_2d=True)
-        exact = file.format in ("WAV", "FLAC")  # the others' length is an estimate until they are decoded
-        cut = exact and len(wave) != file.frames
+        bits = {"PCM_S8": 8, "PCM_16": 16, "PCM_24": 24}[file.subtype] if file.format == "FLAC" else 0
+        # The count must be given: files that cannot seek (GSM, G.721 …) have no other end. FLAC's MD5 is of integers.
+        dtype = {0: "float32", 8: "int16", 16: "int16", 24: "int32"}[bits]
+        wave = file.read(file.frames, dtype=dtype, always_2d=True)
+    if len(wave) != file.frames:
+        raise UserError(f"{where}: the audio is truncated ({len(data)} bytes); copy this file again")
     if len(wave) == 0:
         raise UserError(f"{where}: the audio is empty (no samples); replace or remove this file")
-    if cut or _riff_is_cut(data):
-        raise UserError(f"{where}: the audio is truncated ({len(data)} bytes); copy this file again")
-    if not np.isfinite(wave).all():
+    if bits:
+        containers.check_flac(data, (wave >> 8).astype(np.int8) if bits == 8 else wave, where)
+        wave = wave.astype(np.float32) * np.float32(2.0**-31 if bits == 24 else 2.0**-15)
+        return wave, file.samplerate
+    top = _peak(wave)
+    if not math.isfinite(top):
         raise UserError(f"{where}: the audio has NaN or infinite samples; replace or remove this file")
+    if scale and top > INTEGERS_FROM:
+        wave /= np.float32(32768)
+    elif not scale and top > (FLOAT_PEAK if file.subtype in ("FLOAT", "DOUBLE") else CODEC_PEAK):
+        raise BeyondFullScaleError(
+            f"{where}: its samples reach {top:.4g} times full scale; divide them (by 32768, if they were 16-bit "
+            "integers), or mser pack --scale does"
+        )
     return wave, file.samplerate
 
 
@@ -145,12 +185,18 @@ def _check_claim(frames: int, rate: int, channels: int, where: str, limit: float
 
 @contextmanager
 def _open(data: bytes, where: str) -> Iterator[Any]:
-    """A file in memory opened with libsndfile; its errors become a `UserError` that names `where`."""
+    """A file in memory opened with libsndfile, checked by `containers`; errors become a `UserError` with `where`."""
+    data = containers.whole(data, where)
     try:
         with soundfile.SoundFile(_Bytes(data)) as file:
+            if file.format not in containers.READ or (file.subtype.startswith("MPEG") and file.format != "MP3"):
+                raise UserError(
+                    f"{where}: {file.format} ({file.subtype}) is not read, for a cut or damaged one could not be told "
+                    "from a whole one; convert it to wav or flac"
+                )
             yield file
-    except (soundfile.SoundFileError, RuntimeError, MemoryError) as error:
-        detail = getattr(error, "error_string", str(error)).rstrip(".").replace("\n", " ")
+    except (soundfile.SoundFileError, RuntimeError, MemoryError, ValueError, TypeError, AssertionError) as error:
+        detail = " ".join(str(getattr(error, "error_string", error)).rstrip(".").split())
         raise UserError(f"{where}: not readable as audio ({detail}); replace or remove this file") from None
 
 
@@ -167,17 +213,6 @@ class _Bytes(io.BytesIO):
             return self.tell()
 
 
-def _riff_is_cut(data: bytes) -> bool:
-    """libsndfile shortens a cut wav without a word, so its RIFF size is compared with what is there.
-
-    Programs that stream a wav to a pipe leave 0 or about 2^31 and more as the size: those cannot be judged.
-    """
-    size = int.from_bytes(data[4:8], "little")
-    return (
-        data[:4] == b"RIFF" and 0 < size < 0x7FFF0000 and size + 8 > len(data) + 1
-    )  # + 1: a missing pad byte is harmless
-
-
 def encode(pcm: np.ndarray, rate: int, ext: str = "flac") -> bytes:
     """Encode int16 [samples] (mono) as 16-bit "flac" or "wav"; the same input gives the same bytes."""
     if pcm.dtype != np.int16 or pcm.ndim != 1:
@@ -190,8 +225,17 @@ def encode(pcm: np.ndarray, rate: int, ext: str = "flac") -> bytes:
 
 
 def to_pcm16(wave: np.ndarray) -> np.ndarray:
-    """float [samples] of full scale ±1 to int16, rounded, clipped at full scale."""
+    """float [samples] of full scale ±1 to int16, rounded. What is beyond full scale, by a codec's or the resampler's
+    overshoot (`decode` lets nothing else through), is clipped; `peak` tells of it.
+    """
     return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def peak(wave: np.ndarray) -> int:
+    """The largest absolute sample of a waveform in steps of 16 bits, at least 1: 32767 and 32768 touch full scale, and
+    from 32769 on `to_pcm16` clips it.
+    """
+    return max(1, round(_peak(wave) * 32768))
 
 
 def log_mel(wave: np.ndarray, n_mels: int = 80, backend: str = FEATURE_BACKEND) -> np.ndarray:
