@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.config.file import flatten, to_yaml
+from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.errors import Stopped, UserError
 from mser_dist.evaluation import report
 from mser_dist.evaluation.metrics import score
@@ -117,6 +118,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     if world.world_size > 1:
         distributed.init(world, 30.0, device)
     if world.is_main:  # one that was stopped begins anew in its MLflow run; one that has ended is followed by another
+        for line in unused_keys(config, Facts()):
+            distributed.warn(line)
         run_folder.prepare(out, to_yaml(config), anew=status_of(out) in ("FINISHED", "FAILED"))
     links = {f"mser.stage{stage}_run_id": Path(run) for stage, run in runs.items()}
     tags = {"mser.stage": "eval"}

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mser_dist import config as cfg
 from mser_dist import deepspeed_parts
 from mser_dist.config.file import to_yaml
+from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.errors import UserError
 from mser_dist.models import exported
 from mser_dist.models.attention import Attention, choose
@@ -243,6 +245,13 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     return run
 
 
+def _facts(run: Run) -> Facts:
+    source = run.setup.shards.source
+    parallel = run.config.stage == 1 and len(np.unique(source)) < len(source)
+    log_mel = run.stage.features.n_mels is not None
+    return Facts(run.world.world_size, len(run.setup.shards.shards), parallel, log_mel)
+
+
 def _announce(run: Run, step: int, checked: str) -> None:
     """Say what runs; refuse a job too short to save, warn of a disk too small. Collective."""
     setup, config, world = run.setup, run.config, run.world
@@ -265,6 +274,8 @@ def _announce(run: Run, step: int, checked: str) -> None:
         if step:
             print(f"continuing from step {step}")
         sys.stdout.flush()
+        for line in unused_keys(config, _facts(run)):
+            distributed.warn(line)
         free = shutil.disk_usage(setup.out).free
         if free < 2 * size:
             distributed.warn(

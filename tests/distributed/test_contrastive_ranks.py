@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -189,7 +189,8 @@ def bfloat16_sums(rank: int, folder: str) -> dict[str, tuple[list[Tensor], set[t
             train = cfg.TrainConfig(global_batch=4, micro_batch=1, grad_clip=0.0)
             parts: Any = {"train": train, "engine": cfg.EngineConfig(deepspeed=str(path), dtype="bfloat16")}
             config = cfg.Stage1(**parts) if cached else cfg.Stage2(**parts)
-            engine = Engine(Plain(), config, World(rank, 2), total=10, device="cpu")
+            model = Plain()
+            engine = Engine(model, config, World(rank, 2), total=10, device="cpu")
             with engine.one_reduction() if cached else nullcontext():
                 for turn, gradient in enumerate(GRADIENTS[rank]):
                     with engine.no_sync() if cached and turn == 0 else nullcontext():
@@ -198,11 +199,8 @@ def bfloat16_sums(rank: int, folder: str) -> dict[str, tuple[list[Tensor], set[t
                     if not cached and turn == 0:
                         engine.step()
             found = [safe_get_full_grad(p).clone() for p in engine.module.parameters()]
-            masters: set[Any] = {p.owner.dtype for group in deepspeed_parts.trained(engine._engine) for p in group}
-            result[f"{stage} {'cached' if cached else 'accumulated'} {more}"] = (
-                found,
-                {*cast(Any, engine.module).computed, *masters},
-            )
+            masters = {p.owner.dtype for group in deepspeed_parts.trained(engine._engine) for p in group}
+            result[f"{stage} {'cached' if cached else 'accumulated'} {more}"] = found, model.computed | masters
             engine.step()
     return result
 

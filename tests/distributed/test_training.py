@@ -22,7 +22,7 @@ from mser_dist.ranks.distributed import World
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.training.engine import Engine, find_json, resolve_json
 from tests.distributed.spawn import run
-from tests.tiny_runs import LLM, lines, mser, stage1, stage2
+from tests.tiny_runs import LLM, lines, mser, stage1, stage2, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -254,7 +254,15 @@ def test_zero3_trains_every_weight_of_a_waveform_encoder(
 def test_a_waveform_encoder_from_the_command_line(trained: Path) -> None:
     encoder = f"encoder.arch={json.dumps({'model_type': 'wav2vec2', **WAVEFORM})}"
     words = [encoder, f"engine.deepspeed={partitioned(trained)}", "train.steps=4"]
-    mser(*stage1("runs/wave", *words), "--nproc", "2", cwd=trained)
+    words += ["data.augment.time_masks=1", "--nproc", "2"]
+    process = start(*stage1("runs/wave", *words), cwd=trained)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said[-3000:]
+    warnings = [line.removeprefix("mser: warning: ") for line in said.splitlines() if "has no effect" in line]
+    assert warnings == [  # once, of two ranks
+        "data.augment.time_masks=1 has no effect: the encoder hears the waveform",
+        "train.epochs=4.0 has no effect: train.steps says how long the training is",
+    ]
     card = json.loads((trained / "runs/wave/export/card.json").read_text())
     assert card["speech"]["features"] == {"n_mels": None, "normalize": True, "pad_seconds": None}
     words = ["eval", "demo_eval", "data.sets=shards", "data.workers=1", "stage1=runs/wave", "stage2=null"]
