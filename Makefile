@@ -41,7 +41,7 @@ demo: $(STAMP)  ## synthesise speech, train both stages on two workers, print th
 	$(BIN)/mser demo $(DEMO)
 
 test: $(STAMP)  ## every test; those of tests/slurm where SLURM is installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --ignore=tests/unit $(PYTEST_ARGS)
 	@{ $(HAVE_SLURM); } >/dev/null || echo "make: no SLURM here, its tests were skipped: make test-slurm installs it and runs them"
 
@@ -53,7 +53,7 @@ test-slurm: $(STAMP)  ## the tests on a real SLURM alone; installs Debian's pack
 	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## the unit tests only
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff: rules and formatting; import-linter: a room imports only rooms below it
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ real SLURM jobs, that are killed, stopped, signalled, corrupted or starved while
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,11 @@ def main() -> int:
     parser.add_argument("--tests", type=Path, default=ROOT / "tests", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     drills = Drills(options.only)
-    arguments = ["-q", "--no-header", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(options.tests)]
+    arguments = ["-q", "--no-header", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    # Only the files that have drills: the others need not be imported.
+    marked = re.compile(r"^@pytest\.mark\.drill\(", re.MULTILINE)
+    files = [file for file in sorted(options.tests.rglob("test_*.py")) if marked.search(file.read_text("utf-8"))]
+    arguments += map(str, files or [options.tests])
     code = pytest.main([*arguments, *(["--collect-only", "-qq"] if options.list else [])], plugins=[drills])
     unknown = set(options.only) - set(drills.names.values())
     if unknown:

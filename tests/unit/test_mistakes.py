@@ -3,6 +3,7 @@ written, nothing is traced back, and the exit code is 2."""
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,12 @@ def test_a_mistake_is_one_line(
     words: str, says: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
+    if (
+        "transformers" in sys.modules
+    ):  # imported by another test: the command switches its bars off before it imports it
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     before = tree(place)
     try:
         refused(shlex.split(words.replace("LONG", LONG)), says, capsys)

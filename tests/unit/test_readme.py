@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -188,13 +189,15 @@ def python_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def test_the_readmes_python_runs(tiny_set: Path) -> None:
+def test_the_readmes_python_runs(tiny_set: Path, prepared: Path) -> None:
     """As it stands, on a set and configs that are small; nothing of it is left out but the jobs for a cluster."""
     from tests.tiny_runs import stage1
 
     Path("shards").mkdir()
     Path("shards/mine").symlink_to(tiny_set)
     _, preset, *words = stage1("runs/x", "data.sets=shards/mine", "train.steps=2", "train.val_every=0")
+    Path("runs").mkdir()
+    shutil.copy(prepared, "runs/mlflow.db")
     Path("my_stage1.yaml").write_text(to_yaml(load_training(preset, words)))
     Path("my_eval.yaml").write_text("stage1: runs/x\ndata: {sets: [shards/mine], workers: 0}\nout: runs/evaluation\n")
     script = "\n".join(block for block in python_blocks() if "submit" not in block)

@@ -14,6 +14,10 @@ from mser_dist.ranks import rendezvous
 from mser_dist.ranks.distributed import free_port
 from mser_dist.ranks.rendezvous import meet
 
+# Torch is imported once, for all processes that these tests start.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["mser_dist.ranks.rendezvous", "torch.distributed"])
+
 
 def late(port: int) -> None:
     time.sleep(3)
@@ -24,7 +28,7 @@ def late(port: int) -> None:
 def test_rank_0_waits_for_who_comes_late() -> None:
     """What is done within the block may return at once, as starting NCCL does."""
     port = free_port()
-    process = multiprocessing.get_context("spawn").Process(target=late, args=(port,))
+    process = CONTEXT.Process(target=late, args=(port,))
     process.start()
     with meet(0, 2, "127.0.0.1", port, seconds=60):
         pass
@@ -50,11 +54,10 @@ def join(rank: int, job: str, port: int, found: "Queue[tuple[str, int, str]]") -
 
 def test_two_jobs_that_begin_at_one_port_do_not_meet() -> None:
     """The port itself is held by something that accepts and never says a word."""
-    spawn = multiprocessing.get_context("spawn")
-    found: Queue[tuple[str, int, str]] = spawn.Queue()
+    found: Queue[tuple[str, int, str]] = CONTEXT.Queue()
     with socket.create_server(("", 0)) as silent:
         port = silent.getsockname()[1]
-        ranks = [spawn.Process(target=join, args=(r, job, port, found)) for job in ("7", "8") for r in (1, 0)]
+        ranks = [CONTEXT.Process(target=join, args=(r, job, port, found)) for job in ("7", "8") for r in (1, 0)]
         for process in ranks:
             process.start()
         answers = sorted(found.get(timeout=90) for _ in ranks)

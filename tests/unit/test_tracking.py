@@ -34,15 +34,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "PATIENCE", dict.fromkeys(tracking.PATIENCE, 0.5))
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tracking database with its tables made: that takes MLflow a second."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    tracker = start(folder / "prepared")
-    tracker.close("FINISHED")
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def runs(prepared: Path, tmp_path: Path) -> Path:
     """A folder for runs, with that database in it."""
