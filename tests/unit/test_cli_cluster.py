@@ -123,7 +123,7 @@ def test_sync_sends_each_run_and_says_so(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith("a: 1 of 1 numbers") and lines[1].startswith("b: 1 of 1 numbers")
     client = MlflowClient(f"sqlite:///{tmp_path}/sent.db")
-    runs = client.search_runs([client.get_experiment_by_name("mser-demo,").experiment_id])
+    runs = client.search_runs([client.get_experiment_by_name("mser-demo").experiment_id])
     assert [run.data.metrics["train/loss"] for run in runs] == [2.5, 2.5]
 
 
