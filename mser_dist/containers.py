@@ -28,24 +28,8 @@ from mser_dist import mp3
 from mser_dist.errors import UserError
 
 READ = frozenset(
-    [
-        "WAV",
-        "WAVEX",
-        "RF64",
-        "W64",
-        "AIFF",
-        "SVX",
-        "CAF",
-        "AU",
-        "NIST",
-        "AVR",
-        "WVE",
-        "MPC2K",
-        "HTK",
-        "FLAC",
-        "OGG",
-        "MP3",
-    ]
+    {"WAV", "WAVEX", "RF64", "W64", "AIFF", "SVX", "CAF", "AU", "NIST", "AVR", "WVE", "MPC2K", "HTK"}
+    | {"FLAC", "OGG", "MP3"}
 )
 """soundfile's names of the containers that are read."""
 
@@ -108,12 +92,16 @@ def _both(file_end: int | None, data_end: int | None) -> int | None:
 
 
 def _wav(data: bytes) -> int | None:
+    if data[8:12] != b"WAVE":
+        return None
     order = ">" if data[:4] == b"RIFX" else "<"
     begin, size = _chunk(data, b"data", 12, order + "4sI", 2)
     return _both(_sized(struct.unpack_from(order + "I", data, 4)[0], 8), _sized(size, begin))
 
 
 def _rf64(data: bytes) -> int | None:
+    if data[8:12] != b"WAVE":
+        return None
     wide, _ = _chunk(data, b"ds64", 12, "<4sI", 2)
     file_size, data_size = struct.unpack_from("<QQ", data, wide)
     begin, size = _chunk(data, b"data", 12, "<4sI", 2)
@@ -126,7 +114,9 @@ def _w64(data: bytes) -> int | None:
 
 
 def _iff(data: bytes) -> int | None:
-    name = b"BODY" if data[8:12] in (b"8SVX", b"16SV") else b"SSND"
+    name = {b"AIFF": b"SSND", b"AIFC": b"SSND", b"8SVX": b"BODY", b"16SV": b"BODY"}.get(data[8:12])
+    if name is None:
+        return None
     begin, size = _chunk(data, name, 12, ">4sI", 2)
     return _both(_sized(struct.unpack_from(">I", data, 4)[0], 8), _sized(size, begin))
 
@@ -164,7 +154,7 @@ def _mpc2k(data: bytes) -> int:
 
 _W64_GUID = bytes.fromhex("f3acd3118cd100c04f8edb8a")
 _ENDS: tuple[tuple[bytes, Callable[[bytes], int | None], bool], ...] = (
-    # how a file begins, where its audio ends, and whether libsndfile keeps to that end
+    # how a file begins, where its audio ends (None: nobody says), and whether libsndfile keeps to that
     (b"RIFF", _wav, True),
     (b"RIFX", _wav, True),
     (b"RF64", _rf64, True),

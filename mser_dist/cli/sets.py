@@ -53,6 +53,12 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
         "--max-seconds", type=float, default=40.0, metavar="S", help="refuse longer clips (default: %(default)g)"
     )
     pack.add_argument(
+        "--scale",
+        action="store_true",
+        help="divide clips beyond full scale, which are refused else: by 32768 where samples reach past 32 (16-bit "
+        "integers in a float file), otherwise by the clip's peak, after resampling too, so that none is clipped",
+    )
+    pack.add_argument(
         "--drop-duplicates", action="store_true", help="of clips of identical audio keep the first in SRC's order"
     )
     pack.add_argument("--overwrite", action="store_true", help="replace an earlier set in OUT")
@@ -94,6 +100,7 @@ def _pack(options: argparse.Namespace) -> None:
         seed=options.seed,
         audio_format=options.format,
         max_seconds=options.max_seconds,
+        scale=options.scale,
         drop_duplicates=options.drop_duplicates,
         overwrite=options.overwrite,
     )
@@ -105,6 +112,11 @@ def _pack(options: argparse.Namespace) -> None:
     for key in ("emotions", "languages", "dropped"):
         if summary[key]:
             print(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in summary[key].items()))
+    if loud := summary["full_scale"]["beyond"]:
+        most = summary["full_scale"]["decibels"]
+        print(f"  clips clipped where a codec or resampling overshot full scale, by up to {most:.2f} dB: {loud}")
+    if summary["scaled"]:
+        print(f"  clips beyond full scale, divided: {summary['scaled']}")
     if options.drop_duplicates:
         gone = summary["duplicates"]
         other = f"{gone['other_labels']} of another label, {gone['other_splits']} of another split"

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import soundfile
 import soxr
@@ -31,6 +31,7 @@ from mser_dist.progress import bar
 from mser_dist.shards import index as shard_index
 from mser_dist.shards import repeats
 from mser_dist.shards.index import SPLITS
+from mser_dist.shards.inspect import full_scale
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.shards.writer import DATASET_FILE, DatasetWriter, shard_name
 
@@ -50,6 +51,7 @@ def pack(
     seed: int = 0,
     audio_format: str = "flac",
     max_seconds: float = 40.0,
+    scale: bool = False,
     drop_duplicates: bool = False,
     shard_samples: int = 512,
     workers: int | None = None,
@@ -60,18 +62,21 @@ def pack(
 
     For the splits see `splits.split_by_speaker`. Clips in which annotators named no emotion are left out and counted.
     workers: processes that decode (default: the cores this process may use); a script that calls this with more than
-    one needs the usual `if __name__ == "__main__"`. drop_duplicates: of clips of identical audio keep the first in the
-    order of the source, before the splits are made; every recording is decoded once more for that.
+    one needs the usual `if __name__ == "__main__"`. scale: divide clips beyond full scale, as `audio.decode`
+    does, which are refused else; without it, what a codec or resampling takes beyond is clipped and counted.
+    drop_duplicates: of clips of identical audio keep the first in the order of the source, before the splits are made;
+    every recording is decoded once more for that.
 
     However it is stopped, the finished shards stay in `<out>.partial`, and the same call keeps each of them whose clips
-    (path, size, time of change, labels), audio format and max_seconds are as they were.
+    (path, size, time of change, labels), audio format, max_seconds and scale are as they were.
 
     Returns:
         {name, out, clips, hours, dropped: {native emotion: clips}, splits: {split: {clips, speakers}}, emotions:
         {label: clips}, languages: {language: clips}, shared_speakers: speakers in more than one split (only a
         prescribed split can do that), identical: audio that is in the set more than once (`repeats.describe`),
         duplicates: {clips, other_labels, other_splits}: those that were dropped, and how many of these had another
-        label, or another prescribed split, than the one that stays; seconds: of packing}.
+        label, or another prescribed split, than the one that stays; full_scale: clips that touch it or were
+        clipped there (`inspect.full_scale`); scaled: clips that `scale` divided, in this call; seconds: of packing}.
 
     Raises UserError, and leaves no `out`, for anything wrong with the corpus, a clip that cannot be decoded or a full
     disk.
@@ -86,9 +91,10 @@ def pack(
     labelled = [clip for clip in parsed if clip.label is not None]
     if not labelled:
         raise UserError(f"{src}: not one of {len(parsed)} clips has a label; check the emotion column")
+    decoding = _Decoding(max_seconds, scale)
     duplicates = {"clips": 0, "other_labels": 0, "other_splits": 0}
     if drop_duplicates:
-        labelled, duplicates = _without_duplicates(labelled, max_seconds, workers, progress)
+        labelled, duplicates = _without_duplicates(labelled, decoding, workers, progress)
     split = {"val_fraction": val_fraction, "test_fraction": test_fraction, "folds": folds, "fold": fold, "seed": seed}
     clips = split_by_speaker(
         labelled,
@@ -105,22 +111,27 @@ def pack(
         "command": "mser pack",
         "corpus": corpus,
         "max_seconds": max_seconds,
+        "scale": scale,
         "drop_duplicates": drop_duplicates,
         "test_speakers": sorted(test_speakers),
     } | split
     shards = _shards(clips, shard_samples)
-    recipes = {file: _recipe(own, audio_format, max_seconds) for file, own in shards.items()}
+    recipes = {file: _recipe(own, audio_format, decoding) for file, own in shards.items()}
     options: dict[str, Any] = {"shard_samples": shard_samples, "overwrite": overwrite, "progress": progress}
     with DatasetWriter(out, name, made_by, recipes=recipes, **options) as writer:
         todo = [clip for file, own in shards.items() if file not in writer.kept for clip in own]
         there = len(clips) - len(todo)
         if progress:
             _tell(writer, there, len(clips))
-        with closing(_encode_all(todo, audio_format, max_seconds, workers)) as encoded:
+        with closing(_encode_all(todo, audio_format, decoding, workers)) as encoded:
             title = f"pack {name}"
             shown = bar(encoded, title=title, unit="clip", total=len(clips), initial=there, disable=not progress)
-            for clip, (data, duration, sound) in zip(todo, shown, strict=True):
-                writer.write(str(clip.split), clip.id, data, audio_format, _meta(clip, duration), sound)
+            scaled = 0
+            for clip, one in zip(todo, shown, strict=True):
+                meta = _meta(clip, one.duration)
+                writer.write(str(clip.split), clip.id, one.data, audio_format, meta, one.sound, one.peak)
+                scaled += one.scaled
+    packed = ShardSet.open(out, sound=True)
     described = shard_index.read_facts(Path(out) / DATASET_FILE)["splits"].values()
     return {
         "name": name,
@@ -132,8 +143,10 @@ def pack(
         "emotions": dict(sorted(Counter(str(clip.label) for clip in clips).items())),
         "languages": dict(sorted(Counter(clip.language for clip in clips).items())),
         "shared_speakers": _shared_speakers(clips),
-        "identical": repeats.describe(ShardSet.open(out, sound=True)),
+        "identical": repeats.describe(packed),
         "duplicates": duplicates,
+        "full_scale": full_scale(packed),
+        "scaled": scaled,
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -150,10 +163,10 @@ def _shards(clips: Iterable[Recording], shard_samples: int) -> dict[str, list[Re
     }
 
 
-def _recipe(clips: Iterable[Recording], audio_format: str, max_seconds: float) -> str:
+def _recipe(clips: Iterable[Recording], audio_format: str, decoding: "_Decoding") -> str:
     """A hash of all that decides a shard's bytes. A recording stands in it by its path, size and time of change."""
     code = [__version__, shard_index.VERSION, soundfile.__libsndfile_version__, soxr.__libsoxr_version__]
-    digest = hashlib.sha256(json.dumps([code, audio_format, max_seconds]).encode())
+    digest = hashlib.sha256(json.dumps([code, audio_format, decoding]).encode())
     for clip in clips:
         try:
             status = clip.path.stat()
@@ -200,27 +213,38 @@ def _shared_speakers(clips: Iterable[Recording]) -> int:
 
 
 def _without_duplicates(
-    clips: list[Recording], max_seconds: float, workers: int | None, progress: bool
+    clips: list[Recording], decoding: "_Decoding", workers: int | None, progress: bool
 ) -> tuple[list[Recording], dict[str, int]]:
     """The clips without those whose audio an earlier one has; and what was dropped, as `pack` returns it."""
     first: dict[int, Recording] = {}
     dropped = {"clips": 0, "other_labels": 0, "other_splits": 0}
-    with closing(_encode_all(clips, None, max_seconds, workers)) as encoded:
+    with closing(_encode_all(clips, None, decoding, workers)) as encoded:
         shown = bar(encoded, title="look for duplicates", unit="clip", total=len(clips), disable=not progress)
-        for clip, (_, _, sound) in zip(clips, shown, strict=True):
-            if (kept := first.setdefault(sound, clip)) is not clip:
+        for clip, one in zip(clips, shown, strict=True):
+            if (kept := first.setdefault(one.sound, clip)) is not clip:
                 dropped["clips"] += 1
                 dropped["other_labels"] += clip.label != kept.label
                 dropped["other_splits"] += clip.split != kept.split
     return list(first.values()), dropped
 
 
-_Encoded = tuple[bytes, float, int]
-"""A clip's bytes, its duration in s, and `shard_index.sound` of its samples."""
+class _Decoding(NamedTuple):
+    """How recordings are decoded: the arguments of `audio.decode`."""
+
+    max_seconds: float
+    scale: bool
+
+
+class _Encoded(NamedTuple):
+    data: bytes
+    duration: float  # seconds
+    sound: int  # `shard_index.sound`
+    peak: int  # `audio.peak`
+    scaled: bool
 
 
 def _encode_all(
-    clips: Iterable[Recording], audio_format: str | None, max_seconds: float, workers: int | None
+    clips: Iterable[Recording], audio_format: str | None, decoding: _Decoding, workers: int | None
 ) -> Generator[_Encoded, None, None]:
     """Every clip, in order, without bytes where no format is given; only a few chunks a process are under way at any
     time.
@@ -229,7 +253,7 @@ def _encode_all(
     paths = iter([clip.path for clip in clips])
     if processes <= 1:
         for path in paths:
-            yield _encode(path, audio_format, max_seconds)
+            yield _encode(path, audio_format, decoding)
         return
     # spawn: a fork of a process that runs threads (torch, MLflow) can deadlock
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_follow_parent)
@@ -237,7 +261,7 @@ def _encode_all(
         under_way: deque[Future[list[_Encoded]]] = deque()
         while True:
             while len(under_way) < 4 * processes and (chunk := list(islice(paths, CHUNK))):
-                under_way.append(pool.submit(_encode_chunk, chunk, audio_format, max_seconds))
+                under_way.append(pool.submit(_encode_chunk, chunk, audio_format, decoding))
             if not under_way:
                 return
             yield from under_way.popleft().result()
@@ -264,19 +288,29 @@ def _follow_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _encode_chunk(paths: list[Path], audio_format: str | None, max_seconds: float) -> list[_Encoded]:
-    return [_encode(path, audio_format, max_seconds) for path in paths]
+def _encode_chunk(paths: list[Path], audio_format: str | None, decoding: _Decoding) -> list[_Encoded]:
+    return [_encode(path, audio_format, decoding) for path in paths]
 
 
-def _encode(path: Path, audio_format: str | None, max_seconds: float) -> _Encoded:
+def _encode(path: Path, audio_format: str | None, decoding: _Decoding) -> _Encoded:
     """A recording as 16 kHz mono 16-bit."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from None
-    pcm = audio.to_pcm16(audio.decode(data, str(path), max_seconds=max_seconds))
+    limit, scaled = decoding.max_seconds, False
+    try:
+        wave = audio.decode(data, str(path), max_seconds=limit)
+        scaled = decoding.scale and audio.peak(wave) > 32768
+    except audio.BeyondFullScaleError:
+        if not decoding.scale:
+            raise
+        scaled = True
+    if scaled:
+        wave = audio.decode(data, str(path), max_seconds=limit, scale=True)
+    pcm = audio.to_pcm16(wave)
     encoded = audio.encode(pcm, audio.SAMPLE_RATE, audio_format) if audio_format else b""
-    return encoded, len(pcm) / audio.SAMPLE_RATE, shard_index.sound(pcm)
+    return _Encoded(encoded, len(pcm) / audio.SAMPLE_RATE, shard_index.sound(pcm), audio.peak(wave), scaled)
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

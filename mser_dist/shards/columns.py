@@ -108,7 +108,7 @@ def _has(name: str, wanted: Any, columns: Mapping[str, Any], split: str) -> NDAr
 
 
 class Gathered:
-    """The columns of many shards on their way into a `ShardSet`; `sound` only where it is asked for."""
+    """The columns of many shards on their way into a `ShardSet`; `sound` and `peak` only where they are asked for."""
 
     def __init__(self, keep: Filter, *, sound: bool = False) -> None:
         self.shards: list[Shard] = []
@@ -134,7 +134,7 @@ class Gathered:
             numbers = self._numbers[name]
             codes = np.array([numbers.setdefault(value, len(numbers)) for value in given["names"]], dtype=np.int64)
             self._put(name, codes[np.array(given["codes"], dtype=np.int64)][mask] if count else codes[:0])
-        for name in (*PLACE, "source", *(["sound"] if self.sound else [])):
+        for name in (*PLACE, "source", *(["sound", "peak"] if self.sound else [])):
             self._put(name, np.array(columns[name], dtype=np.int64)[mask])
         self._put("duration", np.array(columns["duration"], dtype=np.float64)[mask])
         self._put("row", np.flatnonzero(mask))

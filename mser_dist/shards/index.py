@@ -7,7 +7,8 @@ the order of the tar: `key`; `audio_at`, `audio_size`, `json_at`, `json_size` (b
 `source`, a hash of corpus and source_id, equal for parallel clips; `sound`, a hash of the decoded samples, equal for
 identical audio, 0 where nobody has decoded it (a tar that is not ours, before `mser verify`) or the index is an older
 one. The fields that repeat (`CODED`) are {"names": [...], "codes": [...]}: it is columns so that millions of samples
-are opened in seconds.
+are opened in seconds. `peak` is the largest absolute sample in steps of 16 bits (`audio.peak`), before it was stored;
+0 where `sound` is.
 """
 
 import hashlib
@@ -60,7 +61,7 @@ CODED = ("label", "emotion", "language", "speaker", "gender", "corpus", "synthet
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff]")
 """What no text of a sample may hold: it would break a message's one line, drive a terminal, or be no UTF-8."""
 
-PLAIN = ("key", "audio_at", "audio_size", "json_at", "json_size", "crc", "duration", "source", "sound")
+PLAIN = ("key", "audio_at", "audio_size", "json_at", "json_size", "crc", "duration", "source", "sound", "peak")
 
 
 def check_meta(meta: dict[str, Any], where: str) -> None:
@@ -146,7 +147,8 @@ def parse(raw: bytes, name: str) -> dict[str, Any]:
     """An index; UserError with `name` unless it is whole."""
     index = parse_json(raw, name)
     with suppress(KeyError, TypeError, AttributeError, MemoryError, OverflowError):  # `_check` says what is wrong
-        index["columns"].setdefault("sound", [0] * len(index["columns"]["key"]))  # of an earlier version
+        for column in ("sound", "peak"):  # an earlier version's has none
+            index["columns"].setdefault(column, [0] * len(index["columns"]["key"]))
     _check(index, name)
     return index
 
@@ -333,6 +335,7 @@ def _foreign_row(
         "duration": duration,
         "source": source(str(corpus), str(word("source_id", key))),
         "sound": 0,
+        "peak": 0,
         "label": word("label", None) or _label(word("emotion", "")),
         "emotion": word("emotion", ""),
         "language": word("language", "und"),

@@ -1,5 +1,6 @@
 """`mser inspect`: what is in data sets, by the columns of their indexes alone; no audio is read."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def describe(shards: ShardSet) -> dict[str, Any]:
     {label: clips}}}, sample_rates, genders, kinds (recorded or synthetic), unlabelled: {native emotion: clips that have
     no label}, parallel: {utterances: those in two languages or more, clips: of these}, speakerless: clips that name no
     speaker, shared_speakers: in more than one split, [{corpus, speaker, clips: {split: clips}}], identical: audio that
-    is there more than once (`repeats.describe`), None for a set that was opened without `sound`}.
+    is there more than once (`repeats.describe`), full_scale: `full_scale`, both None for a set that was opened without
+    `sound`}.
 
     A speaker is one of a corpus: equal names in two corpora are two people.
     """
@@ -48,6 +50,22 @@ def describe(shards: ShardSet) -> dict[str, Any]:
         "speakerless": int((voices.codes < 0).sum()),
         "shared_speakers": _shared(voices, coded["split"]),
         "identical": None if shards.sound is None else repeats.describe(shards),
+        "full_scale": None if shards.peak is None else full_scale(shards),
+    }
+
+
+def full_scale(shards: ShardSet) -> dict[str, Any]:
+    """{clips: that touch full scale, as clipped recordings do; beyond: those of them that a codec or resampling took
+    beyond it, which `mser pack` clips; decibels: the most of these, 0.0 for none; unknown: clips whose peak no index
+    has}; `shards` is opened with `sound`.
+    """
+    assert shards.peak is not None
+    most = max(int(shards.peak.max(initial=0)), 32768)
+    return {
+        "clips": int((shards.peak >= 32767).sum()),
+        "beyond": int((shards.peak > 32768).sum()),
+        "decibels": round(20 * math.log10(most / 32768), 2),
+        "unknown": int((shards.peak == 0).sum()),
     }
 
 
@@ -187,6 +205,10 @@ def _facts(report: dict[str, Any]) -> list[str]:
     ]
     if report["unlabelled"]:
         lines.append(f"without label  {listed(report['unlabelled'])}")
+    if loud := report["full_scale"]:
+        beyond = f", {_int(loud['beyond'])} go beyond by up to {loud['decibels']:.2f} dB" if loud["beyond"] else ""
+        unknown = f"; not known of {_int(loud['unknown'])} (mser verify looks)" if loud["unknown"] else ""
+        lines.append(f"full scale     touched by {count(loud['clips'], 'clip')}{beyond}{unknown}")
     warnings = []
     if identical := report["identical"]:
         if identical["unknown"]:

@@ -52,6 +52,7 @@ class ShardSet:
         self.duration = gathered.take("duration").astype(np.float32)
         self.source = gathered.take("source")
         self.sound: NDArray[Any] | None = gathered.take("sound") if gathered.sound else None
+        self.peak: NDArray[Any] | None = gathered.take("peak") if gathered.sound else None
         self.shard = gathered.take("shard")
         self.coded = {name: gathered.take_coded(name) for name in FIELDS}
         self._row = gathered.take("row")  # of the shard's index
@@ -78,7 +79,7 @@ class ShardSet:
             keep, drop: field → values (one or a list) to keep, or to leave out: any of `FIELDS`, `key`, and `duration`
                 as [shortest, longest] in seconds.
             cache: of remote sets.
-            sound: take the hashes of the clips' samples too, 8 bytes a clip, for `repeats`.
+            sound: take the hashes of the clips' samples and their peaks too, 10 bytes a clip, for `inspect`.
 
         Raises UserError for a missing or truncated shard, a key that comes twice, a value that no sample has, or a
         filter that leaves nothing.

@@ -91,7 +91,8 @@ def _verify_shard(shard: Path, expected: Mapping[str, dict[str, Any]]) -> tuple[
             problems.append(f"{shard}: the {name} of its index is not that of dataset.json")
     if index.get("foreign"):
         try:
-            if shard_index.from_tar(shard)["columns"] | {"sound": None} != index["columns"] | {"sound": None}:
+            unheard = {"sound": None, "peak": None}  # a scan decodes nothing
+            if shard_index.from_tar(shard)["columns"] | unheard != index["columns"] | unheard:
                 problems.append(f"{index_path}: not what a new scan of the tar gives; delete this index")
         except UserError as error:
             problems.append(str(error))
@@ -101,9 +102,11 @@ def _verify_shard(shard: Path, expected: Mapping[str, dict[str, Any]]) -> tuple[
     keys = index["columns"]["key"]
     problems += [f"{shard}: its index has the key {key!r} {n} times" for key, n in Counter(keys).items() if n > 1]
     problems += _verify_members(shard, index)
-    sounds, found = _verify_samples(shard, index)
-    if sounds != index["columns"]["sound"]:
-        index["columns"]["sound"] = sounds
+    heard, found = _verify_samples(shard, index)
+    if not index.get("foreign"):
+        heard["peak"] = index["columns"]["peak"]  # that of before it was stored
+    if index["columns"] != index["columns"] | heard:
+        index["columns"] |= heard
         if index.get("foreign") and not problems:
             with suppress(OSError):  # a read-only folder: they are found anew by the next run
                 write_json(index_path, index, compact=True)
@@ -134,10 +137,10 @@ def _verify_members(shard: Path, index: dict[str, Any]) -> list[str]:
     ]
 
 
-def _verify_samples(shard: Path, index: dict[str, Any]) -> tuple[list[int], list[str]]:
-    """Read and decode every sample, and hold its json against the index: hashes of the samples, and problems."""
+def _verify_samples(shard: Path, index: dict[str, Any]) -> tuple[dict[str, list[int]], list[str]]:
+    """Read and decode every sample, and hold its json against the index: hashes and peaks of the samples, problems."""
     problems = []
-    sounds = [0] * index["count"]
+    sounds, peaks = [0] * index["count"], [0] * index["count"]
     reader = ShardReader([Shard(str(shard), index["bytes"], index["sha256"])], None)
     for i, row in enumerate(shard_index.rows(index)):
         where = f"{shard}: sample {row['key']}"
@@ -149,7 +152,7 @@ def _verify_samples(shard: Path, index: dict[str, Any]) -> tuple[list[int], list
             continue
         try:
             wave = audio.decode(data, where)
-            sounds[i] = shard_index.sound(audio.to_pcm16(wave))
+            sounds[i], peaks[i] = shard_index.sound(audio.to_pcm16(wave)), audio.peak(wave)
             meta = {} if index.get("foreign") else shard_index.parse_meta(text, where)
             if meta:
                 shard_index.check_meta(meta, where)
@@ -164,10 +167,12 @@ def _verify_samples(shard: Path, index: dict[str, Any]) -> tuple[list[int], list
             differing = [name for name in (*shard_index.CODED, "duration") if meta[name] != row[name]]
             if row["sound"] not in (0, sounds[i]):
                 differing.append("sound")
+            if row["peak"] and min(row["peak"], 32767) != min(peaks[i], 32767):  # 16 bits end there
+                differing.append("peak")
             if meta["split"] != index["split"]:
                 differing.append("split")
             if shard_index.source(meta["corpus"], meta["source_id"]) != row["source"]:
                 differing.append("source_id")
             if differing:
                 problems.append(f"{where}: its files and its index differ in {', '.join(differing)}")
-    return sounds, problems
+    return {"sound": sounds, "peak": peaks}, problems

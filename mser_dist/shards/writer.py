@@ -124,9 +124,12 @@ class DatasetWriter:
             if path.name not in whole:
                 path.unlink()
 
-    def write(self, split: str, key: str, audio: bytes, ext: str, meta: Mapping[str, Any], sound: int = 0) -> None:
+    def write(
+        self, split: str, key: str, audio: bytes, ext: str, meta: Mapping[str, Any], sound: int = 0, peak: int = 0
+    ) -> None:
         """Add a sample: `<key>.<ext>` holding `audio` and `<key>.json` holding `meta` (`id` and `split` are filled
-        in). sound: `shard_index.sound` of what `audio` decodes to, 0 where it is not known.
+        in). sound: `shard_index.sound` of what `audio` decodes to, peak: `audio.peak` of what it was made of; 0 where
+        that is not known.
         """
         where = f"sample {key!r} of {self.name}"
         if not _KEY.fullmatch(key):
@@ -154,7 +157,7 @@ class DatasetWriter:
             shard = self._open.get(split)
             if shard is None:
                 shard = self._open[split] = _Shard(self._staging / self._new_shard(split), split)
-            shard.add(key, ext, audio, text, full, sound)
+            shard.add(key, ext, audio, text, full, sound, peak)
             if len(shard.rows) == self.shard_samples:
                 self._finish(split)
         self._keys.add(key)
@@ -231,9 +234,11 @@ class _Shard:
         self._hash = hashlib.sha256()
         self._size = 0
 
-    def add(self, key: str, ext: str, audio: bytes, text: bytes, meta: Mapping[str, Any], sound: int) -> None:
+    def add(
+        self, key: str, ext: str, audio: bytes, text: bytes, meta: Mapping[str, Any], sound: int, peak: int
+    ) -> None:
         row: dict[str, Any] = {name: meta[name] for name in ("duration", *shard_index.CODED)}
-        row["key"], row["sound"] = key, sound
+        row["key"], row["sound"], row["peak"] = key, sound, peak
         row["source"] = shard_index.source(meta["corpus"], meta["source_id"])
         row["audio_at"], row["audio_size"], crc = self._member(f"{key}.{ext}", audio, 0)
         row["json_at"], row["json_size"], row["crc"] = self._member(f"{key}.json", text, crc)

@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from mser_dist.audio import encode
+from mser_dist.audio import encode, peak
 from mser_dist.shards import index as shard_index
 from mser_dist.shards.writer import DatasetWriter
 from mser_dist.synth.speech import CORPUS, EMOTIONS, SAMPLE_RATE, SynthConfig, generate
@@ -16,4 +16,6 @@ def write_set(out: Path, config: SynthConfig, *, overwrite: bool = False) -> Non
     with DatasetWriter(out, CORPUS, made_by, labels=set(EMOTIONS), overwrite=overwrite) as writer:
         for key, samples, record in generate(config, workers=len(os.sched_getaffinity(0)), progress=True):
             data = encode(samples, SAMPLE_RATE, "flac")
-            writer.write(str(record["split"]), key, data, "flac", record, shard_index.sound(samples))
+            writer.write(
+                str(record["split"]), key, data, "flac", record, shard_index.sound(samples), peak(samples / 32768)
+            )
