@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mser_dist import deepspeed_parts
 from mser_dist.audio import SAMPLE_RATE
 from mser_dist.errors import UserError
 from mser_dist.models.llm import base_of
@@ -57,7 +58,12 @@ def check_llm(model: SpeechLLM, prompts: Sequence[list[int]], answers: Sequence[
             raise
         except Exception as error:  # whatever a class does that takes no embeddings, or no mask
             first = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{name} cannot be given a prompt with speech ({first}): choose another LLM") from error
+            remedy = "choose another LLM"
+            if any(map(deepspeed_parts.is_partitioned, model.llm.parameters())):
+                remedy = (
+                    "it may read weights past their modules, where ZeRO-3 has parts alone: try engine.deepspeed=zero2"
+                )
+            raise UserError(f"{name} cannot be given a prompt with speech ({first}): {remedy}") from error
 
 
 class _Trial:
