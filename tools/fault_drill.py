@@ -65,7 +65,9 @@ def main() -> int:
     arguments = ["-q", "--no-header", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     # Only the files that have drills: the others need not be imported.
     marked = re.compile(r"^@pytest\.mark\.drill\(", re.MULTILINE)
-    files = [file for file in sorted(options.tests.rglob("test_*.py")) if marked.search(file.read_text("utf-8"))]
+    files = [
+        file for file in sorted(options.tests.rglob("test_*.py")) if marked.search(file.read_text(encoding="utf-8"))
+    ]
     arguments += map(str, files or [options.tests])
     code = pytest.main([*arguments, *(["--collect-only", "-qq"] if options.list else [])], plugins=[drills])
     unknown = set(options.only) - set(drills.names.values())
