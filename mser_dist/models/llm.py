@@ -12,7 +12,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import HfDeepSpeedConfig
 
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
@@ -39,22 +38,18 @@ def build_llm(
         source = sources.resolve(config.pretrained)
         model_config = pretrained.read_config("llm", config.pretrained, source)
         attention = for_class(check_kind(model_config, config.pretrained), attention)
-        # transformers looks for a living HfDeepSpeedConfig; GGUF weights are dequantised whole, so they cannot use it.
-        zero3 = (ds_json or {}).get("zero_optimization", {}).get("stage") == 3 and not source.gguf_file
-        partition = HfDeepSpeedConfig(ds_json) if zero3 else None
-        try:
-            with pretrained.explained(config.pretrained, source.path):
-                tokenizer = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
-            model = pretrained.load(
-                AutoModelForCausalLM,
-                "llm",
-                config.pretrained,
-                source,
-                allow_missing=config.allow_missing,
-                attn_implementation=attention.kernel,
-            )
-        finally:
-            del partition
+        partitioned = (ds_json or {}).get("zero_optimization", {}).get("stage") == 3
+        with pretrained.explained(config.pretrained, source.path):
+            tokenizer = AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
+        model = pretrained.load(
+            AutoModelForCausalLM,
+            "llm",
+            config.pretrained,
+            source,
+            allow_missing=config.allow_missing,
+            zero3=ds_json if partitioned and not source.gguf_file else None,  # GGUF is dequantised whole
+            attn_implementation=attention.kernel,
+        )
         if source.gguf_file:
             model = _dequantised(model, attention)
         if len(tokenizer) > model_config.get_text_config().vocab_size:

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from mser_dist.errors import UserError
 from mser_dist.models import sources
@@ -36,6 +37,7 @@ def load(
     *,
     allow_missing: Sequence[str] = (),
     unused: Sequence[str] = (),
+    zero3: dict[str, Any] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """`model_class.from_pretrained` with every weight in its place, in fp32 if `options` name no dtype.
@@ -45,15 +47,19 @@ def load(
         name: what its `pretrained` says.
         allow_missing: patterns (`*` for anything) of tensors that are meant to be new; those that are, are printed.
         unused: patterns of tensors that nothing is computed with, such as a decoder: they may be there or not.
+        zero3: the resolved DeepSpeed config of a ZeRO-3 run: the weights are partitioned as they load, so that no rank
+            ever holds a whole copy.
         options: of `from_pretrained`.
 
     Raises `UserError` for tensors that are missing (tied ones are not), unexpected, of another shape or damaged. A
     checkpoint of a class with more parts than this one, e.g. with a head, may hold the weights of these.
     """
     options = {"dtype": torch.float32, "gguf_file": source.gguf_file, **options}
+    # ZeRO-3's own loading tells neither of shapes nor of tensors without a place: a load without memory does.
+    place = {"device_map": "meta"} if zero3 else {}
     with explained(name, source.path), _quiet():
         model, info = model_class.from_pretrained(
-            source.path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            source.path, output_loading_info=True, ignore_mismatched_sizes=True, **options, **place
         )
     new = sorted(name for name in info["missing_keys"] if not _matches(name, unused))
     shaped = {
@@ -69,13 +75,20 @@ def load(
         "cannot be converted": sorted(map(str, info.get("error_msgs") or [])),
     }
     if any(complaints.values()):
-        remedy = f", or name those that are meant to be new in {key}.allow_missing" if key != "text" else ""
+        remedy = ""
+        if key != "text" and (complaints["are missing"] or complaints["have another shape"]):
+            remedy = f", or name those that are meant to be new in {key}.allow_missing"
         raise UserError(
             f"{key}.pretrained={name}: {tell(complaints)}: the copy is cut, renamed or of another model: copy it again"
             f"{remedy}"
         )
     if meant:
         print(f"{key}.pretrained={name}: new, as {key}.allow_missing says: {', '.join(sorted(meant))}", file=sys.stderr)
+    if zero3:
+        partition = HfDeepSpeedConfig(zero3)  # transformers looks for a living one
+        with explained(name, source.path), _quiet():
+            model = model_class.from_pretrained(source.path, ignore_mismatched_sizes=True, **options)
+        del partition
     return model
 
 
