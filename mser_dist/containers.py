@@ -49,7 +49,7 @@ def whole(data: bytes, where: str) -> bytes:
         return data
     if mp3.begins(data):
         return mp3.with_length(data, where)
-    for magic, end, bounded in _ENDS:
+    for magic, end, trimmed in _ENDS:
         if data.startswith(magic):
             try:
                 at = end(data)
@@ -57,7 +57,7 @@ def whole(data: bytes, where: str) -> bytes:
                 raise _cut(data, where) from None
             if at is not None and at > len(data):
                 raise _cut(data, where)
-            return data if bounded or at is None else data[:at]
+            return trimmed(data, len(data) if at is None else min(at, len(data)))
     return data
 
 
@@ -152,21 +152,41 @@ def _mpc2k(data: bytes) -> int:
     return int(42 + frames * 2 * (2 if stereo else 1))
 
 
+def _as_it_is(data: bytes, _: int) -> bytes:
+    return data
+
+
+def _cut_behind(data: bytes, end: int) -> bytes:
+    """For containers of which libsndfile reads all that follows as samples."""
+    return data[:end]
+
+
+def _unpadded_wav(data: bytes, _: int) -> bytes:
+    """Without the byte that pads an odd data chunk: of GSM, libsndfile would decode it as one more block, to noise. And
+    one that was streamed with sizes of 0, which libsndfile takes for empty, with the largest: it reads to the end.
+    """
+    if data[8:12] != b"WAVE":
+        return data
+    begin, size = _chunk(data, b"data", 12, "<4sI", 2)
+    end = len(data) if size == 0 and data[4:8] == bytes(4) else begin + size if size % 2 else 0
+    return data[: begin - 4] + b"\xff" * 4 + data[begin:end] if end else data
+
+
 _W64_GUID = bytes.fromhex("f3acd3118cd100c04f8edb8a")
-_ENDS: tuple[tuple[bytes, Callable[[bytes], int | None], bool], ...] = (
-    # how a file begins, where its audio ends (None: nobody says), and whether libsndfile keeps to that
-    (b"RIFF", _wav, True),
-    (b"RIFX", _wav, True),
-    (b"RF64", _rf64, True),
-    (b"riff", _w64, False),
-    (b"FORM", _iff, True),
-    (b"caff", _caf, True),
-    (b".snd", _au, True),
-    (b"dns.", _au, True),
-    (b"NIST_1A\n", _nist, False),
-    (b"2BIT", _avr, False),
-    (b"ALawSoundFile**", _wve, False),
-    (b"\x01\x04", _mpc2k, False),
+_ENDS: tuple[tuple[bytes, Callable[[bytes], int | None], Callable[[bytes, int], bytes]], ...] = (
+    # how a file begins, where its audio ends (None: nobody says), and what libsndfile is given of it
+    (b"RIFF", _wav, _unpadded_wav),
+    (b"RIFX", _wav, _as_it_is),
+    (b"RF64", _rf64, _as_it_is),
+    (b"riff", _w64, _cut_behind),
+    (b"FORM", _iff, _as_it_is),
+    (b"caff", _caf, _as_it_is),
+    (b".snd", _au, _cut_behind),
+    (b"dns.", _au, _cut_behind),
+    (b"NIST_1A\n", _nist, _cut_behind),
+    (b"2BIT", _avr, _cut_behind),
+    (b"ALawSoundFile**", _wve, _cut_behind),
+    (b"\x01\x04", _mpc2k, _cut_behind),
 )
 
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
