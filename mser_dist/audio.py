@@ -24,9 +24,7 @@ MAX_CHANNELS = 16
 MAX_RATE = 768_000  # samples of all channels in a second: silence compresses to nothing at any rate
 
 FLOAT_PEAK = 1 + 2**-14  # times full scale: what a float file may hold; 32768 / 32767 is a common way to write its top
-CODEC_PEAK = (
-    2.0  # times full scale: what Vorbis, Opus and MP3 may decode to; loud sound comes back a few dB over its top
-)
+CODEC_PEAK = 4.0  # times full scale: what MP3, Vorbis and Opus may decode to: hard-clipped speech to 1.5, noise to 2.6
 INTEGERS_FROM = 32.0  # times full scale: a float file that reaches past it holds integers of 16 bits
 
 FEATURE_BACKEND = "asrfront" if importlib.util.find_spec("asrfront") else "torch"
