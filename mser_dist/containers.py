@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from mser_dist import mp3
 from mser_dist.errors import UserError
+from mser_dist.files import LFS_POINTER
 
 READ = frozenset(
     {"WAV", "WAVEX", "RF64", "W64", "AIFF", "SVX", "CAF", "AU", "NIST", "AVR", "WVE", "MPC2K", "HTK"}
@@ -34,7 +35,6 @@ READ = frozenset(
 """soundfile's names of the containers that are read."""
 
 STREAMED = 0x7F000000  # bytes: sizes from here on are what programs write that do not know them yet (sox, ffmpeg)
-_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def whole(data: bytes, where: str) -> bytes:
@@ -42,7 +42,7 @@ def whole(data: bytes, where: str) -> bytes:
     behind their end, or with a header that tells an MP3's true length. UserError naming `where` for a file that is cut
     or damaged, as far as its container tells (see the table above).
     """
-    if data.startswith(_LFS):
+    if data.startswith(LFS_POINTER):
         raise UserError(f"{where}: a Git LFS pointer, not the audio itself; run git lfs pull where it was cloned")
     if data[:4] == b"OggS":
         _check_pages(data, where)

@@ -12,6 +12,8 @@ from typing import Any
 
 from mser_dist.errors import UserError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a file that Git LFS has not fetched begins with
+
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""

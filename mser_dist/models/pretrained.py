@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from mser_dist.errors import UserError
+from mser_dist.files import LFS_POINTER
 from mser_dist.models import sources
 
 
@@ -152,6 +153,9 @@ def explained(name: str, path: str) -> Iterator[None]:
 
 def damage(file: Path) -> str:
     """What is wrong with a safetensors file as a whole, empty where nothing is; its tensors are not read."""
+    with file.open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "it is a Git LFS pointer, not the file: run git lfs pull where it came from"
     try:
         with safe_open(file, "pt"):
             return ""

@@ -124,6 +124,11 @@ def test_weights_that_are_not_all_there_are_named(kind: str, tmp_path: Path) -> 
         (tmp_path / "model.safetensors").write_bytes(damaged)
         with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
             load(tmp_path)
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"a Git LFS pointer.*git lfs pull"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llm", "whisper", "wav2vec2"])
