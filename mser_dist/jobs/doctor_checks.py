@@ -256,6 +256,14 @@ def hub() -> Finding:
     return "ok", f"{url} answers{token}", ""
 
 
+def weights() -> Finding:
+    """Which pretrained weights lie in installed packages; their sums are checked when they are loaded."""
+    from mser_dist.models.sources import at_hand
+
+    found = ", ".join(at_hand()) or "no package that carries any"
+    return "ok", f"for `pretrained`, without a network: {found}", ""
+
+
 def audio() -> Finding:
     """FLAC and MP3 are written and read back, a log-mel is taken; eSpeak NG is optional."""
     import numpy as np

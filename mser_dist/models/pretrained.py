@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from mser_dist.errors import UserError
 from mser_dist.files import LFS_POINTER
-from mser_dist.models import sources
+from mser_dist.models import ctranslate2, sources
 
 
 def read_config(key: str, name: str, source: sources.Source) -> PreTrainedConfig:
@@ -27,6 +27,8 @@ def read_config(key: str, name: str, source: sources.Source) -> PreTrainedConfig
     with explained(name, source.path):
         if source.gguf_file:
             return AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file)
+        if source.ctranslate2:
+            return ctranslate2.Checkpoint(source.ctranslate2).config(Path(source.path) / "config.json")
         return AutoConfig.from_pretrained(source.path)
 
 
@@ -58,9 +60,12 @@ def load(
     options = {"dtype": torch.float32, "gguf_file": source.gguf_file, **options}
     # ZeRO-3's own loading tells neither of shapes nor of tensors without a place: a load without memory does.
     place = {"device_map": "meta"} if zero3 else {}
+    path: str | None = source.path
     with explained(name, source.path), _quiet():
+        if source.ctranslate2:
+            path, options["state_dict"] = None, ctranslate2.Checkpoint(source.ctranslate2).state_dict()
         model, info = model_class.from_pretrained(
-            source.path, output_loading_info=True, ignore_mismatched_sizes=True, **options, **place
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options, **place
         )
     new = sorted(name for name in info["missing_keys"] if not _matches(name, unused))
     shaped = {
@@ -88,8 +93,9 @@ def load(
     if zero3:
         partition = HfDeepSpeedConfig(zero3)  # transformers looks for a living one
         with explained(name, source.path), _quiet():
-            model = model_class.from_pretrained(source.path, ignore_mismatched_sizes=True, **options)
+            model = model_class.from_pretrained(path, ignore_mismatched_sizes=True, **options)
         del partition
+    model.config.name_or_path = model.config.name_or_path if path else name
     return model
 
 

