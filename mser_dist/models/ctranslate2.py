@@ -24,8 +24,8 @@ from transformers import WhisperConfig
 
 from mser_dist.errors import UserError
 
-_VERSION = 6  # of the format, since CTranslate2 2.0
-_MODEL = ("WhisperSpec", 3)  # and its revision, since CTranslate2 3.0: older ones lack what the heads are
+_VERSION = 6  # of the format: CURRENT_BINARY_VERSION
+_MODEL = ("WhisperSpec", 3)  # and its revision, which rises whenever the variables of a model change
 _TYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16)
 
 # CTranslate2's scopes in a layer, and outside of them: transformers' modules, of which several lie in one matrix.
@@ -84,13 +84,13 @@ class Checkpoint:
         if version != _VERSION:
             raise UserError(
                 f"{self.where} is no file of CTranslate2's format {_VERSION} (it begins with {version}): "
-                "convert the model with CTranslate2 3 or 4, or name the model it was converted from"
+                "convert the model with a current CTranslate2, or name the model it was converted from"
             )
         name, revision = self._string(), self._number("I")
         if (name, revision) != _MODEL:
             raise UserError(
                 f"{self.where} holds a model {name[:40]!r} of revision {revision}, not {_MODEL[0]} of revision "
-                f"{_MODEL[1]}: name a Whisper that CTranslate2 3 or 4 has converted"
+                f"{_MODEL[1]}: name a Whisper that a current CTranslate2 has converted"
             )
         for _ in range(self._number("I")):
             name = self._string()

@@ -95,7 +95,8 @@ def load(
         with explained(name, source.path), _quiet():
             model = model_class.from_pretrained(path, ignore_mismatched_sizes=True, **options)
         del partition
-    model.config.name_or_path = model.config.name_or_path if path else name
+    if path is None:
+        model.config.name_or_path = name  # transformers has put down "None"
     return model
 
 

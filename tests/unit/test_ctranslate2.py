@@ -133,6 +133,7 @@ def test_a_whisper_is_read_back_as_it_was_written(dtype: torch.dtype, tmp_path: 
         assert tensor.dtype == torch.float32 and torch.equal(tensor, wanted[name]), name
     differs = {k for k, v in model.config.to_dict().items() if back.config.to_dict()[k] != v}
     assert differs <= {"architectures", "_name_or_path"}, differs
+    assert back.config.name_or_path == str(folder)
     mel, words = torch.randn(1, 8, 100), torch.tensor([[2, 3, 5]])
     assert torch.equal(back(mel, decoder_input_ids=words).logits, model(mel, decoder_input_ids=words).logits)
 
