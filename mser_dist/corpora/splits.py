@@ -1,4 +1,4 @@
-"""Speaker-disjoint splits: no voice is heard both in training and in the test."""
+"""Speaker-disjoint splits: no voice is heard both in training and in the test. Shares are of clips."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
@@ -16,7 +16,7 @@ def split_by_speaker(
     clips: Sequence[Recording],
     *,
     val_fraction: float | None = 0.1,
-    test_fraction: float = 0.2,
+    test_fraction: float | None = 0.2,
     seed: int = 0,
     test_speakers: Collection[str] = (),
     folds: int | None = None,
@@ -25,19 +25,22 @@ def split_by_speaker(
     """The clips with `split` filled in: "train", "val" or "test", each speaker in one of them.
 
     A split that the source prescribes wins (for all clips or none). Otherwise the speakers of each corpus and language
-    are divided by the fractions, at least one in every split that has a fraction, so that emotions and genders are as
-    evenly spread as speakers allow; the same input and seed give the same splits. A speaker of several languages counts
-    for the most frequent one.
+    are divided so that the splits' shares of the clips, and their emotions and genders, are as near to what is asked as
+    whole speakers allow; at least one speaker is in every split that has a fraction. The same input and seed give the
+    same splits. A speaker of several languages counts for the most frequent one.
 
     Args:
-        val_fraction, test_fraction: of the speakers; 0 leaves a split out, test_fraction=1 makes all of them test.
-            val_fraction=None is 0.1, or 0 where a corpus has too few speakers of a language for a val of its own.
+        val_fraction, test_fraction: of the clips; 0 leaves a split out, test_fraction=1 makes all of them test. None is
+            0.1 for val and 0.2 for test, or 0 where a corpus has too few speakers of a language: val goes first
+            (`without` tells which).
         test_speakers: the test's speakers by name; validation is then drawn from the others.
         folds, fold: the test is part `fold` (from 0) of the speakers dealt into `folds` parts, for cross-validation.
 
     Raises UserError where the speakers do not suffice.
     """
-    may_go_without = val_fraction is None  # nobody has asked for a val
+    may_go_without = {"val": val_fraction is None, "test": test_fraction is None}  # nobody has asked for it
+    if test_fraction is None:
+        test_fraction = min(0.2, 1 - (val_fraction or 0.0))
     if val_fraction is None:
         val_fraction = min(0.1, max(0.0, 1 - test_fraction))
     if not (0 <= val_fraction < 1 and 0 <= test_fraction <= 1 and val_fraction + test_fraction <= 1):
@@ -85,14 +88,24 @@ def split_by_speaker(
         rest = [speaker for speaker in speakers if speaker not in test]
         shares = {"val": val_fraction, "test": 0.0 if chosen_by_hand else test_fraction}
         result = dict.fromkeys(test, "test")
-        if may_go_without and 0 < len(rest) < 2 + (shares["test"] > 0):
-            shares["val"] = 0.0
+        for split, free in may_go_without.items():
+            if free and len(rest) < 1 + sum(share > 0 for share in shares.values()):
+                shares[split] = 0.0
         if rest:
             result |= _divide(
                 rest, {name: by_speaker[corpus, name] for name in rest}, shares, rng, f"{corpus} ({language})"
             )
         assigned |= {(corpus, speaker): split for speaker, split in result.items()}
     return [replace(clip, split=assigned[clip.corpus, clip.speaker]) for clip in clips]
+
+
+def without(clips: Collection[Recording], splits: Collection[str] = ("val", "test")) -> dict[str, list[str]]:
+    """Which corpora have no clip of some of the splits: "tess (en)" → ["val"], by the clips' `split`."""
+    there: dict[str, set[str | None]] = defaultdict(set)
+    for clip in clips:
+        there[f"{clip.corpus} ({clip.language})"].add(clip.split)
+    missing = {group: [split for split in splits if split not in own] for group, own in sorted(there.items())}
+    return {group: names for group, names in missing.items() if names}
 
 
 def _divide(
@@ -102,39 +115,59 @@ def _divide(
     rng: np.random.Generator,
     where: str,
 ) -> dict[str, str]:
-    """Draw assignments of the speakers and keep the one whose splits are closest to the group's mix of emotions and
-    genders.
+    """Draw assignments of the speakers and keep the one whose splits are closest to the shares of clips asked for, and
+    to the group's mix of emotions and genders.
     """
     total = len(speakers)
-    sizes = {split: max(1, round(share * total)) for split, share in shares.items() if share > 0}
-    need_train = sum(shares.values()) < 1 - 1e-9
-    while sum(sizes.values()) + need_train > total and max(sizes.values()) > 1:  # rounding took training's last speaker
-        sizes[max(sizes, key=lambda split: sizes[split])] -= 1
-    if sum(sizes.values()) + need_train > total:
+    shares = {split: share for split, share in shares.items() if share > 0}
+    if (rest := 1 - sum(shares.values())) > 1e-9:
+        shares["train"] = rest
+    if len(shares) > total:
         raise UserError(
-            f"{where}: {total} speakers do not make {len(sizes) + need_train} speaker-disjoint splits; "
+            f"{where}: {total} speakers do not make {len(shares)} speaker-disjoint splits; "
             "give the source's own splits in a manifest, or --val-fraction 0, or --test-fraction 0 or 1"
         )
-    sizes["train"] = total - sum(sizes.values())
-    if not need_train:  # rounding must not leave a speaker over for a training set that was not asked for
-        sizes[max(sizes, key=lambda split: shares.get(split, 0.0))] += sizes.pop("train")
     kinds = sorted({kind for own in clips.values() for clip in own for kind in _kinds(clip)})
+    number = {kind: i for i, kind in enumerate(kinds)}
     counts = np.zeros((total, len(kinds)))  # [speakers, kinds]
     for i, speaker in enumerate(speakers):
-        for kind, count in Counter(kind for clip in clips[speaker] for kind in _kinds(clip)).items():
-            counts[i, kinds.index(kind)] = count
+        for clip in clips[speaker]:
+            for kind in _kinds(clip):
+                counts[i, number[kind]] += 1
+    size = np.array([len(clips[speaker]) for speaker in speakers], dtype=float)
+    size /= size.sum()
     overall = counts.sum(0) / counts.sum()
-    splits = np.repeat(np.array(list(sizes)), list(sizes.values()))  # [speakers], permuted in every draw
+    wanted = list(shares.values())
 
-    def badness(order: np.ndarray) -> float:
-        parts = [counts[order[splits == split]].sum(0) for split in sizes if sizes[split]]
-        missing = sum(
-            int((part[overall > 0] == 0).sum()) for part in parts
-        )  # an emotion absent from a split weighs most
-        return missing + sum(float(np.abs(part / part.sum() - overall).sum()) for part in parts)
+    def badness(order: np.ndarray, cuts: list[int]) -> float:
+        result = 0.0
+        for part, share in zip(np.split(order, cuts), wanted, strict=True):
+            mix = counts[part].sum(0)
+            result += int((mix == 0).sum())  # an emotion absent from a split weighs most
+            result += float(np.abs(mix / mix.sum() - overall).sum())
+            result += abs(float(size[part].sum()) - share) / share
+        return result
 
-    best = min((rng.permutation(total) for _ in range(DRAWS)), key=badness)
-    return {speakers[i]: str(split) for i, split in zip(best, splits, strict=True)}
+    def draw() -> tuple[np.ndarray, list[int]]:
+        order = rng.permutation(total)
+        return order, _cuts(np.cumsum(size[order]), wanted)
+
+    order, cuts = min((draw() for _ in range(DRAWS)), key=lambda drawn: badness(*drawn))
+    parts = zip(shares, np.split(order, cuts), strict=True)
+    return {speakers[i]: split for split, part in parts for i in part}
+
+
+def _cuts(cumulated: np.ndarray, wanted: Sequence[float]) -> list[int]:
+    """Where to cut speakers in a row, whose clips add up as given, so that each part is closest to its share, and none
+    is empty.
+    """
+    cuts: list[int] = []
+    for i, share in enumerate(wanted[:-1]):
+        first = cuts[-1] if cuts else 0
+        target = share + (cumulated[first - 1] if first else 0.0)
+        last = len(cumulated) - (len(wanted) - 1 - i)  # a speaker for each part that is still to come
+        cuts.append(first + 1 + int(np.argmin(np.abs(cumulated[first:last] - target))))
+    return cuts
 
 
 def _kinds(clip: Recording) -> tuple[str, str]:
