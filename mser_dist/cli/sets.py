@@ -7,7 +7,9 @@ from pathlib import Path
 
 from mser_dist import tables
 from mser_dist.cli.jobs import Verb
+from mser_dist.corpora.parsers import CORPORA
 from mser_dist.errors import UserError
+from mser_dist.shards.index import SPLITS
 
 _PACK_HELP = """\
 Make shards from a corpus, with speaker-disjoint train, val and test splits.
@@ -15,8 +17,12 @@ Make shards from a corpus, with speaker-disjoint train, val and test splits.
   mser pack emodb data/emodb shards/emodb
   mser pack manifest clips.csv shards/mine      CSV, TSV or JSONL: path, emotion, language, speaker
                                                 (optional: id, label, gender, text, split, source_id, corpus)
+  mser pack manifest clips.csv shards/polish --column path=file --column speaker=actor --language pl --split test
+  mser pack iemocap data/IEMOCAP shards/iemocap --map excitement=happy --skip-bad 5
 
 Interrupted, the same command goes on from the finished shards, which wait in OUT.partial.
+
+CORPUS, its language and clips, and how it lies in the folder SRC:
 """
 _INSPECT_HELP = """\
 Show what is in sets of shards, by their indexes alone: clips, hours, speakers and durations of each split, languages,
@@ -36,12 +42,28 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     )
     synth.add_argument("--overwrite", action="store_true", help="replace an earlier set in OUT")
 
-    pack = verb("pack", _pack, "make shards from a corpus or a list of files", _PACK_HELP)
-    pack.add_argument("corpus", metavar="CORPUS", help="manifest, emodb, … (an unknown name lists them)")
+    pack = verb("pack", _pack, "make shards from a corpus or a list of files", _PACK_HELP + _corpora_help())
+    pack.add_argument("corpus", metavar="CORPUS", help="manifest, emodb, … (listed above)")
     pack.add_argument("src", type=Path, metavar="SRC", help="the corpus folder, or the manifest file")
     pack.add_argument("out", type=Path, metavar="OUT", help="folder of shards to make")
-    pack.add_argument("--val-fraction", type=float, help="share of the speakers (default: 0.1; of two speakers, none)")
-    pack.add_argument("--test-fraction", type=float, default=0.2, help="share of the speakers (default: %(default)s)")
+    pack.add_argument("--column", action=_Pairs, metavar="OURS=THEIRS", help="manifest: its name of a column (repeat)")
+    pack.add_argument("--language", metavar="CODE", help="manifest: the language of all clips, where no column says it")
+    pack.add_argument("--corpus", dest="corpus_name", metavar="NAME", help="manifest: the corpus of all clips")
+    pack.add_argument("--map", action=_Pairs, metavar="WORD=LABEL", help="what an emotion's word means (repeat)")
+    pack.add_argument(
+        "--skip-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N files that cannot be read, and list them",
+    )
+    pack.add_argument("--split", choices=SPLITS, help="put all clips into this one, as a zero-shot test")
+    pack.add_argument(
+        "--val-fraction", type=float, help="share of the clips (default: 0.1, where the speakers suffice)"
+    )
+    pack.add_argument(
+        "--test-fraction", type=float, help="share of the clips (default: 0.2, where the speakers suffice)"
+    )
     pack.add_argument("--test-speakers", default="", metavar="A,B", help="these speakers make the test split")
     pack.add_argument("--folds", type=int, metavar="K", help="cross-validation: cut the speakers in K test sets …")
     pack.add_argument("--fold", type=int, default=0, metavar="I", help="… and test on number I (default: %(default)s)")
@@ -73,6 +95,24 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     check.add_argument("sets", metavar="SET", nargs="+", help="folder of shards")
 
 
+def _corpora_help() -> str:
+    rows = [(name, corpus.language, corpus.clips or "", corpus.layout) for name, corpus in CORPORA.items()]
+    return "".join(f"  {name:<12} {language:<4}{clips:>6}  {layout}\n" for name, language, clips, layout in rows)
+
+
+class _Pairs(argparse.Action):
+    """`--option a=b --option c=d` as {a: b, c: d}."""
+
+    def __call__(self, parser: object, options: argparse.Namespace, text: object, option: str | None = None) -> None:
+        name, equals, value = (part.strip() for part in str(text).partition("="))
+        if not (name and equals and value):
+            raise UserError(f"{option} {text}: give it as {option} {self.metavar}")
+        pairs: dict[str, str] = getattr(options, self.dest) or {}
+        if name in pairs:
+            raise UserError(f"{option} {text}: {name} is {pairs[name]} already; give it once")
+        setattr(options, self.dest, pairs | {name: value})
+
+
 def _synth(options: argparse.Namespace) -> None:
     from mser_dist.synth.speech import SynthConfig
     from mser_dist.synth.write import write_set
@@ -98,6 +138,13 @@ def _pack(options: argparse.Namespace) -> None:
         folds=options.folds,
         fold=options.fold,
         seed=options.seed,
+        split=options.split,
+        columns=options.column,
+        constants={
+            name: value for name, value in (("language", options.language), ("corpus", options.corpus_name)) if value
+        },
+        words=options.map,
+        skip_bad=options.skip_bad,
         audio_format=options.format,
         max_seconds=options.max_seconds,
         scale=options.scale,
@@ -107,8 +154,12 @@ def _pack(options: argparse.Namespace) -> None:
     print(f"{summary['out']}: {summary['clips']} clips, {summary['hours']:.2f} h, in {summary['seconds']:.0f} s")
     for name, part in summary["splits"].items():
         print(f"  {name:<6} {part['clips']:>7} clips, {part['speakers']} speakers")
-    if options.val_fraction is None and not summary["splits"]["val"]["clips"] and summary["splits"]["train"]["clips"]:
-        print("  no val: the speakers do not suffice for one; train with data.val_split=null, or give --val-fraction")
+    for group, missing in summary["without"].items():
+        if free := [name for name in missing if getattr(options, f"{name}_fraction") is None]:
+            asked = ", ".join(f"--{name}-fraction" for name in free)
+            print(f"  no {', no '.join(free)}: the speakers do not suffice in {group}; or give {asked}, or --split")
+    if not summary["splits"]["val"]["clips"] and summary["splits"]["train"]["clips"]:
+        print("  train with data.val_split=null, as there is no val")
     for key in ("emotions", "languages", "dropped"):
         if summary[key]:
             print(f"  {key}: " + ", ".join(f"{name} {value}" for name, value in summary[key].items()))
@@ -124,10 +175,10 @@ def _pack(options: argparse.Namespace) -> None:
     lines = repeats.lines(summary["identical"])
     for line in lines + (["  --drop-duplicates keeps the first of each"] if lines else []):
         print(f"  {line}")
+    if summary["left_out"]["clips"]:
+        print(f"  left out, for they cannot be read: {summary['left_out']['clips']}, see {summary['left_out']['list']}")
     if summary["shared_speakers"]:
-        print(
-            f"  warning: {summary['shared_speakers']} speakers are in more than one split, as the manifest prescribes"
-        )
+        print(f"  warning: {summary['shared_speakers']} speakers are in more than one split, as the source prescribes")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ def _table(lines: Iterator[str], file: Path, required: Collection[str]) -> Itera
     if missing := [name for name in required if name not in head]:
         raise UserError(
             f"{file}, line 1: no column {', '.join(missing)}; the header must name {', '.join(required)}, "
-            f"with a {' or '.join(SEPARATORS.values())} between two (or give --column ours=theirs, --language, --corpus)"
+            f"with a {' or '.join(SEPARATORS.values())} between two (--column path=file names another column)"
         )
     if twice := [name for name, count in Counter(head).items() if name and count > 1]:
         raise UserError(f"{file}, line 1: the column {twice[0]} is there twice; rename or remove one")

@@ -108,8 +108,8 @@ def _manifest_clip(file: Path, where: str, row: Mapping[str, str | None], readin
         label = cells["label"] or to_label(cells["emotion"], reading.words)
     except KeyError:
         raise UserError(
-            f"{where}: unknown emotion {cells['emotion']!r}; correct it, give --map {cells['emotion']}=anger, say, or add "
-            "a column label with its class"
+            f"{where}: unknown emotion {cells['emotion']!r}; correct it, or say what it is by --map (--map "
+            f"{cells['emotion']}=anger, say) or by a column label with its class"
         ) from None
     gender = {"f": "female", "m": "male"}.get(cells["gender"].lower(), cells["gender"].lower()) or None
     name = safe_id(cells["id"] or str(Path(cells["path"]).with_suffix("")).lstrip("/"))

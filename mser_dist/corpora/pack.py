@@ -4,38 +4,35 @@ repeatable. Stopped at any point, it goes on from its last finished shards.
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Collection, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
-from itertools import islice
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import soundfile
 import soxr
 
 from mser_dist import __version__, audio
+from mser_dist.corpora.encode import Decoding, encode_all, unreadable
+from mser_dist.corpora.left_out import LeftOut
+from mser_dist.corpora.manifest import Reading, parse_manifest
 from mser_dist.corpora.parsers import CORPORA
-from mser_dist.corpora.recording import Recording
-from mser_dist.corpora.splits import split_by_speaker
+from mser_dist.corpora.recording import Recording, why_no_file
+from mser_dist.corpora.splits import split_by_speaker, without
 from mser_dist.errors import UserError
 from mser_dist.progress import bar
 from mser_dist.shards import index as shard_index
 from mser_dist.shards import repeats
+from mser_dist.shards.emotions import LABELS, normal, to_label
 from mser_dist.shards.index import SPLITS
 from mser_dist.shards.inspect import full_scale
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.shards.writer import DATASET_FILE, DatasetWriter, shard_name
-
-CHUNK = 16  # clips a task: long enough that handing it to a process costs little, short enough to keep all busy
 
 
 def pack(
@@ -44,11 +41,16 @@ def pack(
     out: str | Path,
     *,
     val_fraction: float | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: float | None = None,
     test_speakers: Collection[str] = (),
     folds: int | None = None,
     fold: int = 0,
     seed: int = 0,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    constants: Mapping[str, str] | None = None,
+    words: Mapping[str, str] | None = None,
+    skip_bad: int = 0,
     audio_format: str = "flac",
     max_seconds: float = 40.0,
     scale: bool = False,
@@ -60,12 +62,14 @@ def pack(
 ) -> dict[str, Any]:
     """Make the data set `out` of 16 kHz mono shards from a corpus (a name of `corpora.CORPORA`) at `src`.
 
-    For the splits see `splits.split_by_speaker`. Clips in which annotators named no emotion are left out and counted.
-    workers: processes that decode (default: the cores this process may use); a script that calls this with more than
-    one needs the usual `if __name__ == "__main__"`. scale: divide clips beyond full scale, as `audio.decode`
-    does, which are refused else; without it, what a codec or resampling takes beyond is clipped and counted.
-    drop_duplicates: of clips of identical audio keep the first in the order of the source, before the splits are made;
-    every recording is decoded once more for that.
+    For the splits see `splits.split_by_speaker`; `split` puts all clips into one. Clips in which annotators named no
+    emotion are left out and counted. workers: processes that decode (default: the cores this process may use); a script
+    that calls this with more than one needs the usual `if __name__ == "__main__"`. drop_duplicates: of clips of
+    identical audio keep the first in the order of the source, before the splits are made; every recording is decoded
+    once more for that. scale: divide clips beyond full scale, as `audio.decode` does, which are refused else; without
+    it, what a codec or resampling takes beyond is clipped and counted. columns, constants: of a manifest (`manifest.Reading`). words: emotion word → the label, or a
+    known word for it, of its clips; "other" drops them. skip_bad: so many recordings that cannot be read are left out,
+    and listed in `<out>.left_out.csv`.
 
     However it is stopped, the finished shards stay in `<out>.partial`, and the same call keeps each of them whose clips
     (path, size, time of change, labels), audio format, max_seconds and scale are as they were.
@@ -76,7 +80,9 @@ def pack(
         prescribed split can do that), identical: audio that is in the set more than once (`repeats.describe`),
         duplicates: {clips, other_labels, other_splits}: those that were dropped, and how many of these had another
         label, or another prescribed split, than the one that stays; full_scale: clips that touch it or were
-        clipped there (`inspect.full_scale`); scaled: clips that `scale` divided, in this call; seconds: of packing}.
+        clipped there (`inspect.full_scale`); scaled: clips that `scale` divided, in this call; without: {"corpus
+        (language)": splits of which it has no clip}; left_out: {clips, list: the file that names them, or None};
+        seconds: of packing}.
 
     Raises UserError, and leaves no `out`, for anything wrong with the corpus, a clip that cannot be decoded or a full
     disk.
@@ -86,25 +92,27 @@ def pack(
         raise UserError(f"unknown corpus {corpus!r}; known are {', '.join(CORPORA)} (manifest takes any list of files)")
     if audio_format not in ("flac", "wav"):
         raise UserError(f"unknown audio format {audio_format!r}; use flac or wav")
-    parsed = list(CORPORA[corpus](Path(src)))
+    left_out = LeftOut(skip_bad)
+    reading = Reading(columns or {}, constants or {}, _labels_of(words or {}), files_there=not skip_bad)
+    parsed = _parse(corpus, Path(src), reading)
     dropped = Counter(clip.emotion for clip in parsed if clip.label is None)
     labelled = [clip for clip in parsed if clip.label is not None]
     if not labelled:
         raise UserError(f"{src}: not one of {len(parsed)} clips has a label; check the emotion column")
-    decoding = _Decoding(max_seconds, scale)
+    decoding = Decoding(max_seconds, scale)
+    if skip_bad:
+        labelled = _that_are_there(labelled, left_out)
     duplicates = {"clips": 0, "other_labels": 0, "other_splits": 0}
     if drop_duplicates:
-        labelled, duplicates = _without_duplicates(labelled, decoding, workers, progress)
-    split = {"val_fraction": val_fraction, "test_fraction": test_fraction, "folds": folds, "fold": fold, "seed": seed}
-    clips = split_by_speaker(
-        labelled,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        test_speakers=test_speakers,
-        folds=folds,
-        fold=fold,
-        seed=seed,
-    )
+        labelled, duplicates = _without_duplicates(labelled, left_out, decoding, workers, progress)
+    fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+    by_speaker: dict[str, Any] = fractions | {"folds": folds, "fold": fold, "seed": seed}
+    if split is None:
+        clips = split_by_speaker(labelled, test_speakers=test_speakers, **by_speaker)
+    else:
+        others = [f"--{name.replace('_', '-')}" for name, value in fractions.items() if value is not None]
+        others += ["--test-speakers"] * bool(test_speakers) + ["--folds"] * (folds is not None)
+        clips = _all_in(labelled, split, others)
     clips.sort(key=lambda clip: (clip.split or "", clip.id))
     name = corpus if corpus != "manifest" else Path(src).stem
     made_by = {
@@ -114,23 +122,40 @@ def pack(
         "scale": scale,
         "drop_duplicates": drop_duplicates,
         "test_speakers": sorted(test_speakers),
-    } | split
+        "split": split,
+        "columns": dict(reading.columns),
+        "constants": dict(reading.constants),
+        "words": dict(words or {}),
+        "skip_bad": skip_bad,
+    } | by_speaker
     shards = _shards(clips, shard_samples)
     recipes = {file: _recipe(own, audio_format, decoding) for file, own in shards.items()}
     options: dict[str, Any] = {"shard_samples": shard_samples, "overwrite": overwrite, "progress": progress}
     with DatasetWriter(out, name, made_by, recipes=recipes, **options) as writer:
-        todo = [clip for file, own in shards.items() if file not in writer.kept for clip in own]
+        # of a shard that is kept, those that could not be read: once more, for what to say of them
+        todo = [(file, clip) for file, own in shards.items() for clip in own if clip.id not in writer]
         there = len(clips) - len(todo)
         if progress:
             _tell(writer, there, len(clips))
-        with closing(_encode_all(todo, audio_format, decoding, workers)) as encoded:
+        with closing(encode_all([clip for _, clip in todo], audio_format, decoding, workers)) as encoded:
             title = f"pack {name}"
             shown = bar(encoded, title=title, unit="clip", total=len(clips), initial=there, disable=not progress)
             scaled = 0
-            for clip, one in zip(todo, shown, strict=True):
-                meta = _meta(clip, one.duration)
-                writer.write(str(clip.split), clip.id, one.data, audio_format, meta, one.sound, one.peak)
-                scaled += one.scaled
+            for file, own in groupby(zip(todo, shown, strict=True), key=lambda pair: pair[0][0]):
+                whole = True
+                for (_, clip), got in own:
+                    if file in writer.kept and not isinstance(got, str):
+                        got = f"{clip.path}: could not be read when {file} was packed; pack into a new folder"
+                    if isinstance(got, str):
+                        left_out.add(clip, got)
+                        whole = False
+                    else:
+                        meta = _meta(clip, got.duration)
+                        writer.write(str(clip.split), clip.id, got.data, audio_format, meta, got.sound, got.peak)
+                        scaled += got.scaled
+                if not whole and file not in writer.kept:
+                    writer.end_shard(shards[file][0].split or "")
+    listed = left_out.write(Path(out))
     packed = ShardSet.open(out, sound=True)
     described = shard_index.read_facts(Path(out) / DATASET_FILE)["splits"].values()
     return {
@@ -147,8 +172,60 @@ def pack(
         "duplicates": duplicates,
         "full_scale": full_scale(packed),
         "scaled": scaled,
+        "without": without(clips) if split is None else {},
+        "left_out": {"clips": len(left_out.found), "list": str(listed) if listed else None},
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _parse(corpus: str, src: Path, reading: Reading) -> list[Recording]:
+    if corpus == "manifest":
+        clips = list(parse_manifest(src, reading))
+    else:
+        if reading.columns or reading.constants:
+            raise UserError(f"--column, --language and --corpus are of mser pack manifest; {corpus} has its own")
+        words = reading.words
+        clips = [
+            replace(clip, label=words[normal(clip.emotion)]) if normal(clip.emotion) in words else clip
+            for clip in CORPORA[corpus].parse(src)
+        ]
+        if (whole := CORPORA[corpus].clips) and len(clips) != whole:
+            print(f"mser: warning: {corpus}: {len(clips)} of the {whole} clips that it has", file=sys.stderr)
+    there = {normal(clip.emotion) for clip in clips}
+    if strange := [word for word in reading.words if word not in there]:
+        raise UserError(f"--map {strange[0]}=…: no clip has this emotion; there are {', '.join(sorted(there)[:20])}")
+    return clips
+
+
+def _labels_of(words: Mapping[str, str]) -> dict[str, str | None]:
+    result = {}
+    for word, meant in words.items():
+        try:
+            result[normal(word)] = to_label(meant)
+        except KeyError:
+            raise UserError(
+                f"--map {word}={meant}: no label {meant!r}; use {', '.join(LABELS)}, or other to drop such clips (a "
+                "manifest's column label takes any name)"
+            ) from None
+    return result
+
+
+def _that_are_there(clips: Iterable[Recording], left_out: LeftOut) -> list[Recording]:
+    found = []
+    for clip in clips:
+        if why := why_no_file(clip.path):
+            left_out.add(clip, f"{why}; mend or remove it")
+        else:
+            found.append(clip)
+    return found
+
+
+def _all_in(clips: Iterable[Recording], split: str, others: Collection[str]) -> list[Recording]:
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: no split; use {', '.join(SPLITS)}")
+    if others:
+        raise UserError(f"--split {split} puts all clips into one split: leave out {', '.join(others)}")
+    return [replace(clip, split=split) for clip in clips]
 
 
 def _shards(clips: Iterable[Recording], shard_samples: int) -> dict[str, list[Recording]]:
@@ -163,7 +240,7 @@ def _shards(clips: Iterable[Recording], shard_samples: int) -> dict[str, list[Re
     }
 
 
-def _recipe(clips: Iterable[Recording], audio_format: str, decoding: "_Decoding") -> str:
+def _recipe(clips: Iterable[Recording], audio_format: str, decoding: Decoding) -> str:
     """A hash of all that decides a shard's bytes. A recording stands in it by its path, size and time of change."""
     code = [__version__, shard_index.VERSION, soundfile.__libsndfile_version__, soxr.__libsoxr_version__]
     digest = hashlib.sha256(json.dumps([code, audio_format, decoding]).encode())
@@ -171,8 +248,8 @@ def _recipe(clips: Iterable[Recording], audio_format: str, decoding: "_Decoding"
         try:
             status = clip.path.stat()
         except OSError as error:
-            raise _unreadable(clip.path, error) from None
-        recording = [str(clip.path.absolute()), status.st_size, status.st_mtime_ns]
+            raise unreadable(clip.path, error) from None
+        recording = [str(clip.path.absolute()), clip.inside, status.st_size, status.st_mtime_ns]
         digest.update(json.dumps([clip.id, clip.split, recording, _meta(clip, 0.0)]).encode())
     return digest.hexdigest()
 
@@ -213,105 +290,18 @@ def _shared_speakers(clips: Iterable[Recording]) -> int:
 
 
 def _without_duplicates(
-    clips: list[Recording], decoding: "_Decoding", workers: int | None, progress: bool
+    clips: list[Recording], left_out: LeftOut, decoding: Decoding, workers: int | None, progress: bool
 ) -> tuple[list[Recording], dict[str, int]]:
     """The clips without those whose audio an earlier one has; and what was dropped, as `pack` returns it."""
     first: dict[int, Recording] = {}
     dropped = {"clips": 0, "other_labels": 0, "other_splits": 0}
-    with closing(_encode_all(clips, None, decoding, workers)) as encoded:
+    with closing(encode_all(clips, None, decoding, workers)) as encoded:
         shown = bar(encoded, title="look for duplicates", unit="clip", total=len(clips), disable=not progress)
-        for clip, one in zip(clips, shown, strict=True):
-            if (kept := first.setdefault(one.sound, clip)) is not clip:
+        for clip, got in zip(clips, shown, strict=True):
+            if isinstance(got, str):
+                left_out.add(clip, got)
+            elif (kept := first.setdefault(got.sound, clip)) is not clip:
                 dropped["clips"] += 1
                 dropped["other_labels"] += clip.label != kept.label
                 dropped["other_splits"] += clip.split != kept.split
     return list(first.values()), dropped
-
-
-class _Decoding(NamedTuple):
-    """How recordings are decoded: the arguments of `audio.decode`."""
-
-    max_seconds: float
-    scale: bool
-
-
-class _Encoded(NamedTuple):
-    data: bytes
-    duration: float  # seconds
-    sound: int  # `shard_index.sound`
-    peak: int  # `audio.peak`
-    scaled: bool
-
-
-def _encode_all(
-    clips: Iterable[Recording], audio_format: str | None, decoding: _Decoding, workers: int | None
-) -> Generator[_Encoded, None, None]:
-    """Every clip, in order, without bytes where no format is given; only a few chunks a process are under way at any
-    time.
-    """
-    processes = workers if workers is not None else len(os.sched_getaffinity(0))
-    paths = iter([clip.path for clip in clips])
-    if processes <= 1:
-        for path in paths:
-            yield _encode(path, audio_format, decoding)
-        return
-    # spawn: a fork of a process that runs threads (torch, MLflow) can deadlock
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_follow_parent)
-    try:
-        under_way: deque[Future[list[_Encoded]]] = deque()
-        while True:
-            while len(under_way) < 4 * processes and (chunk := list(islice(paths, CHUNK))):
-                under_way.append(pool.submit(_encode_chunk, chunk, audio_format, decoding))
-            if not under_way:
-                return
-            yield from under_way.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a packing process died (out of memory?); free memory, and the same command continues"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _follow_parent() -> None:
-    """End with the parent, however it ends: Ctrl-C, which reaches every process, is its to handle, and when it is
-    killed, nobody else would end its workers.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _encode_chunk(paths: list[Path], audio_format: str | None, decoding: _Decoding) -> list[_Encoded]:
-    return [_encode(path, audio_format, decoding) for path in paths]
-
-
-def _encode(path: Path, audio_format: str | None, decoding: _Decoding) -> _Encoded:
-    """A recording as 16 kHz mono 16-bit."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    limit, scaled = decoding.max_seconds, False
-    try:
-        wave = audio.decode(data, str(path), max_seconds=limit)
-        scaled = decoding.scale and audio.peak(wave) > 32768
-    except audio.BeyondFullScaleError:
-        if not decoding.scale:
-            raise
-        scaled = True
-    if scaled:
-        wave = audio.decode(data, str(path), max_seconds=limit, scale=True)
-    pcm = audio.to_pcm16(wave)
-    encoded = audio.encode(pcm, audio.SAMPLE_RATE, audio_format) if audio_format else b""
-    return _Encoded(encoded, len(pcm) / audio.SAMPLE_RATE, shard_index.sound(pcm), audio.peak(wave), scaled)
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); mend or remove this file")

@@ -1,12 +1,16 @@
 """A recording of a corpus before it is packed, as every parser yields it."""
 
 import errno
+import functools
 import hashlib
 import re
 import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from mser_dist.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,43 @@ class Recording:
     gender: str | None = None  # "female", "male" or not known
     text: str | None = None
     split: str | None = None  # "train", "val" or "test" where the source prescribes it
+    inside: tuple[str, int] | None = None  # of a parquet file: column (with a field `bytes`) and row
+
+
+def where(path: Path, inside: tuple[str, int] | None) -> str:
+    """Names a recording, for messages."""
+    return str(path) if inside is None else f"{path}, row {inside[1]}"
+
+
+def read_bytes(path: Path, inside: tuple[str, int] | None) -> bytes:
+    """The bytes of a recording's audio file, which `Recording.inside` may say to lie in a parquet file."""
+    if inside is None:
+        return path.read_bytes()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    column, row = inside
+    try:
+        file = pq.ParquetFile(path)
+        group = 0
+        while row >= (count := file.metadata.row_group(group).num_rows):
+            row, group = row - count, group + 1
+        data = _audio_bytes(path, group, column)[row].as_py()
+    except (pa.ArrowException, RuntimeError) as error:
+        raise UserError(
+            f"{where(path, inside)}: cannot be read ({str(error).splitlines()[0]}); fetch it anew"
+        ) from None
+    if not data:
+        raise UserError(f"{where(path, inside)}: holds no audio; fetch the set with its audio")
+    return bytes(data)
+
+
+@functools.lru_cache(maxsize=1)  # neighbours are read one after another; a row group may be hundreds of MB
+def _audio_bytes(path: Path, group: int, column: str) -> Any:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(path).read_row_group(group, columns=[f"{column}.bytes"])
+    return table.column(column).combine_chunks().field("bytes")
 
 
 def why_no_file(path: Path) -> str | None:

@@ -19,11 +19,12 @@ _COMMON_WORDS = {
     "wstręt obrzydzenie odraza отвращение iğrenme tiksinti αηδία انزجار تنفر نفرت کراہت ঘৃণা ጥላቻ 혐오 嫌悪 厌恶 厭惡",
     "fear": "fear fearful afraid scared fea anxiety/fear angst furcht peur paura miedo temor medo strach lęk rädsla "
     "pelko страх korku korkmuş φόβος ترس خوف ভয় ভয় ፍርሃት 공포 두려움 恐れ 恐怖 恐惧 恐懼 害怕",
-    "happy": "happy happiness joy joyful hap happy/joy positive pleased freude fröhlich glücklich joie heureux gioia gio "
-    "felicità alegría felicidad feliz alegria blijdschap glädje ilo radość szczęście радость счастье mutlu mutluluk "
-    "χαρά شادی خوشحالی خوشی خوش سعادة আনন্দ সুখ ደስታ 행복 기쁨 喜び 高兴 高興 快乐 快樂 开心 開心 喜悦",
+    "happy": "happy happiness joy joyful hap happy/joy positive pleased freude fröhlich glücklich joie heureux gioia "
+    "gio felicità alegría felicidad feliz alegria blijdschap glädje ilo radość szczęście радость счастье mutlu "
+    "mutluluk χαρά شادی خوشحالی خوشی خوش سعادة আনন্দ সুখ ደስታ 행복 기쁨 喜び 高兴 高興 快乐 快樂 开心 開心 喜悦",
     "neutral": "neutral neutrality neu neutre neutrale neutro neutralny neutralność neutraal neutraali neutralität "
-    "нейтрально нейтральный нейтральная nötr ουδέτερο ουδέτερος خنثی عادی محايد নিরপেক্ষ ገለልተኛ 중립 무감정 平常 中性 中立",
+    "нейтрально нейтральный нейтральная nötr ουδέτερο ουδέτερος خنثی عادی محايد নিরপেক্ষ ገለልተኛ 중립 무감정 平常 中性 "
+    "中立",
     "sad": "sad sadness trauer traurig traurigkeit tristesse triste tristezza tristeza droefheid verdriet sorg suru "
     "smutek smutny грусть печаль грустный üzgün üzüntü λύπη غم اندوه حزن اداسی اداس দুঃখ বিষাদ বিষণ্ণ ሀዘን ሐዘን 슬픔 "
     "悲しみ 悲伤 悲傷 难过 難過 伤心 傷心",

@@ -88,6 +88,7 @@ class DatasetWriter:
         self._open: dict[str, _Shard] = {}
         self._next: Counter[str] = Counter()  # split → the number to look at for its next shard
         self._done: set[str] = set()  # the files of the finished shards
+        self._empty: set[str] = set()  # the files of those that hold nothing, and so are not there
 
     def __enter__(self) -> Self:
         if _has_files(self.out):
@@ -162,9 +163,21 @@ class DatasetWriter:
                 self._finish(split)
         self._keys.add(key)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def end_shard(self, split: str) -> None:
+        """The split's shard is all that there is of it: fewer than `shard_samples`, or none, and then it is left
+        out."""
+        if split in self._open:
+            with _disk_errors(self._staging):
+                self._finish(split)
+        else:
+            self._empty.add(self._new_shard(split))
+
     def _new_shard(self, split: str) -> str:
         """The split's first shard that is not there yet."""
-        while (file := shard_name(split, self._next[split])) in self._done:
+        while (file := shard_name(split, self._next[split])) in self._done | self._empty:
             self._next[split] += 1
         return file
 
@@ -207,7 +220,7 @@ class DatasetWriter:
             raise UserError(f"{self.out}: there is not one sample to write; check the source")
         for split in sorted(self._open):
             self._finish(split)
-        if self._recipes is not None and self._done != self._recipes.keys():
+        if self._recipes is not None and self._done | self._empty != self._recipes.keys():
             raise ValueError("the shards that were written are not those that recipes were given of")
         description = {"version": shard_index.VERSION, "name": self.name, "made_by": self.made_by}
         write_json(self._staging / DATASET_FILE, description | describe(self._staging, self._done), compact=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mser_dist.corpora.manifest import parse_manifest
-from mser_dist.corpora.parsers import CORPORA, parse_emodb, parse_savee
+from mser_dist.corpora.parsers import CORPORA
 from mser_dist.corpora.recording import Recording, safe_id
 from mser_dist.errors import UserError
 from mser_dist.shards.emotions import COMMON, to_label
@@ -73,7 +73,7 @@ def test_to_label_keeps_other_emotions_and_knows_unlabelled() -> None:
     ],
 )
 def test_names_of_the_corpora(tmp_path: Path, corpus: str, name: str, expected: tuple[str | None, ...]) -> None:
-    (clip,) = CORPORA[corpus](touch(tmp_path, name))
+    (clip,) = CORPORA[corpus].parse(touch(tmp_path, name))
     assert facts([clip]) == [expected]
     assert (clip.corpus, clip.path, clip.source_id) == (corpus, tmp_path / name, clip.id)
 
@@ -87,17 +87,17 @@ def test_names_of_the_corpora(tmp_path: Path, corpus: str, name: str, expected: 
     ],
 )
 def test_known_bad_recordings_are_left_out(tmp_path: Path, corpus: str, left_out: str, kept: str) -> None:
-    clips = list(CORPORA[corpus](touch(tmp_path, left_out, kept)))
+    clips = list(CORPORA[corpus].parse(touch(tmp_path, left_out, kept)))
     assert [clip.path.name for clip in clips] == [kept]
 
 
 def test_savee_names_repeat_between_speakers(tmp_path: Path) -> None:
-    clips = list(parse_savee(touch(tmp_path, "DC/a01.wav", "JE/a01.wav", "KL_a01.wav")))
+    clips = list(CORPORA["savee"].parse(touch(tmp_path, "DC/a01.wav", "JE/a01.wav", "KL_a01.wav")))
     assert sorted(clip.id for clip in clips) == ["savee_DC_a01", "savee_JE_a01", "savee_KL_a01"]
 
 
 def test_emodb_knows_its_sentences(tmp_path: Path) -> None:
-    (clip,) = parse_emodb(touch(tmp_path, "03a01Wa.wav"))
+    (clip,) = CORPORA["emodb"].parse(touch(tmp_path, "03a01Wa.wav"))
     assert (clip.id, clip.text, clip.emotion) == ("emodb_03a01Wa", "Der Lappen liegt auf dem Eisschrank.", "anger")
 
 
@@ -113,13 +113,13 @@ def test_emodb_knows_its_sentences(tmp_path: Path) -> None:
 )
 def test_bad_folders_are_named(tmp_path: Path, names: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
-        list(parse_emodb(touch(tmp_path, *names)))
+        list(CORPORA["emodb"].parse(touch(tmp_path, *names)))
     assert "\n" not in str(caught.value)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        list(parse_emodb(tmp_path / "nowhere"))
+        list(CORPORA["emodb"].parse(tmp_path / "nowhere"))
 
 
 def test_safe_id_is_a_key_and_tells_names_apart() -> None:
@@ -287,14 +287,14 @@ def test_a_copy_of_all_recordings_is_taken_once_and_told(tmp_path: Path, capsys:
         for name in RAVDESS:
             touch(tmp_path, f"{folder}/{name}")
             (tmp_path / folder / name).write_bytes(name.encode())
-    clips = list(CORPORA["ravdess"](tmp_path))
+    clips = list(CORPORA["ravdess"].parse(tmp_path))
     assert [clip.path.parent.parent for clip in clips] == [tmp_path] * 4
     (said,) = capsys.readouterr().err.splitlines()
     assert "more than once, byte for byte: 4; each is taken once" in said
     for name in RAVDESS[1:]:
         (tmp_path / "copy/Actor_x" / name).write_bytes(b"another take")
     with pytest.raises(UserError, match=rf"other content: 3 \(4 names .*{RAVDESS[1]} is also at .*copy") as caught:
-        list(CORPORA["ravdess"](tmp_path))
+        list(CORPORA["ravdess"].parse(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -305,4 +305,8 @@ def test_linked_folders_are_followed_and_no_circle_is(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/self").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "savee/KL").symlink_to(tmp_path / "nowhere")
     (tmp_path / "savee/KL_a02.wav").symlink_to(tmp_path / "elsewhere/sa01.wav")
-    assert [clip.id for clip in parse_savee(tmp_path / "savee")] == ["savee_DC_sa01", "savee_JE_a01", "savee_KL_a02"]
+    assert [clip.id for clip in CORPORA["savee"].parse(tmp_path / "savee")] == [
+        "savee_DC_sa01",
+        "savee_JE_a01",
+        "savee_KL_a02",
+    ]
