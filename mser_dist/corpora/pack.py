@@ -67,9 +67,9 @@ def pack(
     that calls this with more than one needs the usual `if __name__ == "__main__"`. drop_duplicates: of clips of
     identical audio keep the first in the order of the source, before the splits are made; every recording is decoded
     once more for that. scale: divide clips beyond full scale, as `audio.decode` does, which are refused else; without
-    it, what a codec or resampling takes beyond is clipped and counted. columns, constants: of a manifest (`manifest.Reading`). words: emotion word → the label, or a
-    known word for it, of its clips; "other" drops them. skip_bad: so many recordings that cannot be read are left out,
-    and listed in `<out>.left_out.csv`.
+    it, what a codec or resampling takes beyond is clipped and counted. columns, constants: of a manifest
+    (`manifest.Reading`). words: emotion word → the label, or a known word for it, of its clips; "other" drops them.
+    skip_bad: so many recordings that cannot be read are left out, and listed in `<out>.left_out.csv`.
 
     However it is stopped, the finished shards stay in `<out>.partial`, and the same call keeps each of them whose clips
     (path, size, time of change, labels), audio format, max_seconds and scale are as they were.
