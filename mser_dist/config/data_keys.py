@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mser_dist.config.fields import (
     Bool,
@@ -31,6 +31,22 @@ def _is_range(bounds: list[float]) -> bool:
     return not bounds or (len(bounds) == 2 and bounds[0] <= bounds[1])
 
 
+def _splits(value: Any) -> Any:
+    """`a,b` on the command line is a list; a list of one is that one, so that both are the same config."""
+    listed = value.split(",") if isinstance(value, str) and "," in value else value
+    return listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
+
+
+def _are_splits(value: str | list[str]) -> bool:
+    return isinstance(value, str) or (len(set(value)) == len(value) >= 2 and ALL not in value)
+
+
+ALL = "all"  # of the splits
+Splits = Annotated[
+    str | list[str], BeforeValidator(_splits), must("must be a split, all, or different splits", _are_splits)
+]
+
+
 @dataclass(kw_only=True)
 class DataConfig(Section):
     """Which clips of which sets."""
@@ -38,7 +54,7 @@ class DataConfig(Section):
     sets: List[str] = opt(
         [], "folders of shards, as `mser pack` or `mser synth` wrote them, or URLs (s3://, hf://, http://)"
     )
-    split: str = opt("test", "split to evaluate on")
+    split: Splits = opt("test", "split to evaluate on, a list of them, or all")
     languages: List[str] = opt([], "keep only these languages; empty: all")
     labels: Annotated[List[str], must("must be two or more different labels", _are_labels)] = opt(
         SIX_EMOTIONS, "the emotions to tell apart, in order; clips of other labels are dropped"
@@ -87,8 +103,8 @@ class AugmentConfig(Section):
 
 @dataclass(kw_only=True)
 class TrainingDataConfig(DataConfig):
-    split: str = opt("train", "split to train on")
-    val_split: str | None = opt("val", "split for validation during training; null: none")
+    split: Splits = opt("train", "split to train on, a list of them, or all")
+    val_split: Splits | None = opt("val", "split, or splits, for validation during training; null: none")
     weights: List[PositiveFloat] = opt(
         [], "shares of `sets` in every batch, in their order, e.g. [2, 1]; []: by their sizes"
     )
@@ -116,6 +132,12 @@ class TrainingDataConfig(DataConfig):
 
     def check(self) -> None:
         super().check()
+        held_out = {self.val_split} if isinstance(self.val_split, str) else set(self.val_split or ())
+        if held_out and (self.split == ALL or (isinstance(self.split, list) and held_out & set(self.split))):
+            raise UserError(
+                f"data.split={self.split} trains on the clips that data.val_split={self.val_split} validates on: set "
+                "data.val_split=null, or leave them out of data.split"
+            )
         if self.weights and len(self.weights) != len(self.sets):
             raise UserError(
                 f"data.weights has {len(self.weights)} numbers for {len(self.sets)} data.sets: one above 0 for each"

@@ -60,7 +60,11 @@ class Filter:
     """Which samples of a shard to keep."""
 
     def __init__(
-        self, split: str | None, labels: Collection[str] | None, keep: Mapping[str, Any], drop: Mapping[str, Any]
+        self,
+        split: str | Collection[str] | None,
+        labels: Collection[str] | None,
+        keep: Mapping[str, Any],
+        drop: Mapping[str, Any],
     ) -> None:
         fields = (*FIELDS[:-1], "key", "duration")
         for name in (*keep, *drop):
@@ -72,7 +76,7 @@ class Filter:
         # Asked for by the protocol, not by name: a label or split that one set lacks is no typo.
         self.quiet: dict[str, Any] = {}
         if split is not None:
-            self.quiet["split"] = {split}
+            self.quiet["split"] = {split} if isinstance(split, str) else set(split)
         if labels is not None:
             self.quiet["label"] = set(labels)
 

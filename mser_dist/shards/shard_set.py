@@ -65,7 +65,7 @@ class ShardSet:
         cls,
         paths: str | Path | Sequence[str | Path],
         *,
-        split: str | None = None,
+        split: str | Collection[str] | None = None,
         labels: Collection[str] | None = None,
         keep: Mapping[str, Any] | None = None,
         drop: Mapping[str, Any] | None = None,
@@ -75,7 +75,7 @@ class ShardSet:
         """Open data sets (folders, URLs) or single tars by their indexes alone, in the order given.
 
         Args:
-            split, labels: keep only these.
+            split, labels: keep only these; None: all.
             keep, drop: field → values (one or a list) to keep, or to leave out: any of `FIELDS`, `key`, and `duration`
                 as [shortest, longest] in seconds.
             cache: of remote sets.

@@ -97,7 +97,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 def open_set(
     sets: str | Path | Sequence[str | Path],
     *,
-    split: str | None = None,
+    split: str | Collection[str] | None = None,
     labels: str | Collection[str] | None = None,
     languages: str | Collection[str] | None = None,
     keep: Mapping[str, Any] | None = None,
@@ -107,7 +107,7 @@ def open_set(
     """Open sets of shards (folders, single tars, URLs) as a torch dataset of decoded clips, by their indexes alone.
 
     Args:
-        split: "train", "val" or "test"; None: all.
+        split: "train", "val" or "test", or several; None: all.
         labels: keep only clips of these; their order is that of `target`. None: all clips, and all labels by name.
         languages: keep only these.
         keep, drop: field → values to keep or to leave out, e.g. {"corpus": ["emodb"], "duration": [0.5, 20]}.

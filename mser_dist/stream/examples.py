@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist import config as cfg
+from mser_dist.config.data_keys import ALL
 from mser_dist.errors import UserError
 from mser_dist.shards.emotions import LABELS, to_label
 from mser_dist.shards.remote import RemoteCache
@@ -58,9 +59,9 @@ def _absent_labels(data: cfg.DataConfig, shards: ShardSet) -> list[str]:
     return [label for label in data.labels if label not in shards.coded["label"].names]
 
 
-def _labels_there(data: cfg.DataConfig, split: str | None) -> list[str]:
+def _labels_there(data: cfg.DataConfig, split: str | list[str] | None) -> list[str]:
     """Those that clips have, whatever the filters leave."""
-    everything = ShardSet.open(data.sets, split=split, cache=_cache(data))
+    everything = ShardSet.open(data.sets, split=_wanted(split), cache=_cache(data))
     return [str(label) for label in everything.coded["label"].names if label]
 
 
@@ -73,10 +74,20 @@ def _nearest(label: str, there: list[str], others: Collection[str] = ()) -> str:
     return f"did you mean {near[0]}?" if near else f"labels there: {', '.join(there)}"
 
 
-def open_clips(data: cfg.DataConfig, split: str) -> ShardSet:
-    """The clips of a split that a config wants. Raises `UserError` if none is left, or one is too long."""
+def open_clips(data: cfg.DataConfig, split: str | list[str]) -> ShardSet:
+    """The clips of a split, of several, or of `all` that a config wants.
+
+    Raises `UserError` if none is left, not even of one of several splits, or one is too long.
+    """
     keep = {**({"language": data.languages} if data.languages else {}), **data.keep}
-    shards = ShardSet.open(data.sets, split=split, labels=data.labels, keep=keep, drop=data.drop, cache=_cache(data))
+    parts = _wanted(split)
+    shards = ShardSet.open(data.sets, split=parts, labels=data.labels, keep=keep, drop=data.drop, cache=_cache(data))
+    if isinstance(split, list) and (absent := [name for name in split if name not in shards.coded["split"].names]):
+        there = ShardSet.open(data.sets, cache=_cache(data)).coded["split"].names
+        raise UserError(
+            f"the list of splits {split} names {absent[0]!r}, and no clip of it is wanted or there: splits there: "
+            f"{', '.join(map(str, there))}"
+        )
     long = (shards.duration > data.max_seconds).nonzero()[0]
     if len(long):
         others = f", as {'does' if len(long) == 2 else 'do'} {count(len(long) - 1, 'other')}" if len(long) > 1 else ""
@@ -86,6 +97,10 @@ def open_clips(data: cfg.DataConfig, split: str) -> ShardSet:
             f"data.keep={{duration: [0, {data.max_seconds:g}]}}, or cut them when packing (Whisper takes 30 s at most)"
         )
     return shards
+
+
+def _wanted(split: str | list[str] | None) -> str | list[str] | None:
+    return None if split == ALL else split
 
 
 def _cache(data: cfg.DataConfig) -> RemoteCache:
