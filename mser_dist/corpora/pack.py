@@ -156,6 +156,8 @@ def pack(
                 if not whole and file not in writer.kept:
                     writer.end_shard(shards[file][0].split or "")
     listed = left_out.write(Path(out))
+    gone = {clip.id for clip, _ in left_out.found}
+    clips = [clip for clip in clips if clip.id not in gone]
     packed = ShardSet.open(out, sound=True)
     described = shard_index.read_facts(Path(out) / DATASET_FILE)["splits"].values()
     return {
