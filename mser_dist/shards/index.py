@@ -30,7 +30,6 @@ from mser_dist.shards.emotions import to_label
 
 VERSION = 2
 SCAN = 2  # of what a scan of a tar that is not ours notes: an index of an earlier one is made anew
-SPLITS = ("train", "val", "test")
 SUFFIX = ".idx.json"
 AUDIO_EXTENSIONS = frozenset({"wav", "flac", "ogg", "opus", "mp3"})
 IGNORED_EXTENSIONS = frozenset({"txt", "cls"})  # common beside audio in WebDataset shards; what they say is not used
