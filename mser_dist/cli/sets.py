@@ -9,7 +9,7 @@ from mser_dist import tables
 from mser_dist.cli.jobs import Verb
 from mser_dist.corpora.parsers import CORPORA
 from mser_dist.errors import UserError
-from mser_dist.shards.splits import SPLITS
+from mser_dist.shards.metadata import SPLITS
 
 _PACK_HELP = """\
 Make shards from a corpus, with speaker-disjoint train, val and test splits.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist.errors import UserError
-from mser_dist.shards.index import as_text
+from mser_dist.shards.metadata import as_text
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what `surrogateescape` makes of a byte that is no UTF-8

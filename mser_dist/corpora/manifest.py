@@ -9,7 +9,7 @@ from mser_dist.corpora.lines import rows
 from mser_dist.corpora.recording import Recording, safe_id, why_no_file
 from mser_dist.errors import UserError
 from mser_dist.shards.emotions import to_label
-from mser_dist.shards.splits import SPLITS
+from mser_dist.shards.metadata import SPLITS
 
 _SPLIT_ALIASES = {"dev": "val", "valid": "val", "validation": "val"}
 REQUIRED_COLUMNS = ("path", "emotion", "language", "speaker")

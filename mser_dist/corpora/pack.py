@@ -30,8 +30,8 @@ from mser_dist.shards import index as shard_index
 from mser_dist.shards import repeats
 from mser_dist.shards.emotions import LABELS, normal, to_label
 from mser_dist.shards.inspect import full_scale
+from mser_dist.shards.metadata import SPLITS
 from mser_dist.shards.shard_set import ShardSet
-from mser_dist.shards.splits import SPLITS
 from mser_dist.shards.writer import DATASET_FILE, DatasetWriter, shard_name
 
 

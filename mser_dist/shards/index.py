@@ -27,6 +27,7 @@ from mser_dist.errors import UserError
 from mser_dist.files import write_json
 from mser_dist.shards import tarsafe
 from mser_dist.shards.emotions import to_label
+from mser_dist.shards.metadata import as_text
 
 VERSION = 2
 SCAN = 2  # of what a scan of a tar that is not ours notes: an index of an earlier one is made anew
@@ -345,18 +346,6 @@ def _foreign_row(
         "sample_rate": int(rate or 0),
     }
     return row, word("split", None)
-
-
-def as_text(value: Any) -> str | None:
-    """A value of any JSON type as text: a text is itself, 3 is "3", a list is compact JSON; None where there is none.
-
-    NaN is none: so Python writes what is missing in a column of numbers.
-    """
-    if isinstance(value, str):
-        return value
-    if value is None or value != value:
-        return None
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _number(value: Any, limit: float) -> float | None:

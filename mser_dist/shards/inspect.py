@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from mser_dist.shards import repeats
 from mser_dist.shards.columns import Column
+from mser_dist.shards.metadata import SPLITS
 from mser_dist.shards.shard_set import ShardSet
-from mser_dist.shards.splits import SPLITS
 from mser_dist.tables import Table, count
 
 NO_LABEL = "no label"

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from mser_dist.audio import decode
 from mser_dist.errors import UserError
 from mser_dist.shards.columns import FIELDS
-from mser_dist.shards.index import as_text
+from mser_dist.shards.metadata import as_text
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.features import Features
 

@@ -23,7 +23,7 @@ import soxr
 
 from mser_dist.errors import UserError
 from mser_dist.progress import bar
-from mser_dist.shards.splits import SPLITS
+from mser_dist.shards.metadata import SPLITS
 from mser_dist.synth.espeak import Espeak
 
 CORPUS = "m5ser-espeak"
