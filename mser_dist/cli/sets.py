@@ -156,8 +156,8 @@ def _pack(options: argparse.Namespace) -> None:
         print(f"  {name:<6} {part['clips']:>7} clips, {part['speakers']} speakers")
     for group, missing in summary["without"].items():
         if free := [name for name in missing if getattr(options, f"{name}_fraction") is None]:
-            asked = ", ".join(f"--{name}-fraction" for name in free)
-            print(f"  no {', no '.join(free)}: the speakers do not suffice in {group}; or give {asked}, or --split")
+            remedy = "; --split test makes all a test" if "test" in free else ""
+            print(f"  no {', no '.join(free)}: the speakers do not suffice in {group}{remedy}")
     if not summary["splits"]["val"]["clips"] and summary["splits"]["train"]["clips"]:
         print("  train with data.val_split=null, as there is no val")
     for key in ("emotions", "languages", "dropped"):
