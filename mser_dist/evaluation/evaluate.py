@@ -174,5 +174,6 @@ def _scorer(
     prompt = ChatPrompt(**kept) if kept else chat.render(tokenizer)
     scorer = AnswerScorer(model.to(device), tokenizer, prompt, labels)
     checked = check_llm(model, [scorer.prompt.tolist()], [answer.tolist() for answer in scorer.answers], device)
-    print(checked, flush=True)
+    if distributed.discover().is_main:
+        print(checked, flush=True)
     return scorer

@@ -20,6 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from mser_dist.errors import UserError
 from mser_dist.files import LFS_POINTER
 from mser_dist.models import ctranslate2, sources
+from mser_dist.ranks import distributed
 
 
 def read_config(key: str, name: str, source: sources.Source) -> PreTrainedConfig:
@@ -88,7 +89,7 @@ def load(
             f"{key}.pretrained={name}: {tell(complaints)}: the copy is cut, renamed or of another model: copy it again"
             f"{remedy}"
         )
-    if meant:
+    if meant and distributed.discover().is_main:
         print(f"{key}.pretrained={name}: new, as {key}.allow_missing says: {', '.join(sorted(meant))}", file=sys.stderr)
     if zero3:
         partition = HfDeepSpeedConfig(zero3)  # transformers looks for a living one
