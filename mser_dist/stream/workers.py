@@ -266,4 +266,5 @@ def _receive(channel: socket.socket) -> Any:
     [count] = np.frombuffer(content, np.int64, 1)
     sizes = np.frombuffer(content, np.int64, count, 8).tolist()
     pickled, *arrays = (content[place] for place in _places(sizes))
+    # From this process' own child or parent, over a nameless socket pair: nobody else can have written it.
     return pickle.loads(pickled, buffers=arrays)
