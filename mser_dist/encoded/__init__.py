@@ -1,0 +1,1 @@
+"""Keeps what a frozen encoder makes of each clip, so that it is computed once."""
