@@ -146,9 +146,9 @@ class FeatureStore:
             file = self._open(path)
             while done < size and (got := file.pread_into(view[done:], place.at + done)):
                 done += got
-        except FileNotFoundError:
-            raise UserError(f"{path}: removed since the start: start again; its clips are encoded anew") from None
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):  # the latter: removed on another node, while open here
+                raise UserError(f"{path}: removed since the start: start again; its clips are encoded anew") from None
             raise UserError(f"{path}: cannot be read ({error.strerror}): check the disk, or {_REMEDY}") from None
         if done < size or zlib.crc32(view) != place.crc:
             raise UserError(f"{path}: damaged (the features of a clip differ from their checksum): {_REMEDY}")
