@@ -8,7 +8,6 @@ of Whisper-tiny's shape with random weights. Cosine similarities; 1: no differen
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +34,7 @@ def measure(shards: Path, run: str | None, count: int) -> dict[str, float]:
     else:
         model = build_speech(cfg.EncoderConfig(arch=TINY), cfg.QFormerConfig(), attention)
     model.eval()
+    encoder = model.any_encoder
     opened = ShardSet.open(shards, split="train")
     labels = [name for name in opened.coded["label"].names if name]
     waves = Examples(ShardSet.open(shards, split="train", labels=labels), labels, Features(n_mels=None))
@@ -43,14 +43,12 @@ def measure(shards: Path, run: str | None, count: int) -> dict[str, float]:
         wave = waves.get(i, 0).speech
         frames, tokens = [], []
         for pad_seconds in (None, 30.0):
-            mel = torch.from_numpy(replace(model.encoder.features, pad_seconds=pad_seconds)(wave))[None]
-            lengths = torch.tensor([mel.shape[-1]])
-            frames.append(model.encoder(mel, lengths)[0][0])  # (T, D)
+            encoder.pad_seconds = pad_seconds
+            mel = torch.from_numpy(encoder.features(wave))[None]
+            lengths = torch.tensor([encoder.features.own(len(wave))])
+            frames.append(encoder(mel, lengths)[0][0].flatten(1).mean(0))  # (D,) over the clip's own frames
             tokens.append(model(mel, lengths).flatten())  # (Q · width,)
-        short, long = frames
-        own = long[: len(short)]
-        pairs = {"all_frames": (short.mean(0), long.mean(0)), "own_frames": (short.mean(0), own.mean(0))}
-        pairs["qformer_tokens"] = (tokens[0], tokens[1])
+        pairs = {"own_frames": tuple(frames), "qformer_tokens": tuple(tokens)}
         rows.append([cosine(*pair) for pair in pairs.values()])
     means = torch.tensor(rows).mean(0).tolist()
     return dict(zip(pairs, means, strict=True))

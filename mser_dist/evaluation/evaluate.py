@@ -60,8 +60,8 @@ def predict(
     ):
         if not go_on():
             return None
-        tensors = {key: inputs[key].to(device) for key in ("speech", "lengths")}
-        found.update(zip(indices.tolist(), scorer(tensors).float().cpu().numpy(), strict=True))
+        prepared = scorer.model.speech.prepared(inputs, device)
+        found.update(zip(indices.tolist(), scorer(prepared).float().cpu().numpy(), strict=True))
     found.pop(-1, None)  # what is no clip
     everything: dict[int, NDArray[np.float32]] = {}
     for part in distributed.gather(found):

@@ -10,15 +10,30 @@ from mser_dist.audio import SAMPLE_RATE
 from mser_dist.errors import UserError
 from mser_dist.models import pretrained, sources, waveform
 from mser_dist.models.attention import Attention, supported_by
+from mser_dist.models.encoder import Encoder
 from mser_dist.models.waveform import WaveformEncoder
 from mser_dist.models.whisper import SpeechEncoder
 
-Encoder = SpeechEncoder | WaveformEncoder
 TYPES = ("whisper", *waveform.MODELS)
 
 
 def build_encoder(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
-    """The encoder a run config asks for: pretrained, or from scratch with `arch`."""
+    """The encoder a run config asks for: pretrained, or from scratch with `arch`; with its layers, stride and padding.
+
+    Raises `UserError` for weights or an `arch` that are none, or layers that are not there.
+    """
+    encoder = _whole(config, attention)
+    depth = encoder.depth
+    chosen = {"last": [depth], "all": list(range(depth + 1))}
+    encoder.use(chosen[config.layers] if isinstance(config.layers, str) else config.layers, depth)
+    encoder.stride, encoder.pad_seconds = config.stride, config.pad_seconds
+    longest = getattr(encoder, "max_frames", None)  # Whisper's; the others have none
+    if longest and (config.pad_seconds or 0) * 100 > longest:
+        raise UserError(f"encoder.pad_seconds={config.pad_seconds}: the encoder takes {longest / 100:g} s at most")
+    return encoder
+
+
+def _whole(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
     if config.pretrained is not None:
         return _pretrained(config, attention)
     arch = {"model_type": "whisper", **config.arch}
@@ -43,9 +58,10 @@ def encoder_of(fields: dict[str, Any], normalize: bool, attention: Attention) ->
     return WaveformEncoder(model_class(model_config), normalize)
 
 
-def encoder_config(encoder: Encoder) -> PreTrainedConfig:
+def encoder_config(encoder: Any) -> PreTrainedConfig:
     """The transformers config of an encoder."""
-    return encoder.whisper.config if isinstance(encoder, SpeechEncoder) else encoder.model.config
+    config: PreTrainedConfig = encoder.whisper.config if isinstance(encoder, SpeechEncoder) else encoder.model.config
+    return config
 
 
 def _from_scratch(arch: dict[str, Any], attention: Attention) -> Encoder:

@@ -24,12 +24,13 @@ from mser_dist.files import file_sha256, fsync_tree, write_json
 from mser_dist.models import pretrained
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
+from mser_dist.models.frozen import FrozenEncoder
 from mser_dist.models.llm import build_llm, load_llm
 from mser_dist.models.speech import SpeechModel, speech_card, speech_from_card
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.stream.features import Features
 
-FORMAT = 1  # of an export: raised where an older version could not read what this one writes
+FORMAT = 2  # of an export: raised where an older version could not read what this one writes
 
 
 def find(run: str, stage: int, key: str = "") -> Path:
@@ -69,7 +70,13 @@ def read_card(export: Path) -> dict[str, Any]:
 
 def features_of(card: dict[str, Any]) -> Features:
     """What the encoder of an export is fed, by its card."""
-    return Features(**card["speech"]["features"])
+    features = Features(**card["speech"]["features"])
+    if features.pad_seconds is not None and int(card.get("format", 1)) < 2:
+        raise UserError(
+            f"the export of version {card.get('version')} was trained with encoder.pad_seconds, its Q-Former looking at "
+            "the silence too, which it does no more: train it again"
+        )
+    return features
 
 
 def write(
@@ -77,9 +84,14 @@ def write(
 ) -> None:
     """Publish an export at once: all files under a staging name, then one rename.
 
-    `state` is the whole model's state by name, on the CPU; `model` gives shapes and LLM config, its own weights may be
-    partitioned.
+    `state` is the whole trained model's state by name, on the CPU; `model` gives shapes and LLM config, its own weights
+    may be partitioned, and its frozen encoder, which is not in `state`.
     """
+    speech: Any = model.speech
+    frozen: FrozenEncoder | None = speech.frozen
+    if frozen is not None:
+        kept = {name: t.detach().cpu().contiguous() for name, t in frozen.encoder.state_dict().items()}
+        state = {**state, **{f"speech.encoder.{name}": tensor for name, tensor in kept.items()}}
     staging = export.with_name(export.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -127,9 +139,10 @@ def _checked(export: Path, card: dict[str, Any]) -> None:
 
 
 def load_speech(export: Path, attention: Attention) -> SpeechModel:
-    """Encoder and Q-Former of an export of either stage."""
+    """Encoder and Q-Former of an export of either stage; the encoder is a part of the model, frozen or not."""
     card = read_card(export)
     _checked(export, card)
+    features_of(card)
     speech = speech_from_card(card["speech"], attention)
     _fill(speech, export / "speech.safetensors", set(speech.state_dict()))
     return speech
@@ -139,7 +152,7 @@ def load_aligner(export: Path, attention: Attention, dtype: torch.dtype = torch.
     """The whole stage-1 model (without its text tower, which `card["text"]` names)."""
     card = read_card(export)
     model = Aligner(load_speech(export, attention), card["text_width"], cfg.ContrastiveConfig(**card["contrastive"]))
-    return cast(_with_heads(model, export), dtype).eval()
+    return _ready(_with_heads(model, export), card, dtype)
 
 
 def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = torch.float32) -> tuple[SpeechLLM, Any]:
@@ -158,7 +171,7 @@ def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = tor
     else:
         llm = load_llm(folder, attention, dtype)
     model = _with_heads(SpeechLLM(speech, llm), export)
-    return cast(model, dtype).eval(), tokenizer
+    return _ready(model, card, dtype), tokenizer
 
 
 def _with_heads(model: Any, export: Path) -> Any:
@@ -175,6 +188,14 @@ def _fill(model: nn.Module, file: Path, wanted: set[str]) -> None:
         raise UserError(f"{file} is damaged ({error}): train or copy the run again") from error
     pretrained.check_tensors(tensors, {name: t for name, t in model.state_dict().items() if name in wanted}, str(file))
     model.load_state_dict(tensors, strict=False)
+
+
+def _ready(model: Any, card: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A model in `dtype` that is evaluated, its encoder frozen if it was in training."""
+    cast(model, dtype).eval()
+    if card["speech"].get("frozen"):
+        model.speech.freeze_encoder()
+    return model
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:

@@ -92,8 +92,7 @@ class _Trial:
 
     def alone(self, clip: int, prompt: Tensor) -> Tensor:
         """(1, T, D): a prompt with one clip, cut to its own length."""
-        cut = self.speech[clip : clip + 1, ..., : self.lengths[clip]]
-        return self.model.embed_prompt(prompt[None], cut, self.lengths[clip : clip + 1])
+        return self.model.embed_prompt(prompt[None], *alone(self.model.speech, self.speech, self.lengths, clip))
 
     def plain(self, inputs: Tensor, prompt: Tensor, answer: Tensor) -> Tensor:
         """(L, V): log-probabilities of an answer's places behind (1, T, D) inputs, the embeddings of `prompt`."""
@@ -171,35 +170,45 @@ def _check_llm(trial: _Trial) -> Checked:
 
 
 def _emotion_tokens(speech: SpeechModel, device: str) -> tuple[Tensor, Tensor]:
-    """Two clips of noise as a batch, (2, n_mels, F) or (2, S), and their lengths (2,); their tokens are checked."""
-    noise = np.random.default_rng(0)
+    """Two clips of noise as the model takes a batch, and their lengths (2,); their tokens are checked."""
+    noise, encoder = np.random.default_rng(0), speech.any_encoder
     clips = [
-        torch.from_numpy(speech.encoder.features(noise.normal(0, 0.1, round(s * SAMPLE_RATE)).astype(np.float32)))
+        torch.from_numpy(encoder.features(noise.normal(0, 0.1, round(s * SAMPLE_RATE)).astype(np.float32)))
         for s in _SECONDS
     ]
-    lengths = torch.tensor([clip.shape[-1] for clip in clips], device=device)
-    batch = torch.zeros(2, *clips[0].shape[:-1], int(lengths.max()), device=device)
+    lengths = torch.tensor([encoder.features.size(s) for s in _SECONDS])
+    batch = torch.zeros(2, *clips[0].shape[:-1], max(clip.shape[-1] for clip in clips))
     for row, clip in enumerate(clips):
         batch[row, ..., : clip.shape[-1]] = clip
+    given = speech.prepared({"speech": batch, "lengths": lengths}, device)
+    batch, lengths = given["speech"], given["lengths"]
     unit = torch.finfo(next(speech.parameters()).dtype).eps
-    features, mask = speech.encoder(batch, lengths)
     tokens = speech(batch, lengths)
+    trained = speech.encoder
+    features, mask = trained(batch, lengths) if trained else (batch, torch.ones(batch.shape[:2], dtype=torch.bool))
     for row in (0, 1):
-        own = batch[row : row + 1, ..., : lengths[row]], lengths[row : row + 1]
-        # A fresh Q-Former hears little of the encoder, so that is looked at too.
-        for alone, together in (
-            (speech.encoder(*own)[0][0], features[row, mask[row]]),
-            (speech(*own)[0], tokens[row]),
-        ):
-            apart, size = _largest(alone, together), float(together.abs().max())
+        own = alone(speech, batch, lengths, row)
+        pairs = [(speech(*own)[0], tokens[row])]
+        if trained:  # a fresh Q-Former hears little of the encoder, so that is looked at too
+            pairs.append((trained(*own)[0][0], features[row, mask[row]]))
+        for by_itself, together in pairs:
+            apart, size = _largest(by_itself, together), float(together.abs().max())
             if not apart <= max(1e-4, 16 * unit) * max(1.0, size):
                 raise UserError(
-                    f"what {type(speech.encoder).__name__} makes of a clip depends on the other clips of its batch (by "
+                    f"what {type(encoder).__name__} makes of a clip depends on the other clips of its batch (by "
                     f"{apart:.2g} of {size:.2g}): choose another encoder"
                 )
     if _largest(tokens[0], tokens[1]) == 0:
         raise UserError("the speech model gives two different clips the same emotion tokens: its weights are damaged")
     return batch, lengths
+
+
+def alone(speech: SpeechModel, batch: Tensor, lengths: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    """One clip of a batch that a model takes, without the padding that the others brought, and its length (1,)."""
+    own = lengths[row : row + 1]
+    if speech.encoder is None:
+        return batch[row : row + 1, : int(own)], own
+    return batch[row : row + 1, ..., : int(speech.encoder.fed(own))], own
 
 
 def _rounded(x: Tensor) -> Tensor:

@@ -5,48 +5,87 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
 from mser_dist.models.attention import Attention, supported_by
-from mser_dist.models.encoders import Encoder, build_encoder, encoder_config, encoder_of
+from mser_dist.models.encoder import Encoder
+from mser_dist.models.encoders import build_encoder, encoder_config, encoder_of
+from mser_dist.models.frozen import FrozenEncoder
 
 
 class SpeechModel(nn.Module):
-    """Encoder → Emotion Q-Former: any clip becomes the same small number of emotion tokens."""
+    """Encoder → Emotion Q-Former: any clip becomes the same small number of emotion tokens.
+
+    An encoder that is trained is a part of the model. A frozen one is not: the model is then given the features that
+    it made of the clips, by `prepared` here or once for all (`encoded`).
+    """
 
     def __init__(self, encoder: Encoder, qformer: Blip2QFormerModel, queries: int) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Encoder | None = encoder
+        self.frozen: FrozenEncoder | None = None
         self.qformer = qformer
         self.queries = nn.Parameter(torch.randn(1, queries, qformer.config.hidden_size) * 0.02)
         self.query_count = queries  # `queries` itself has no shape while ZeRO-3 has it partitioned
-        self.encoder_frozen = False
+        self.layers = encoder.layers
+        # SUPERB's way (arXiv 2105.01051): a softmax over the layers says how much of each is heard.
+        self.layer_mix = nn.Parameter(torch.zeros(len(self.layers))) if len(self.layers) > 1 else None
+        self._shares: Tensor | None = None  # of the last forward pass: between two, ZeRO-3 has the mix in parts
 
     @property
     def width(self) -> int:
         return int(self.qformer.config.hidden_size)
 
-    def freeze_encoder(self) -> None:
-        """Keep the encoder as it is: no gradients, and no dropout in its forward."""
-        self.encoder.requires_grad_(False)
-        self.encoder.eval()
-        self.encoder_frozen = True
+    @property
+    def any_encoder(self) -> Encoder:
+        """The encoder, trained or frozen."""
+        if self.frozen is not None:
+            return self.frozen.encoder
+        assert self.encoder is not None
+        return self.encoder
 
-    def train(self, mode: bool = True) -> "SpeechModel":
-        super().train(mode)
-        if self.encoder_frozen:
-            self.encoder.eval()
-        return self
+    def freeze_encoder(self) -> None:
+        """Take the encoder out of what is trained: no gradients, no dropout, and the model is fed its features."""
+        if self.frozen is None:
+            self.frozen = FrozenEncoder(self.any_encoder)
+            self.encoder = None
+
+    def layer_shares(self) -> dict[str, Tensor]:
+        """How much of each layer is heard, by the last forward pass; for telemetry. Empty where one alone is used."""
+        if self._shares is None:
+            return {}
+        return {f"layer_share_{n}": share for n, share in zip(self.layers, self._shares, strict=True)}
+
+    def prepared(self, batch: dict[str, Any], device: str) -> dict[str, Any]:
+        """A batch of clips (`pad_speech`) as this model takes it, its tensors on `device`: features if it is frozen."""
+        if self.frozen is not None and not batch.get("encoded"):
+            clips = self.frozen(batch["speech"], batch["lengths"])  # B × (T_i, L, D)
+            lengths = torch.tensor([len(clip) for clip in clips])
+            batch = {**batch, "speech": pad_sequence(clips, batch_first=True), "lengths": lengths, "encoded": True}
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def forward(self, speech: Tensor, lengths: Tensor) -> Tensor:
-        """(B, n_mels, F) log-mel or (B, S) waveform, (B,) true frames or samples → (B, Q, width) emotion tokens."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
-            features, mask = self.encoder(speech, lengths)
+        """Clips → (B, Q, width) emotion tokens.
+
+        Of an encoder that is trained (B, n_mels, F) log-mel or (B, S) waveform, and (B,) own frames or samples; of a
+        frozen one its features (B, T, L, D) of L layers, and (B,) frames.
+        """
+        if self.encoder is not None:
+            features, mask = self.encoder(speech, lengths)  # (B, T, L, D), (B, T)
+        else:
+            features, mask = speech, torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]
+        if self.layer_mix is None:
+            heard = features[:, :, 0]  # (B, T, D)
+        else:
+            shares = self.layer_mix.float().softmax(0)  # (L,)
+            heard = torch.einsum("btld,l->btd", features, shares.to(features.dtype))
+            self._shares = shares.detach()
         tokens = self.qformer(
             query_embeds=self.queries.expand(len(speech), -1, -1),
-            encoder_hidden_states=features,
+            encoder_hidden_states=heard,
             encoder_attention_mask=mask,
         )
         return tokens.last_hidden_state
@@ -83,7 +122,9 @@ def build_speech(encoder: cfg.EncoderConfig, qformer: cfg.QFormerConfig, attenti
 def speech_from_card(card: dict[str, Any], attention: Attention) -> SpeechModel:
     """An empty speech model of the shape that `speech_card` described; its weights are loaded over it."""
     encoder = encoder_of(card["encoder"], card["features"]["normalize"], attention)
-    encoder.pad_seconds = card["features"]["pad_seconds"]
+    used = card.get("layers", {"numbers": [encoder.depth], "depth": encoder.depth, "stride": 1})  # before 0.3.0
+    encoder.use(used["numbers"], used["depth"])
+    encoder.stride, encoder.pad_seconds = used["stride"], card["features"]["pad_seconds"]
     qformer_config = Blip2QFormerConfig.from_dict(
         {**card["qformer"], "attn_implementation": supported_by(Blip2QFormerModel, attention).kernel}
     )
@@ -92,9 +133,12 @@ def speech_from_card(card: dict[str, Any], attention: Attention) -> SpeechModel:
 
 def speech_card(model: SpeechModel) -> dict[str, Any]:
     """The shape of a speech model as JSON."""
+    encoder = model.any_encoder
     return {
-        "encoder": encoder_config(model.encoder).to_dict(),
-        "features": asdict(model.encoder.features),
+        "encoder": encoder_config(encoder).to_dict(),
+        "features": asdict(encoder.features),
+        "layers": {"numbers": list(encoder.layers), "depth": encoder.depth, "stride": encoder.stride},
+        "frozen": model.frozen is not None,
         "qformer": model.qformer.config.to_dict(),
         "queries": model.query_count,
     }

@@ -1,10 +1,13 @@
 """Encoders of the raw waveform: wav2vec 2.0 (arXiv 2006.11477), HuBERT (2106.07447) and WavLM (2110.13900)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import HubertModel, PreTrainedConfig, PreTrainedModel, Wav2Vec2Model, WavLMModel
 
 from mser_dist.errors import UserError
+from mser_dist.models.encoder import Encoder
 from mser_dist.stream.features import Features
 
 MODELS: dict[str, type[PreTrainedModel]] = {"wav2vec2": Wav2Vec2Model, "hubert": HubertModel, "wavlm": WavLMModel}
@@ -29,7 +32,7 @@ def switch_off(config: PreTrainedConfig) -> None:
             setattr(config, name, value)
 
 
-class WaveformEncoder(nn.Module):
+class WaveformEncoder(Encoder):
     """A wav2vec-style encoder of padded clips, whose features are those of each clip alone.
 
     There is no longest clip: positions are relative. A clip shorter than one frame (`min_samples`, 400 samples or 25 ms
@@ -39,10 +42,9 @@ class WaveformEncoder(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, normalize: bool) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(len(model.encoder.layers))
+        self.model: Any = model
         self.normalize = normalize
-        self.pad_seconds: float | None = None
         if model.config.feat_extract_norm == "group":
             first = model.feature_extractor.conv_layers[0]
             first.layer_norm = _ClipNorm(first.layer_norm)
@@ -63,20 +65,47 @@ class WaveformEncoder(nn.Module):
             samples = (samples - 1) * stride + kernel
         return samples
 
-    def forward(self, speech: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) waveform and (B,) true samples → (B, T, width) features and (B, T) mask; 50 frames a second."""
+    def cut(self, highest: int) -> None:
+        del self.model.encoder.layers[highest:]
+        self.model.config.num_hidden_layers = highest
+        if highest < self.depth and self.model.config.do_stable_layer_norm:  # its norm comes behind the last layer
+            self.model.encoder.layer_norm = nn.Identity()
+
+    def hidden(self, speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(B, S) waveform and (B,) own samples → (B, T, width) of each used layer, 50 frames a second; own frames."""
         lengths = lengths.clamp(min=self.min_samples)
+        fed = self.fed(lengths)
         speech = nn.functional.pad(speech, (0, max(0, self.min_samples - speech.shape[-1]))).to(self.model.dtype)
-        real = torch.arange(speech.shape[-1], device=speech.device) < lengths[:, None]  # (B, S)
-        config = self.model.config
-        frames = [lengths]  # after each convolution
-        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-            frames.append((frames[-1] - kernel) // stride + 1)
+        real = torch.arange(speech.shape[-1], device=speech.device) < fed[:, None]  # (B, S)
         norm = self.model.feature_extractor.conv_layers[0].layer_norm
         if isinstance(norm, _ClipNorm):
-            norm.lengths = frames[1].tolist()
-        x = self.model(speech, attention_mask=real.long()).last_hidden_state  # (B, T, width)
-        return x, torch.arange(x.shape[1], device=x.device) < frames[-1][:, None]
+            norm.lengths = self._frames(fed, convolutions=1).tolist()
+        states: dict[int, Tensor] = {}
+        layers = self.model.encoder.layers
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out, n=n: states.update({n: _first(out)}))
+            for n, layer in enumerate(layers, 1)
+        ]
+        if len(layers):
+            hooks.append(layers[0].register_forward_pre_hook(lambda _, given: states.update({0: given[0]})))
+        try:
+            states[len(layers)] = self.model(speech, attention_mask=real.long()).last_hidden_state  # its norm included
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [states[number] for number in self.layers], self._frames(lengths)
+
+    def _frames(self, samples: Tensor, convolutions: int | None = None) -> Tensor:
+        """(B,) frames that the convolutions, or the first few of them, make of so many samples."""
+        config = self.model.config
+        for kernel, stride in list(zip(config.conv_kernel, config.conv_stride, strict=True))[:convolutions]:
+            samples = (samples - kernel) // stride + 1
+        return samples
+
+
+def _first(out: Any) -> Tensor:
+    """The hidden states among what a layer returns."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 class _ClipNorm(nn.GroupNorm):

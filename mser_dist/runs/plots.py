@@ -2,6 +2,7 @@
 speakers, sample rates). PNG files, drawn without a display.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,37 @@ SEEN, UNSEEN = PALETTE[:2]
 
 
 def curves(rows: list[dict[str, float]], path: Path) -> None:
-    """Every logged number against the step, one small plot each."""
+    """Every logged number against the step, one small plot each; the shares of an encoder's layers in one."""
     hidden = {"step", "seconds"}
-    names = sorted(
-        {name for row in rows for name in row} - hidden, key=lambda n: (not n.startswith(("train/", "val/")), n)
-    )
+    names = sorted({name for row in rows for name in row} - hidden, key=_train_first)
+    panels: dict[str, list[str]] = {}
+    for name in names:
+        panels.setdefault(_SHARE.sub("", name), []).append(name)
     columns = 4
-    lines = -(-len(names) // columns)
+    lines = -(-len(panels) // columns)
     figure, axes = _subplots(lines, columns, figsize=(4 * columns, 2.6 * lines), squeeze=False)
-    for axis, name in zip(axes.flat, names, strict=False):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        x, y = zip(*points, strict=True)
-        axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2)
-        axis.set_title(name, fontsize=9)
+    for axis, (title, drawn) in zip(axes.flat, panels.items(), strict=False):
+        for name in drawn:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2)
+            if drawn != [title]:  # at its line, for there may be more layers than colours
+                axis.text(x[-1], y[-1], f" {name.removeprefix(title + '_')}", fontsize=7, va="center")
+        axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=7)
-    for axis in axes.flat[len(names) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     _save(figure, path)
+
+
+_SHARE = re.compile(r"(?<=layer_share)_\d+$")
+
+
+def _train_first(name: str) -> tuple[Any, ...]:
+    """Order of the plots: of the training first; layers by their numbers."""
+    number = _SHARE.search(name)
+    return not name.startswith(("train/", "val/")), _SHARE.sub("", name), int(number[0][1:]) if number else 0
 
 
 def confusions(tables: dict[str, NDArray[np.int64]], labels: list[str], title: str, path: Path) -> None:

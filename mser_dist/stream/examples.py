@@ -173,14 +173,15 @@ def shuffled(label: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:
 
 
 def pad_speech(clips: list[Example]) -> dict[str, Any]:
-    """Stack features, zeros behind the shorter ones: {"speech": (B, n_mels, F) or (B, S), "lengths": (B,)} tensors.
+    """Stack what an encoder is fed, zeros behind the shorter ones, as "speech", (B, n_mels, F) or (B, S).
 
-    "index" is the list of the clips' numbers in the set.
+    "lengths" (B,) are the clips' own, without `pad_seconds`; "index" is the list of the clips' numbers in the set.
     """
     import torch
 
-    lengths = [clip.speech.shape[-1] for clip in clips]
-    speech = torch.zeros(len(clips), *clips[0].speech.shape[:-1], max(lengths))
+    sizes = [clip.speech.shape[-1] for clip in clips]
+    speech = torch.zeros(len(clips), *clips[0].speech.shape[:-1], max(sizes))
     for row, clip in enumerate(clips):
-        speech[row, ..., : lengths[row]] = torch.from_numpy(clip.speech)
-    return {"speech": speech, "lengths": torch.tensor(lengths), "index": [clip.index for clip in clips]}
+        speech[row, ..., : sizes[row]] = torch.from_numpy(clip.speech)
+    lengths = torch.tensor([clip.length for clip in clips])
+    return {"speech": speech, "lengths": lengths, "index": [clip.index for clip in clips]}

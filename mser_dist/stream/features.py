@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mser_dist.audio import SAMPLE_RATE, log_mel
+from mser_dist.audio import HOP, N_FFT, SAMPLE_RATE, log_mel
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Features:
     n_mels: height of the log-mel; None: the waveform.
     normalize: of a waveform, zero mean and unit variance a clip, as transformers' Wav2Vec2FeatureExtractor does.
     pad_seconds: zeros are put behind a shorter waveform up to this length, as Whisper was trained (30 s). The encoder
-        then attends to them. None: no padding.
+        then attends to them, and nothing behind it. None: no padding.
     """
 
     n_mels: int | None = 80
@@ -31,3 +31,11 @@ class Features:
         if self.n_mels:
             return log_mel(wave, self.n_mels)
         return np.ascontiguousarray(wave, dtype=np.float32)
+
+    def size(self, seconds: float) -> int:
+        """Mel frames, or samples, of a clip of so many seconds without padding."""
+        return self.own(round(seconds * SAMPLE_RATE))
+
+    def own(self, samples: int) -> int:
+        """Mel frames, or samples, that are a clip's own."""
+        return max(samples, N_FFT) // HOP if self.n_mels else samples

@@ -32,7 +32,8 @@ MAX_RESTARTS = 3  # of workers that died with no clip to blame
 class Example:
     """A decoded sample on its way to a collate function. `draw` is seeded by sample and step: a resume repeats it."""
 
-    speech: NDArray[np.float32]  # (n_mels, frames) or (samples,)
+    speech: Any  # (n_mels, frames) or (samples,) float32 array; or an encoder's features, (T, L, D) tensor
+    length: int  # of `speech`, without padding: frames, samples
     label: int
     source: int
     index: int  # in the ShardSet
@@ -97,7 +98,8 @@ class Decoder:
                     clips[-1].append(None)
         if bad and self.or_silence and not any(clip for batch in clips for clip in batch):
             silence = self.features(np.zeros(SAMPLE_RATE, dtype=np.float32))
-            clips = [[Example(silence, 0, 0, -1, np.random.default_rng(0)) for _ in batch] for batch in clips]
+            size = self.features.own(SAMPLE_RATE)
+            clips = [[Example(silence, size, 0, 0, -1, np.random.default_rng(0)) for _ in batch] for batch in clips]
         elif bad:
             clips = _filled(clips, bad)
         return Answer([self.collate([clip for clip in batch if clip]) for batch in clips], bad)
@@ -125,7 +127,7 @@ class Decoder:
         if self.augment and self.features.n_mels:
             speech = spec_augment(speech, draw, self.augment)
         draw = np.random.default_rng([self.seed, epoch, step, index])
-        return Example(speech, asked.label, asked.source, index, draw)
+        return Example(speech, self.features.own(len(wave)), asked.label, asked.source, index, draw)
 
 
 def _filled(clips: list[list[Example | None]], bad: dict[int, str]) -> list[list[Example | None]]:

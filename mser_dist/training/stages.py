@@ -59,14 +59,8 @@ class Align:
                 speech.freeze_encoder()
         else:
             speech = build_speech(config.encoder, config.qformer, attention)
-        speech.encoder.pad_seconds = config.encoder.pad_seconds
-        longest = getattr(speech.encoder, "max_frames", None)  # Whisper's; the others have none
-        if longest and (config.encoder.pad_seconds or 0) * 100 > longest:
-            raise UserError(
-                f"encoder.pad_seconds={config.encoder.pad_seconds}: the encoder takes {longest / 100:g} s at most"
-            )
         self.model = Aligner(speech, self.tower.width, config.contrastive)
-        self.features = speech.encoder.features
+        self.features = speech.any_encoder.features
         self.collate = AlignCollate(self.labels)
         self.captions = self.tower.embed([c for label in self.labels for c in prompts.captions(label)])  # (C, width)
 
@@ -81,7 +75,7 @@ class Align:
         ids = {n: torch.cat([b[n] for b in batches]).to(self.device) for n in ("label", "source", "caption")}
 
         def embed(batch: Batch) -> Embedded:
-            moved = to_device(batch, self.device)
+            moved = self.model.speech.prepared(batch, self.device)
             return engine.forward({**moved, "text": self.captions[moved["caption"]]})
 
         def loss(embedded: Embedded) -> tuple[Tensor, Stats]:
@@ -91,7 +85,7 @@ class Align:
         with engine.one_reduction():
             _, stats = cached_backward(batches, embed, loss, backward=engine.backward, no_sync=engine.no_sync)
         engine.step()
-        return stats, [float(stats["loss"])]
+        return stats | self.model.speech.layer_shares(), [float(stats["loss"])]
 
     def describe(self, world_size: int) -> str:
         """What is contrasted, and the memory that it takes, for the person who starts a run."""
@@ -118,7 +112,15 @@ def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
     qformer, arch = card["qformer"], config.encoder.arch
     if arch:
         arch = {"model_type": "whisper", **arch}
+    depth = card["encoder"].get("encoder_layers", card["encoder"].get("num_hidden_layers"))
+    layers = card.get("layers", {"numbers": [depth], "depth": depth, "stride": 1})  # before 0.3.0
+    wanted_layers = {"last": [layers["depth"]], "all": list(range(layers["depth"] + 1))}.get(
+        str(config.encoder.layers), config.encoder.layers
+    )
     brought = {
+        "encoder.layers": (wanted_layers, layers["numbers"]),
+        "encoder.pad_seconds": (config.encoder.pad_seconds, card["features"]["pad_seconds"]),
+        "encoder.stride": (config.encoder.stride, layers["stride"]),
         "qformer.queries": (config.qformer.queries, card["queries"]),
         "qformer.layers": (config.qformer.layers, qformer["num_hidden_layers"]),
         "qformer.width": (config.qformer.width, qformer["hidden_size"]),
@@ -168,7 +170,7 @@ class Instruct:
             speech.queries.requires_grad_(False)
         llm, self.tokenizer = build_llm(config.llm, self.labels, attention, ds_json)
         self.model = SpeechLLM(speech, llm)
-        self.features = speech.encoder.features
+        self.features = speech.any_encoder.features
         self.prompt = kept_prompt(Path(config.out), config.llm.pretrained, self.tokenizer)
         self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
         self.collate.check_length(llm.config)
@@ -183,12 +185,14 @@ class Instruct:
         sums: Stats = {}
         losses = []
         for batch in batches:
-            loss, stats = engine.forward({**to_device(batch, self.device), "normalizer": everywhere / count})
+            moved = self.model.speech.prepared(batch, self.device)
+            loss, stats = engine.forward({**moved, "normalizer": everywhere / count})
             losses.append(loss.detach())
             engine.backward(poison(loss))
             engine.step()
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0) + value.float() / len(batches)
+        sums |= self.model.speech.layer_shares()
         return sums, torch.stack(losses).tolist()  # DeepSpeed has waited for the device already, for the gradient norm
 
     def scorer(self) -> AnswerScorer:
@@ -266,8 +270,3 @@ def build(
     if isinstance(config, cfg.Stage1):
         return Align(config, attention, device)
     return Instruct(config, attention, device, ds_json)
-
-
-def to_device(batch: Batch, device: str) -> Batch:
-    """A batch with its tensors on `device`."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

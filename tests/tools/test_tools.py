@@ -81,7 +81,7 @@ def test_pad_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "argv", words)
     script("pad_difference").main()
     row = json.loads(out.read_text())
-    assert 0 < row["all_frames"] < row["own_frames"] < 1
+    assert 0 < row["own_frames"] < 1 and 0 < row["qformer_tokens"] < 1
 
 
 def bench_stream(

@@ -249,7 +249,7 @@ def exports_without_its_source(pretrained_name: str, export: Path, remove: Calla
     )
     remove()
     back = exported.load_speech(export, SDPA).eval()
-    mel = torch.randn(2, model.encoder.features.n_mels or 0, 60)
+    mel = torch.randn(2, model.any_encoder.features.n_mels or 0, 60)
     lengths = torch.tensor([60, 41])
     with torch.no_grad():
         assert torch.equal(back(mel, lengths), model(mel, lengths))

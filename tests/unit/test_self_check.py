@@ -180,7 +180,7 @@ def test_a_cache_that_forgets_or_cannot_be_shared_is_not_used() -> None:
 def test_a_clip_that_depends_on_its_batch_is_found() -> None:
     model = speech()
     check_speech(model, "cpu")
-    whisper: Any = model.encoder.whisper
+    whisper: Any = model.any_encoder.whisper
     layer = whisper.conv2
 
     class OverTheBatch(nn.Module):

@@ -15,9 +15,10 @@ from typing import Any
 
 
 def _install(drills: dict[str, list[str]]) -> None:
+    from mser_dist.models.speech import SpeechModel
     from mser_dist.ranks import watchdog
     from mser_dist.state import checkpoint, engine_state
-    from mser_dist.training import finish, stages
+    from mser_dist.training import finish
 
     poisoned = False
 
@@ -48,12 +49,12 @@ def _install(drills: dict[str, list[str]]) -> None:
         plain_tick(self, where)
         at(where)
 
-    def to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    def prepared(self: Any, batch: dict[str, Any], device: str) -> dict[str, Any]:
         nonlocal poisoned
         if poisoned:
             batch["speech"][0] = float("nan")
             poisoned = False
-        return plain_to_device(batch, device)
+        return plain_prepared(self, batch, device)
 
     def write(path: Path, tensors: dict[str, Any], description: dict[str, Any]) -> None:
         plain_write(path, tensors, description)
@@ -69,9 +70,9 @@ def _install(drills: dict[str, list[str]]) -> None:
             at("mid-prune")
         shutil.rmtree(folder)
 
-    plain_tick, plain_to_device, plain_write = watchdog.Watchdog.tick, stages.to_device, engine_state.write
+    plain_tick, plain_prepared, plain_write = watchdog.Watchdog.tick, SpeechModel.prepared, engine_state.write
     watchdog.Watchdog.tick = tick  # type: ignore[method-assign]
-    stages.to_device = to_device
+    SpeechModel.prepared = prepared  # type: ignore[method-assign]
     engine_state.write = write
     around(checkpoint, "seal", before="written", after="sealed")
     around(checkpoint, "publish", after="published")
