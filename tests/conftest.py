@@ -1,8 +1,10 @@
 """For every test: no model hub, no launcher's variables, reproducible examples; SLURM tests only with SLURM."""
 
+import atexit
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Read by the Hugging Face libraries when they are imported: a test that would download something fails at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A test encodes what it needs itself, and leaves nothing in anybody's cache.
+os.environ["MSER_FEATURES"] = tempfile.mkdtemp(prefix="mser-test-features-")
+atexit.register(shutil.rmtree, os.environ["MSER_FEATURES"], ignore_errors=True)
 
 # The same examples on every run and machine; no deadline, since the first example often pays for an import.
 settings.register_profile("mser", derandomize=True, deadline=None)

@@ -89,6 +89,9 @@ class AugmentConfig(Section):
     noise_snr_db: Annotated[List[Float], must("is [lowest, highest] in dB", _is_range)] = opt(
         [], "white noise at a ratio drawn from [lowest, highest] dB; []: off"
     )
+    variants: NonNegativeInt = opt(
+        0, "so many changed versions of each clip, which are the same in every run and epoch; 0: new ones each time"
+    )
     time_masks: NonNegativeInt = opt(
         0, "SpecAugment (arXiv 1904.08779): stretches of frames set to the clip's mean; log-mel only"
     )

@@ -82,6 +82,8 @@ def limits(kind: Any) -> dict[str, float]:
 
 def choices(kind: Any) -> tuple[str, ...]:
     """The values that a key may have, where its type is a Literal."""
+    if get_origin(kind) is Annotated:
+        return choices(get_args(kind)[0])
     return get_args(kind) if get_origin(kind) is typing.Literal else ()
 
 

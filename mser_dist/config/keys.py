@@ -146,6 +146,14 @@ class Common(Section):
         self.tracking.check()
 
 
+def _can_be_kept(encoder: CacheConfig, frozen: bool, key: str) -> None:
+    if encoder.cache in ("disk", "memory") and not frozen:
+        raise UserError(
+            f"encoder.cache={encoder.cache} keeps the features of an encoder, and this one is trained, so that they "
+            f"change: set {key}=true, or encoder.cache=auto"
+        )
+
+
 @dataclass(kw_only=True)
 class Stage1(Common):
     """Align a speech encoder with emotion-aware language by contrastive learning over all ranks."""
@@ -170,6 +178,7 @@ class Stage1(Common):
                 "data.balance only: set data.parallel=1 (and contrastive.beta=0), or drop data.weights, "
                 "data.shuffle_shards and data.batching"
             )
+        _can_be_kept(self.encoder, self.encoder.freeze, "encoder.freeze")
         if self.encoder.pretrained and self.encoder.arch:
             raise UserError("encoder.pretrained and encoder.arch are both set: keep one of them")
 
@@ -187,6 +196,7 @@ class Stage2(Common):
 
     def check(self) -> None:
         super().check()
+        _can_be_kept(self.encoder, self.freeze_encoder, "freeze_encoder")
         if not self.stage1:
             raise UserError(
                 "stage1 is not set: name the run folder of a finished stage 1, e.g. stage1=runs/demo/stage1"

@@ -49,11 +49,16 @@ Layers = Annotated[
 ]
 
 
+def _off(value: Any) -> Any:
+    """YAML reads off as false."""
+    return "off" if value is False else value
+
+
 @dataclass(kw_only=True)
 class CacheConfig(Section):
     """Where what a frozen encoder makes of the clips is kept."""
 
-    cache: Literal["auto", "disk", "memory", "off"] = opt(
+    cache: Annotated[Literal["auto", "disk", "memory", "off"], BeforeValidator(_off)] = opt(
         "auto",
         "a frozen encoder's features, once a clip: disk | memory (of each node) | off | auto (disk where it fits)",
     )

@@ -45,10 +45,21 @@ def _columns(config: Any, facts: Facts) -> float:
     return config.train.global_batch / (facts.ranks if config.contrastive.gather == "ring" else 1)
 
 
+def _frozen(config: Any, facts: Facts) -> bool:
+    """Whether the encoder is; one that is evaluated may be."""
+    return bool(getattr(config, "freeze_encoder", getattr(config.encoder, "freeze", True)))
+
+
+def _on_disk(config: Any, facts: Facts) -> bool:
+    return config.encoder.cache in ("auto", "disk")
+
+
 _LOCAL = "no set of data.sets is remote"
 _NEVER = "data.augment.probability is 0"
 _NO_EMOTION_TERM = "contrastive.alpha is 0"
 _NO_PARALLEL = "no two clips of the set share a source_id"
+_TRAINED = "the encoder is trained, so that its features change"
+_NO_DISK = "encoder.cache is neither auto nor disk"
 _INIT = "init_from brings the encoder and the Q-Former"
 RULES = (
     Rule("data.cache_dir", lambda c, f: any("://" in name for name in c.data.sets), _LOCAL),
@@ -63,6 +74,7 @@ RULES = (
     Rule("data.augment.speed", _applied, _NEVER),
     Rule("data.augment.gain_db", _applied, _NEVER),
     Rule("data.augment.noise_snr_db", _applied, _NEVER),
+    Rule("data.augment.variants", lambda c, f: c.data.augment.on, "data.augment changes nothing"),
     Rule("data.augment.time_masks", lambda c, f: f.log_mel, "the encoder hears the waveform"),
     Rule("data.augment.freq_masks", lambda c, f: f.log_mel, "the encoder hears the waveform"),
     Rule("data.augment.time_width", lambda c, f: c.data.augment.time_masks > 0, "data.augment.time_masks is 0"),
@@ -72,6 +84,11 @@ RULES = (
     Rule("train.min_lr", lambda c, f: c.train.schedule != "constant", "train.schedule=constant stays at the peak"),
     Rule("train.schedule", lambda c, f: c.train.min_lr < 1, "with train.min_lr=1 the learning rate stays at its peak"),
     Rule("train.val_every", lambda c, f: c.data.val_split is not None, "data.val_split=null: there is no validation"),
+    Rule("encoder.cache", _frozen, _TRAINED),
+    Rule("encoder.cache_dir", _frozen, _TRAINED),
+    Rule("encoder.cache_dir", _on_disk, _NO_DISK),
+    Rule("encoder.cache_gb", _frozen, _TRAINED),
+    Rule("encoder.cache_gb", _on_disk, _NO_DISK),
     Rule("encoder.pretrained", lambda c, f: c.init_from is None, _INIT),
     Rule("encoder.allow_missing", lambda c, f: c.encoder.pretrained is not None, "encoder.pretrained is not set"),
     Rule("encoder.allow_missing", lambda c, f: c.init_from is None, _INIT),

@@ -97,10 +97,9 @@ class FeatureStore:
         dtype: torch.dtype,
         warn: Callable[[str], None] = warn,
     ) -> None:
-        text = json.dumps(address, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        digest = _digest(address)
         self.address, self.layers, self.width, self.dtype = dict(address), layers, width, dtype
-        self.folder = root / digest[:24]
+        self.folder = folder_of(root, address)
         self.frame_bytes = layers * width * dtype.itemsize
         form = {"dtype": str(dtype).removeprefix("torch."), "layers": layers, "width": width}
         self.head = layout.head({"address": digest, **form})
@@ -204,6 +203,16 @@ class FeatureStore:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open = lru_cache(MAX_OPEN)(_OpenFile)
+
+
+def folder_of(root: Path, address: Mapping[str, Any]) -> Path:
+    """Where a store below `root` keeps the features of an address."""
+    return root / _digest(address)[:24]
+
+
+def _digest(address: Mapping[str, Any]) -> str:
+    text = json.dumps(address, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class FeatureWriter:

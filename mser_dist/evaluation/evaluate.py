@@ -14,6 +14,7 @@ from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.config.file import flatten, to_yaml
 from mser_dist.config.without_effect import Facts, unused_keys
+from mser_dist.encoded.encode import encode_once
 from mser_dist.errors import Stopped, UserError
 from mser_dist.evaluation import report
 from mser_dist.evaluation.metrics import score
@@ -130,6 +131,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         tracked(config.tracking, out, tags, flatten(config), world.is_main, links=links) as tracker,
     ):
         answers: dict[int, report.Answers] = {}
+        said: list[str] = []
         for stage, export in exports.items():
             title, card = f"evaluate stage {stage}", exported.read_card(export)
             clips = Examples(shards, data.labels, exported.features_of(card), data.max_seconds, max_bad=data.max_bad)
@@ -141,6 +143,11 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                     raise Stopped(signal.Signals(number).name, None)
                 return True
 
+            if (frozen := scorer.model.speech.frozen) is not None:
+                line = encode_once(clips, frozen, config.encoder, world, workers=data.workers, go_on=go_on)
+                if world.is_main and line not in said:
+                    print(line, flush=True)
+                    said.append(line)
             found = predict(scorer, clips, config.batch, pad_speech, data.workers, world, device, title, go_on=go_on)
             assert found is not None
             numbers, scores = found

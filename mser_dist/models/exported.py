@@ -73,8 +73,8 @@ def features_of(card: dict[str, Any]) -> Features:
     features = Features(**card["speech"]["features"])
     if features.pad_seconds is not None and int(card.get("format", 1)) < 2:
         raise UserError(
-            f"the export of version {card.get('version')} was trained with encoder.pad_seconds, its Q-Former looking at "
-            "the silence too, which it does no more: train it again"
+            f"the export of version {card.get('version')} was trained with encoder.pad_seconds, its Q-Former looking "
+            "at the silence too, which it does no more: train it again"
         )
     return features
 

@@ -15,7 +15,7 @@ from mser_dist.shards.emotions import LABELS, to_label
 from mser_dist.shards.remote import RemoteCache
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.features import Features
-from mser_dist.stream.loader import ClipRequest, Collate, Decoder, Example
+from mser_dist.stream.loader import ClipRequest, Collate, Decoder, EncodedClips, Example
 from mser_dist.tables import count
 
 
@@ -81,7 +81,9 @@ def open_clips(data: cfg.DataConfig, split: str | list[str]) -> ShardSet:
     """
     keep = {**({"language": data.languages} if data.languages else {}), **data.keep}
     parts = _wanted(split)
-    shards = ShardSet.open(data.sets, split=parts, labels=data.labels, keep=keep, drop=data.drop, cache=_cache(data))
+    shards = ShardSet.open(
+        data.sets, split=parts, labels=data.labels, keep=keep, drop=data.drop, cache=_cache(data), sound=True
+    )
     if isinstance(split, list) and (absent := [name for name in split if name not in shards.coded["split"].names]):
         there = ShardSet.open(data.sets, cache=_cache(data)).coded["split"].names
         raise UserError(
@@ -107,6 +109,9 @@ def _cache(data: cfg.DataConfig) -> RemoteCache:
     return RemoteCache(data.cache_dir, data.cache_gb * 1e9)
 
 
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio: its multiples lie far from each other
+
+
 class Examples:
     """The clips of a `ShardSet` with what the training makes of them: label numbers, features, augmentation."""
 
@@ -129,6 +134,8 @@ class Examples:
         self.augment = augment if augment and augment.on else None
         self.max_bad = max_bad
         column = shards.coded["label"]
+        self.encoded: EncodedClips | None = None  # what a frozen encoder made of them, once it has
+        self._keys = shards.content_keys()
         self.label = np.array([labels.index(name) for name in column.names], dtype=np.int16)[column.codes]  # (n,)
         if shuffle_labels:
             self.label = shuffled(self.label, np.random.default_rng([seed, 7]))
@@ -145,12 +152,18 @@ class Examples:
 
     def requests(self, indices: NDArray[Any]) -> list[ClipRequest]:
         return [
-            ClipRequest(ref, int(self.label[ref.sample]), int(self.shards.source[ref.sample]))
+            ClipRequest(ref, *(int(of[ref.sample]) for of in (self.label, self.shards.source, self._keys)))
             for ref in self.shards.refs(indices)
         ]
 
     def decoder(self, collate: Collate) -> Decoder:
-        return Decoder(self.shards.reader, self.features, self.seed, self.max_seconds, self.augment, collate)
+        return Decoder(
+            self.shards.reader, self.features, self.seed, self.max_seconds, self.augment, collate, self.encoded
+        )
+
+    def keys(self, variant: int = 0) -> NDArray[np.uint64]:
+        """(n,) numbers that stand for the clips' audio, and for a variant of it."""
+        return self._keys + np.uint64(variant * _GOLDEN % 2**64)
 
 
 def _no_collate(clips: list[Example]) -> dict[str, Any]:
@@ -175,13 +188,18 @@ def shuffled(label: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:
 def pad_speech(clips: list[Example]) -> dict[str, Any]:
     """Stack what an encoder is fed, zeros behind the shorter ones, as "speech", (B, n_mels, F) or (B, S).
 
+    Clips that a frozen encoder has heard are features, (B, T, L, D), and "encoded" is there and true.
     "lengths" (B,) are the clips' own, without `pad_seconds`; "index" is the list of the clips' numbers in the set.
     """
     import torch
 
+    index = [clip.index for clip in clips]
+    lengths = torch.tensor([clip.length for clip in clips])
+    if isinstance(clips[0].speech, torch.Tensor):
+        features = torch.nn.utils.rnn.pad_sequence([clip.speech for clip in clips], batch_first=True)
+        return {"speech": features, "lengths": lengths, "index": index, "encoded": True}
     sizes = [clip.speech.shape[-1] for clip in clips]
     speech = torch.zeros(len(clips), *clips[0].speech.shape[:-1], max(sizes))
     for row, clip in enumerate(clips):
         speech[row, ..., : sizes[row]] = torch.from_numpy(clip.speech)
-    lengths = torch.tensor([clip.length for clip in clips])
-    return {"speech": speech, "lengths": lengths, "index": [clip.index for clip in clips]}
+    return {"speech": speech, "lengths": lengths, "index": index}

@@ -8,9 +8,9 @@ import mmap
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,8 @@ class ClipRequest(NamedTuple):
     ref: Ref
     label: int
     source: int
+    key: int  # of its audio: seeds its variants, so that they are the same in every set and run
+    variant: int | None = None  # None: drawn
 
 
 class Request(NamedTuple):
@@ -55,6 +57,16 @@ class Request(NamedTuple):
     epoch: int
     step: int  # of the epoch: a clip that comes twice in an epoch is augmented in two ways
     batches: list[list[ClipRequest]]
+
+
+class EncodedClips(Protocol):
+    """What a frozen encoder has made of the clips."""
+
+    def read(self, index: int, variant: int) -> Any:
+        """(T, L, D) tensor of a clip; KeyError where there is none, `UserError` where it is damaged."""
+
+    def silence(self) -> Any:
+        """(1, L, D) tensor in place of a clip."""
 
 
 class Answer(NamedTuple):
@@ -78,6 +90,7 @@ class Decoder:
     max_seconds: float
     augment: AugmentConfig | None
     collate: Collate
+    encoded: EncodedClips | None = None  # is read in place of the audio
     or_silence: bool = False
     in_hand: NDArray[np.int64] | None = None  # shared memory: the index of the clip that each worker is decoding, or -1
     worker: int = 0
@@ -97,8 +110,9 @@ class Decoder:
                     bad[asked.ref.sample] = str(error).removeprefix(": ")
                     clips[-1].append(None)
         if bad and self.or_silence and not any(clip for batch in clips for clip in batch):
-            silence = self.features(np.zeros(SAMPLE_RATE, dtype=np.float32))
-            size = self.features.own(SAMPLE_RATE)
+            silence, size = self.features(np.zeros(SAMPLE_RATE, dtype=np.float32)), self.features.own(SAMPLE_RATE)
+            if self.encoded:
+                silence, size = self.encoded.silence(), 1
             clips = [[Example(silence, size, 0, 0, -1, np.random.default_rng(0)) for _ in batch] for batch in clips]
         elif bad:
             clips = _filled(clips, bad)
@@ -118,15 +132,26 @@ class Decoder:
         index = asked.ref.sample
         if index in self.skip:
             raise UserError("it kills the process that decodes it")
+        changes = np.random.default_rng([self.seed, epoch, step, index, 1])  # captions are the same with and without
+        variant = 0
+        if self.augment and self.augment.variants:
+            drawn = int(changes.integers(self.augment.variants))
+            variant = drawn if asked.variant is None else asked.variant
+            changes = np.random.default_rng([asked.key, variant, 1])
+        draw = np.random.default_rng([self.seed, epoch, step, index])
+        if self.encoded:
+            with suppress(KeyError):
+                speech = self.encoded.read(index, variant)
+                return Example(speech, len(speech), asked.label, asked.source, index, draw)
         audio, _ = self.reader.read(asked.ref)
         wave = decode(audio, where="", max_seconds=self.max_seconds)
-        if self.augment:  # draws of its own, so that captions stay the same with and without it
-            draw = np.random.default_rng([self.seed, epoch, step, index, 1])
-            wave = augment_wave(wave, draw, self.augment, max_samples=round(self.max_seconds * SAMPLE_RATE))
+        if self.encoded:
+            raise UserError("it could not be read when the others were encoded, and now it can: start again")
+        if self.augment:
+            wave = augment_wave(wave, changes, self.augment, max_samples=round(self.max_seconds * SAMPLE_RATE))
         speech = self.features(wave)
         if self.augment and self.features.n_mels:
-            speech = spec_augment(speech, draw, self.augment)
-        draw = np.random.default_rng([self.seed, epoch, step, index])
+            speech = spec_augment(speech, changes, self.augment)
         return Example(speech, self.features.own(len(wave)), asked.label, asked.source, index, draw)
 
 
@@ -153,13 +178,14 @@ class _AllBadError(UserError):
 class BadClips:
     """The clips that cannot be read, each named once; raises `UserError` for one more than `allowed`.
 
-    known: those found before, by this rank or another.
+    known: those found before, by this rank or another. tell: name each on standard error.
     """
 
-    def __init__(self, allowed: int, where: Callable[[int], str], known: Iterable[int] = ()) -> None:
+    def __init__(self, allowed: int, where: Callable[[int], str], known: Iterable[int] = (), tell: bool = True) -> None:
         self.allowed = allowed
         self.where = where
         self.found = set(known)
+        self.tell = tell
 
     def add(self, bad: dict[int, str]) -> None:
         for index, problem in bad.items():
@@ -170,12 +196,13 @@ class BadClips:
                 budget = f"bad clip number {len(self.found)}, data.max_bad={self.allowed}"
                 more = "" if self.allowed else ": a higher one lets so many pass"
                 raise UserError(f"{self.where(index)}: {problem} ({budget}{more})")
-            print(
-                f"mser: warning: {self.where(index)}: {problem}; another clip takes its place "
-                f"({len(self.found)} of data.max_bad={self.allowed})",
-                file=sys.stderr,
-                flush=True,
-            )
+            if self.tell:
+                print(
+                    f"mser: warning: {self.where(index)}: {problem}; another clip takes its place "
+                    f"({len(self.found)} of data.max_bad={self.allowed})",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def answers(decoder: Decoder, requests: Iterable[Request], workers: int, bad: BadClips) -> Iterator[Answer]:

@@ -103,6 +103,7 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
             what = {
                 "fingerprint": "the data set has changed since",
                 "clips": "the data set has changed since",
+                "frozen_encoder": "the frozen encoder is another one",
                 "version": "another version of mser_dist put the clips in another order",
             }
             raise UserError(

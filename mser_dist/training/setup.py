@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from mser_dist import config as cfg
 from mser_dist import deepspeed_parts
 from mser_dist.config.file import to_yaml
 from mser_dist.config.without_effect import Facts, unused_keys
-from mser_dist.errors import UserError
+from mser_dist.encoded.encode import encode_once
+from mser_dist.errors import Stopped, UserError
 from mser_dist.models import exported
 from mser_dist.models.attention import Attention, choose
 from mser_dist.ranks import distributed, preempt
@@ -28,7 +30,7 @@ from mser_dist.shards.shard_set import ShardSet
 from mser_dist.state.checkpoint import Checkpoints
 from mser_dist.stream import steps
 from mser_dist.stream.examples import Examples, open_clips, open_training_clips
-from mser_dist.stream.plan import Plan, Position
+from mser_dist.stream.plan import START, Plan, Position
 from mser_dist.training import stages
 from mser_dist.training.engine import Engine, resolve_json
 from mser_dist.training.nonfinite import NotFinite
@@ -180,7 +182,8 @@ class Run:
     def facts(self) -> dict[str, str]:
         """What the tracker records of a run beside its config."""
         parameters = list(self.stage.model.parameters())
-        attention = self.setup.attention
+        attention, encoder = self.setup.attention, self.stage.model.speech.frozen
+        frozen = sum(p.numel() for p in encoder.encoder.parameters()) if encoder else 0
         return {
             "world_size": str(self.world.world_size),
             "zero_stage": str(self.engine.zero_stage),
@@ -189,7 +192,7 @@ class Run:
             "steps": str(self.total),
             "clips": str(len(self.examples)),
             "parameters.trained": str(sum(deepspeed_parts.numel(p) for p in parameters if p.requires_grad)),
-            "parameters.all": str(sum(map(deepspeed_parts.numel, parameters))),
+            "parameters.all": str(sum(map(deepspeed_parts.numel, parameters)) + frozen),
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
         }
 
@@ -212,6 +215,24 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     validation = None
     if setup.held_out is not None:
         validation = Examples(setup.held_out, data.labels, stage.features, data.max_seconds, max_bad=data.max_bad)
+    told = []
+    frozen = stage.model.speech.frozen
+    if frozen is not None:
+        frozen.to(setup.device, getattr(torch, config.engine.dtype))
+
+        def go_on() -> None:
+            setup.watchdog.tick("encoding the clips")
+            if number := distributed.most([flag.number])[0]:
+                raise Stopped(signal.Signals(number).name, None)
+
+        for clips, wanted in ((examples, _wanted(setup)), (validation, None)):
+            if clips is not None:
+                line = encode_once(
+                    clips, frozen, config.encoder, world, workers=data.workers, wanted=wanted, go_on=go_on
+                )
+                told += [line] if line not in told else []
+        if all(clips is None or clips.encoded for clips in (examples, validation)):
+            frozen.to("cpu")  # it has heard all
     setup.watchdog.tick("starting DeepSpeed")
     engine = Engine(stage.model, config, world, setup.total, setup.device)
     stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing
@@ -219,6 +240,8 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     checkpoints = Checkpoints(setup.out, world, config.train.keep, config.train.background_save)
     resumed = checkpoints.resume(engine, config.train.trust_checkpoints)
     order = steps.identity(examples, setup.order)
+    if frozen is not None:
+        order["frozen_encoder"] = frozen.sha256()
     step = 0
     if resumed:
         steps.check_identity(resumed["order"], order)
@@ -241,8 +264,17 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
         resumed,
         saved=step,
     )
-    _announce(run, step, checked)
+    _announce(run, step, "\n".join([*told, *([checked] if checked else [])]))
     return run
+
+
+def _wanted(setup: Setup) -> np.ndarray | None:
+    """(k,) the clips that a training reads, where it is shorter than one pass over them; None: all."""
+    config = setup.config
+    if setup.total * config.train.global_batch >= len(setup.shards) or config.data.batching == "tokens":
+        return None
+    read = [setup.order.batch(position) for position in setup.order.walk(START, setup.total)]
+    return np.unique(np.concatenate(read)).astype(np.int64)
 
 
 def _facts(run: Run) -> Facts:

@@ -1,0 +1,190 @@
+"""What a frozen encoder makes of the clips, computed once by all ranks together, and read by the data workers."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mser_dist.config.model_keys import CacheConfig
+from mser_dist.encoded.place import Node, address_of, bytes_of, choose
+from mser_dist.encoded.store import FeatureStore, Located
+from mser_dist.errors import UserError
+from mser_dist.models.frozen import FrozenEncoder
+from mser_dist.progress import bar
+from mser_dist.ranks import distributed
+from mser_dist.stream.examples import Examples, pad_speech
+from mser_dist.stream.loader import BadClips, Request, answers
+from mser_dist.tables import count
+
+BATCH = 8  # clips a round: between two, the ranks ask each other whether to stop
+
+
+class Encoded:
+    """The features of the clips of an `Examples`, for its data workers to read. What a clip has none of is a KeyError.
+
+    located: one for each variant of the clips.
+    """
+
+    def __init__(self, store: FeatureStore, located: Sequence[Located]) -> None:
+        self._store, self._located = store, located
+
+    def read(self, index: int, variant: int = 0) -> torch.Tensor:
+        """Features (T, L, D) of a clip."""
+        return self._store.read(self._located[variant].place(index))
+
+    def silence(self) -> torch.Tensor:
+        """(1, L, D) in place of a clip that could not be read."""
+        return torch.zeros(1, self._store.layers, self._store.width, dtype=self._store.dtype)
+
+
+class _Job(NamedTuple):
+    """A clip to encode."""
+
+    variant: int
+    clip: int  # its number in the set
+    key: int
+
+
+def encode_once(
+    clips: Examples,
+    frozen: FrozenEncoder,
+    cache: CacheConfig,
+    world: distributed.World,
+    *,
+    workers: int = 0,
+    wanted: NDArray[np.int64] | None = None,
+    go_on: Callable[[], object] = lambda: None,
+    title: str = "encode",
+) -> str:
+    """Give `clips` the features that `frozen` makes of them, and say in a line where they are.
+
+    Collective: every clip that has none yet is encoded by one rank. What one job encodes, all later ones find. The
+    encoder computes where it is and in its dtype.
+
+    wanted: (k,) numbers of the clips that will be read; None: all. go_on: asked between two rounds on every rank; it
+    raises to stop, on all of them.
+
+    Raises `UserError`, on every rank, for more unreadable clips than allowed, a disk that is full, or a cache that is
+    asked for and cannot hold the features. With cache=auto that has no features, the line says why.
+    """
+    augment = clips.augment
+    if cache.cache == "off":
+        return "features: encoded anew at each step (encoder.cache=off)"
+    if augment and not augment.variants:
+        if cache.cache != "auto":
+            raise UserError(
+                f"encoder.cache={cache.cache} keeps features of clips that data.augment changes anew at each step: set "
+                "data.augment.variants, so many versions of each clip"
+            )
+        return (
+            "features: encoded anew at each step, as data.augment changes the clips (data.augment.variants bounds it)"
+        )
+    variants = augment.variants if augment else 1
+    index = np.arange(len(clips)) if wanted is None else wanted
+    address = address_of(frozen, clips)
+    need = bytes_of(clips, frozen, index) * variants
+    root, node, why_not = choose(cache, address, need, world)
+    if root is None:
+        if cache.cache != "auto":
+            raise UserError(why_not)
+        return f"features: encoded anew at each step ({why_not})"
+    encoder = frozen.encoder
+    store = FeatureStore(root, address, len(encoder.layers), encoder.width, frozen.dtype)
+    keys = [clips.keys(variant)[index] for variant in range(variants)]
+    located = _locate(store, keys, node)
+    jobs = {  # each recording once
+        int(key): _Job(variant, int(i), int(key))
+        for variant, (there, own) in enumerate(zip(located, keys, strict=True))
+        for i, key in zip(index[there.missing], own[there.missing], strict=True)
+    }
+    if jobs:
+        # Like lengths together, and the ranks' shares alike.
+        order = sorted(jobs.values(), key=lambda job: (-clips.shards.duration[job.clip], job.clip))
+        _encode(store, clips, frozen, order, node, world, workers, go_on, title)
+        located = _locate(store, keys, node)
+    clips.encoded = Encoded(store, [_spread(found, index, len(clips)) for found in located])
+    there = len(np.unique(np.concatenate(keys))) - len(jobs)
+    size = f"{need / 2**30:.2f} GiB" if need >= 2**29 else f"{need / 2**20:.1f} MiB"
+    return f"features: {count(len(index) * variants, 'clip')}, {size} in {store.folder} ({there} were there)"
+
+
+def _locate(store: FeatureStore, keys: list[NDArray[np.uint64]], node: Node) -> list[Located]:
+    """Where the features of each variant's clips are. Collective: on a shared disk rank 0 alone looks."""
+    if not node.all_ranks:
+        return [store.locate(own) for own in keys]
+    found = [store.locate(own) for own in keys] if node.rank == 0 else None
+    located: list[Located] = distributed.agree(found)
+    return located
+
+
+def _spread(located: Located, index: NDArray[np.int64], size: int) -> Located:
+    """What is located of the clips `index` as what is located of all `size` clips of a set."""
+
+    def whole(values: NDArray[Any], fill: int) -> NDArray[Any]:
+        spread = np.full(size, fill, values.dtype)
+        spread[index] = values
+        return spread
+
+    file, at, frames, crc = located.file, located.at, located.frames, located.crc
+    return Located(located.files, whole(file, -1), whole(at, 0), whole(frames, 0), whole(crc, 0))
+
+
+def _encode(
+    store: FeatureStore,
+    clips: Examples,
+    frozen: FrozenEncoder,
+    jobs: list[_Job],
+    node: Node,
+    world: distributed.World,
+    workers: int,
+    go_on: Callable[[], object],
+    title: str,
+) -> None:
+    """Encode this rank's share of the jobs, in rounds that all ranks do together. Collective."""
+    rounds = distributed.most([-(-len(jobs[:: node.size]) // BATCH)])[0]
+    mine = jobs[node.rank :: node.size]
+    batches = [mine[i * BATCH : (i + 1) * BATCH] for i in range(rounds)]
+    bad = BadClips(clips.max_bad, clips.shards.where, tell=False)  # it is told when a step asks for it
+    problem: str | None = None
+    with (
+        bar(title=title, unit="clip", total=len(jobs), disable=not world.is_main, leave=False) as shown,
+        store.writer() as writer,
+        closing(_encoded(clips, frozen, [batch for batch in batches if batch], workers, bad)) as made,
+    ):
+        for number, batch in enumerate([*batches, None]):
+            try:
+                if batch is None:
+                    writer.publish()
+                for key, features in next(made) if batch else ():
+                    writer.add(key, features)
+            except UserError as error:
+                problem = str(error)
+            if distributed.most([int(problem is not None)])[0]:
+                break
+            try:
+                go_on()
+            except BaseException:
+                writer.publish()  # so that what is encoded is not lost
+                raise
+            shown.update(min((number + 1) * BATCH * node.size, len(jobs)) - shown.n)
+        if found := next((said for said in distributed.gather(problem) if said), None):
+            raise UserError(found)
+
+
+def _encoded(
+    clips: Examples, frozen: FrozenEncoder, batches: list[list[_Job]], workers: int, bad: BadClips
+) -> Generator[list[tuple[int, torch.Tensor]], None, None]:
+    """(key, features) of each clip of a batch that can be read."""
+    decoder = clips.decoder(pad_speech)
+    decoder.encoded, decoder.or_silence = None, True
+    requests = (
+        Request(0, 0, [[clips.requests(np.array([job.clip]))[0]._replace(variant=job.variant) for job in batch]])
+        for batch in batches
+    )
+    for batch, answer in zip(batches, answers(decoder, requests, workers, bad), strict=True):
+        [inputs] = answer.batches
+        made = frozen(inputs["speech"], inputs["lengths"])
+        yield [(job.key, own) for job, own in zip(batch, made, strict=True) if job.clip not in answer.bad]
