@@ -350,6 +350,17 @@ def dimensions(parameter: Tensor) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
+@contextmanager
+def plain_linear() -> Iterator[None]:
+    """torch's own linear in here: ZeRO-3 gives the whole process another, which rounds otherwise."""
+    replaced = nn.functional.linear
+    nn.functional.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = replaced
+
+
 def skip_shared_memory_op() -> None:
     """Before a process group starts: keep DeepSpeed from compiling, for minutes, an op for inference on CPUs."""
     from deepspeed.ops import __compatible_ops__

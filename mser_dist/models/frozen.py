@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mser_dist import deepspeed_parts
 from mser_dist.models.encoder import Encoder
 from mser_dist.models.encoders import encoder_config
 
@@ -40,10 +41,11 @@ class FrozenEncoder:
         fed = self.encoder.fed(lengths).tolist()
         device = next(self.encoder.parameters()).device
         # A copy of each: what lies behind a clip in its batch would decide its alignment, and that the last bits.
-        return [
-            self.encoder(speech[i : i + 1, ..., :size].clone().to(device), lengths[i : i + 1].to(device))[0][0]
-            for i, size in enumerate(fed)
-        ]
+        with deepspeed_parts.plain_linear():
+            return [
+                self.encoder(speech[i : i + 1, ..., :size].clone().to(device), lengths[i : i + 1].to(device))[0][0]
+                for i, size in enumerate(fed)
+            ]
 
     def sha256(self) -> str:
         """Of the weights and of what the config makes of them."""
