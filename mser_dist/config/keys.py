@@ -179,6 +179,11 @@ class Stage1(Common):
                 "data.shuffle_shards and data.batching"
             )
         _can_be_kept(self.encoder, self.encoder.freeze, "encoder.freeze")
+        if self.encoder.normalize != "none" and not self.encoder.freeze:
+            raise UserError(
+                f"encoder.normalize={self.encoder.normalize} is by statistics of a frozen encoder's features: set "
+                "encoder.freeze=true"
+            )
         if self.encoder.pretrained and self.encoder.arch:
             raise UserError("encoder.pretrained and encoder.arch are both set: keep one of them")
 

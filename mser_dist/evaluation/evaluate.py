@@ -1,7 +1,7 @@
 """Zero-shot evaluation: each clip's labels scored by each stage; `report` makes numbers, a table and files of it."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mser_dist import config as cfg
 from mser_dist.config.file import flatten, to_yaml
 from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import encode_once
+from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped, UserError
 from mser_dist.evaluation import report
 from mser_dist.evaluation.metrics import score
@@ -24,6 +25,7 @@ from mser_dist.models import chat, exported
 from mser_dist.models.attention import Attention, choose
 from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.self_check import check_llm, check_speech
+from mser_dist.models.speech import SpeechModel
 from mser_dist.models.text import TextTower
 from mser_dist.progress import bar
 from mser_dist.ranks import distributed, preempt
@@ -61,7 +63,7 @@ def predict(
     ):
         if not go_on():
             return None
-        prepared = scorer.model.speech.prepared(inputs, device)
+        prepared = scorer.model.speech.prepared(clips.grouped(inputs), device)
         found.update(zip(indices.tolist(), scorer(prepared).float().cpu().numpy(), strict=True))
     found.pop(-1, None)  # what is no clip
     everything: dict[int, NDArray[np.float32]] = {}
@@ -130,7 +132,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         watchdog.watch(),
         tracked(config.tracking, out, tags, flatten(config), world.is_main, links=links) as tracker,
     ):
-        answers: dict[int, report.Answers] = {}
+        answers: dict[str, report.Answers] = {}
         said: list[str] = []
         for stage, export in exports.items():
             title, card = f"evaluate stage {stage}", exported.read_card(export)
@@ -143,15 +145,19 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                     raise Stopped(signal.Signals(number).name, None)
                 return True
 
-            if (frozen := scorer.model.speech.frozen) is not None:
-                line = encode_once(clips, frozen, config.encoder, world, workers=data.workers, go_on=go_on)
-                if world.is_main and line not in said:
+            for adapted, line in _heard(clips, scorer.model.speech, config, world, go_on):
+                if line not in said and world.is_main:
                     print(line, flush=True)
-                    said.append(line)
-            found = predict(scorer, clips, config.batch, pad_speech, data.workers, world, device, title, go_on=go_on)
-            assert found is not None
-            numbers, scores = found
-            answers[stage] = report.Answers(numbers, clips.label[numbers], scores, card["languages"])
+                said.append(line)
+                found = predict(
+                    scorer, clips, config.batch, pad_speech, data.workers, world, device, title, go_on=go_on
+                )
+                assert found is not None
+                numbers, scores = found
+                name = f"stage{stage}{report.ADAPTED if adapted else ''}"
+                answers[name] = report.Answers(
+                    numbers, clips.label[numbers], scores, card["languages"], statistics=scorer.model.speech.statistics
+                )
         groups = report.measure(answers, shards)
         rows = [*map(report.as_row, groups)]
         told = report.warnings(groups, data.labels)
@@ -166,6 +172,29 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
             write_json(out / "report.json", result)
         distributed.barrier()  # within: who waits for the report is alive, listens to signals, and looks after rank 0
     return result
+
+
+def _heard(
+    clips: Examples, speech: SpeechModel, config: cfg.Evaluation, world: distributed.World, go_on: Callable[[], object]
+) -> Iterator[tuple[bool, str]]:
+    """Ways to normalise the clips' features, ready one after the other: whether it is adapted, and a line on it.
+
+    One that is not normalised has one way; else first by the statistics of training, then by the clips' own, which
+    know no labels. Collective.
+    """
+    frozen, workers = speech.frozen, config.data.workers
+    line = "features: by an encoder that was trained"
+    if frozen is not None:
+        line = encode_once(clips, frozen, config.encoder, world, workers=workers, go_on=go_on)
+    trained = speech.statistics
+    if frozen is None or trained is None:
+        yield False, line
+        return
+    bind(clips, trained)
+    yield False, line
+    speech.statistics = statistics_of(clips, frozen, trained.mode, world, workers=workers, parent=trained, go_on=go_on)
+    bind(clips, speech.statistics)
+    yield True, f"adapted: {describe(speech.statistics)}, of this evaluation"
 
 
 def _scorer(

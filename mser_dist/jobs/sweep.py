@@ -205,7 +205,7 @@ def scores(result: dict[str, Any]) -> dict[str, float]:
     from mser_dist.evaluation.report import macro_ua
 
     rows = result["zero_shot"]
-    last = max(row["stage"] for row in rows)
+    last = f"stage{max(row['stage'] for row in rows)}"
     return {"ua_unseen": macro_ua(rows, last, False), "ua_seen": macro_ua(rows, last, True)}
 
 

@@ -2,6 +2,7 @@
 
 - ``export/card.json``: stage, labels, languages trained on, shapes, hashes; written last, so that it means "whole"
 - ``export/speech.safetensors``: encoder + Q-Former, what stage 2 takes from stage 1
+- ``export/statistics.safetensors``: of the features by corpus, where these are normalised
 - ``export/heads.safetensors``: stage 1: projections and scales; stage 2: the projector
 - ``export/llm/``: stage 2: the LLM and its tokenizer as `from_pretrained` reads them (LoRA: the adapter)
 """
@@ -26,10 +27,12 @@ from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.frozen import FrozenEncoder
 from mser_dist.models.llm import build_llm, load_llm
+from mser_dist.models.normalize import Statistics
 from mser_dist.models.speech import SpeechModel, speech_card, speech_from_card
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.stream.features import Features
 
+STATISTICS = "statistics.safetensors"
 FORMAT = 2  # of an export: raised where an older version could not read what this one writes
 
 
@@ -103,6 +106,8 @@ def write(
                 parts[head][rest] = tensor
             else:
                 parts["heads"][name] = tensor
+        if speech.statistics is not None:
+            speech.statistics.without_speakers().save(staging / STATISTICS)
         for part in ("speech", "heads"):
             save_file(parts[part], staging / f"{part}.safetensors")
         if isinstance(model, SpeechLLM):
@@ -145,6 +150,8 @@ def load_speech(export: Path, attention: Attention) -> SpeechModel:
     features_of(card)
     speech = speech_from_card(card["speech"], attention)
     _fill(speech, export / "speech.safetensors", set(speech.state_dict()))
+    if speech.normalize != "none":
+        speech.statistics = Statistics.load(export / STATISTICS)
     return speech
 
 

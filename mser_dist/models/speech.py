@@ -14,6 +14,7 @@ from mser_dist.models.attention import Attention, supported_by
 from mser_dist.models.encoder import Encoder
 from mser_dist.models.encoders import build_encoder, encoder_config, encoder_of
 from mser_dist.models.frozen import FrozenEncoder
+from mser_dist.models.normalize import Statistics
 
 
 class SpeechModel(nn.Module):
@@ -33,6 +34,8 @@ class SpeechModel(nn.Module):
         self.layers = encoder.layers
         # SUPERB's way (arXiv 2105.01051): a softmax over the layers says how much of each is heard.
         self.layer_mix = nn.Parameter(torch.zeros(len(self.layers))) if len(self.layers) > 1 else None
+        self.normalize = "none"  # corpus or speaker: `statistics` are wanted
+        self.statistics: Statistics | None = None  # by which the features are normalised
         self._shares: Tensor | None = None  # of the last forward pass: between two, ZeRO-3 has the mix in parts
 
     @property
@@ -65,6 +68,8 @@ class SpeechModel(nn.Module):
             clips = self.frozen(batch["speech"], batch["lengths"])  # B × (T_i, L, D)
             lengths = torch.tensor([len(clip) for clip in clips])
             batch = {**batch, "speech": pad_sequence(clips, batch_first=True), "lengths": lengths, "encoded": True}
+        if self.statistics is not None and "group" in batch:
+            batch = {**batch, "speech": self.statistics.apply(batch["speech"].to(device), batch["group"])}
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def forward(self, speech: Tensor, lengths: Tensor) -> Tensor:
@@ -116,6 +121,7 @@ def build_speech(encoder: cfg.EncoderConfig, qformer: cfg.QFormerConfig, attenti
     model = SpeechModel(speech_encoder, build_qformer(qformer, speech_encoder.width, attention), qformer.queries)
     if encoder.freeze:
         model.freeze_encoder()
+    model.normalize = encoder.normalize
     return model
 
 
@@ -128,7 +134,9 @@ def speech_from_card(card: dict[str, Any], attention: Attention) -> SpeechModel:
     qformer_config = Blip2QFormerConfig.from_dict(
         {**card["qformer"], "attn_implementation": supported_by(Blip2QFormerModel, attention).kernel}
     )
-    return SpeechModel(encoder, Blip2QFormerModel(qformer_config), card["queries"])
+    model = SpeechModel(encoder, Blip2QFormerModel(qformer_config), card["queries"])
+    model.normalize = card.get("normalize", "none")
+    return model
 
 
 def speech_card(model: SpeechModel) -> dict[str, Any]:
@@ -139,6 +147,7 @@ def speech_card(model: SpeechModel) -> dict[str, Any]:
         "features": asdict(encoder.features),
         "layers": {"numbers": list(encoder.layers), "depth": encoder.depth, "stride": encoder.stride},
         "frozen": model.frozen is not None,
+        "normalize": model.normalize,
         "qformer": model.qformer.config.to_dict(),
         "queries": model.query_count,
     }

@@ -74,12 +74,15 @@ def confusions(tables: dict[str, NDArray[np.int64]], labels: list[str], title: s
 
 
 def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of UA per language, a panel per stage, unseen languages in their own colour, chance as a line."""
-    stages = sorted({row["stage"] for row in rows})
-    size = (6.5 * len(stages), 4.0)
-    figure, axes = _subplots(1, len(stages), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, stage in zip(axes.flat, stages, strict=True):
-        mine = [row for row in rows if row["stage"] == stage]
+    """Bars of UA per language, a panel per model, unseen languages in their own colour, chance as a line."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = -(-len(models) // 2)
+    size = (6.5 * min(2, len(models)), 4.0 * lines)
+    figure, axes = _subplots(lines, min(2, len(models)), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis in axes.flat[len(models) :]:
+        axis.axis("off")
+    for axis, model in zip(axes.flat, models, strict=False):
+        mine = [row for row in rows if row["model"] == model]
         several = len({row["corpus"] for row in mine}) > 1
         names = [f"{row['language']} {row['corpus']}" if several else row["language"] for row in mine]
         colours = [SEEN if row["seen_language"] else UNSEEN for row in mine]
@@ -91,7 +94,7 @@ def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
         axis.text(len(mine) - 0.5, chance[-1], " chance", fontsize=8, va="bottom", ha="right")
         axis.set_xticks(range(len(mine)), names, fontsize=8, rotation=30 if several else 0)
         axis.set_ylim(0, 1.05)
-        axis.set_title(f"stage {stage}")
+        axis.set_title(model.replace("stage", "stage ").replace("_", " "))
         axis.set_ylabel("UA")
     handles = [Rectangle((0, 0), 1, 1, color=c) for c in (SEEN, UNSEEN)]
     names = ["language seen in training", "unseen language"]

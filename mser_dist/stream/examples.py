@@ -134,6 +134,7 @@ class Examples:
         self.augment = augment if augment and augment.on else None
         self.max_bad = max_bad
         column = shards.coded["label"]
+        self.group: NDArray[np.int64] | None = None  # (n,) whose statistics a clip's features are normalised by
         self.encoded: EncodedClips | None = None  # what a frozen encoder made of them, once it has
         self._keys = shards.content_keys()
         self.label = np.array([labels.index(name) for name in column.names], dtype=np.int16)[column.codes]  # (n,)
@@ -160,6 +161,14 @@ class Examples:
         return Decoder(
             self.shards.reader, self.features, self.seed, self.max_seconds, self.augment, collate, self.encoded
         )
+
+    def grouped(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of these clips (`pad_speech`) with the group of each, (B,); what is no clip is of the first."""
+        import torch
+
+        if self.group is None:
+            return batch
+        return {**batch, "group": torch.from_numpy(self.group[np.maximum(batch["index"], 0)])}
 
     def keys(self, variant: int = 0) -> NDArray[np.uint64]:
         """(n,) numbers that stand for the clips' audio, and for a variant of it."""

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mser_dist import deepspeed_parts
 from mser_dist.config.file import to_yaml
 from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import encode_once
+from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped, UserError
 from mser_dist.models import exported
 from mser_dist.models.attention import Attention, choose
@@ -166,7 +167,7 @@ class Run:
 
     def batches(self, done: int, position: Position, bad: set[int]) -> Iterator[steps.Step]:
         """This rank's part of every step after `done`, from `position` on; `bad` clips are not tried again."""
-        return steps.training_steps(
+        found = steps.training_steps(
             self.examples,
             self.setup.order,
             position,
@@ -178,6 +179,9 @@ class Run:
             self.config.data.workers,
             known_bad=bad,
         )
+        with closing(found):  # type: ignore[type-var]
+            for step in found:
+                yield step._replace(batches=[self.examples.grouped(batch) for batch in step.batches])
 
     def facts(self) -> dict[str, str]:
         """What the tracker records of a run beside its config."""
@@ -215,24 +219,7 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     validation = None
     if setup.held_out is not None:
         validation = Examples(setup.held_out, data.labels, stage.features, data.max_seconds, max_bad=data.max_bad)
-    told = []
-    frozen = stage.model.speech.frozen
-    if frozen is not None:
-        frozen.to(setup.device, getattr(torch, config.engine.dtype))
-
-        def go_on() -> None:
-            setup.watchdog.tick("encoding the clips")
-            if number := distributed.most([flag.number])[0]:
-                raise Stopped(signal.Signals(number).name, None)
-
-        for clips, wanted in ((examples, _wanted(setup)), (validation, None)):
-            if clips is not None:
-                line = encode_once(
-                    clips, frozen, config.encoder, world, workers=data.workers, wanted=wanted, go_on=go_on
-                )
-                told += [line] if line not in told else []
-        if all(clips is None or clips.encoded for clips in (examples, validation)):
-            frozen.to("cpu")  # it has heard all
+    told = _hear(setup, stage, examples, validation, flag)
     setup.watchdog.tick("starting DeepSpeed")
     engine = Engine(stage.model, config, world, setup.total, setup.device)
     stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing
@@ -240,7 +227,7 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     checkpoints = Checkpoints(setup.out, world, config.train.keep, config.train.background_save)
     resumed = checkpoints.resume(engine, config.train.trust_checkpoints)
     order = steps.identity(examples, setup.order)
-    if frozen is not None:
+    if (frozen := stage.model.speech.frozen) is not None:
         order["frozen_encoder"] = frozen.sha256()
     step = 0
     if resumed:
@@ -266,6 +253,40 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     )
     _announce(run, step, "\n".join([*told, *([checked] if checked else [])]))
     return run
+
+
+def _hear(
+    setup: Setup,
+    stage: stages.Align | stages.Instruct,
+    examples: Examples,
+    validation: Examples | None,
+    flag: preempt.Flag,
+) -> list[str]:
+    """Let a frozen encoder hear the clips before the first step; what to tell of it. Collective."""
+    config, world, workers, speech = setup.config, setup.world, setup.config.data.workers, stage.model.speech
+    frozen = speech.frozen
+    if frozen is None:
+        return []
+    frozen.to(setup.device, getattr(torch, config.engine.dtype))
+
+    def go_on() -> None:
+        setup.watchdog.tick("encoding the clips")
+        if number := distributed.most([flag.number])[0]:
+            raise Stopped(signal.Signals(number).name, None)
+
+    told: list[str] = []
+    sets = [(examples, _wanted(setup)), *([(validation, None)] if validation else [])]
+    for clips, wanted in sets:
+        line = encode_once(clips, frozen, config.encoder, world, workers=workers, wanted=wanted, go_on=go_on)
+        told += [line] if line not in told else []
+    if speech.normalize != "none":
+        speech.statistics = statistics_of(examples, frozen, speech.normalize, world, workers=workers, go_on=go_on)
+        for clips, _ in sets:
+            bind(clips, speech.statistics)
+        told.append(describe(speech.statistics))
+    if all(clips.encoded for clips, _ in sets):
+        frozen.to("cpu")  # it has heard all
+    return told
 
 
 def _wanted(setup: Setup) -> np.ndarray | None:

@@ -120,6 +120,7 @@ def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
     brought = {
         "encoder.layers": (wanted_layers, layers["numbers"]),
         "encoder.pad_seconds": (config.encoder.pad_seconds, card["features"]["pad_seconds"]),
+        "encoder.normalize": (config.encoder.normalize, card.get("normalize", "none")),
         "encoder.stride": (config.encoder.stride, layers["stride"]),
         "qformer.queries": (config.qformer.queries, card["queries"]),
         "qformer.layers": (config.qformer.layers, qformer["num_hidden_layers"]),
@@ -165,6 +166,11 @@ class Instruct:
         speech = exported.load_speech(export, attention)
         if config.freeze_encoder:
             speech.freeze_encoder()
+        elif speech.normalize != "none":
+            raise UserError(
+                f"freeze_encoder=false, and stage1={config.stage1} has encoder.normalize={speech.normalize}, by "
+                "statistics of a frozen encoder's features: set freeze_encoder=true"
+            )
         if config.freeze_qformer:
             speech.qformer.requires_grad_(False)
             speech.queries.requires_grad_(False)

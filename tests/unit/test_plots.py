@@ -39,7 +39,14 @@ def test_confusions(tmp_path: Path) -> None:
 
 def test_ua_by_language(tmp_path: Path) -> None:
     def row(stage: int, language: str, seen: bool) -> dict[str, object]:
-        return {"stage": stage, "corpus": "synth", "language": language, "seen_language": seen, "ua": 0.7, "k": 6}
+        return {
+            "model": f"stage{stage}",
+            "corpus": "synth",
+            "language": language,
+            "seen_language": seen,
+            "ua": 0.7,
+            "k": 6,
+        }
 
     both = [row(stage, language, language == "de") for stage in (1, 2) for language in ("de", "el")]
     plots.ua_by_language(both, tmp_path / "both.png")

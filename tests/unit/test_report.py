@@ -39,34 +39,34 @@ def answers(scores: list[list[float]], shards: ShardSet) -> report.Answers:
 
 
 @pytest.fixture(scope="module")
-def two_stages(shards: ShardSet) -> dict[int, report.Answers]:
+def two_stages(shards: ShardSet) -> dict[str, report.Answers]:
     right, wrong = [[0.75, 0.25], [0.125, 0.875]], [[-2.5, -1.5], [-3.0, -3.5]]
-    return {1: answers(right + right, shards), 2: answers(right + wrong, shards)}
+    return {"stage1": answers(right + right, shards), "stage2": answers(right + wrong, shards)}
 
 
-def test_the_table(two_stages: dict[int, report.Answers], shards: ShardSet) -> None:
+def test_the_table(two_stages: dict[str, report.Answers], shards: ShardSet) -> None:
     rows = [report.as_row(group) for group in report.measure(two_stages, shards)]
     assert str(report.zero_shot_table(rows)).splitlines() == [
-        "stage  corpus                         language  seen  n  chance     UA     WA  macroF1",
-        "──────────────────────────────────────────────────────────────────────────────────────",
-        "    1  c                              de        yes   2   0.500  1.000  1.000    1.000",
-        f"    1  {CORPUS}  el        no    2   0.500  1.000  1.000    1.000",
-        "    1  mean UA over seen languages                               1.000",
-        "    1  mean UA over unseen languages                             1.000",
-        "──────────────────────────────────────────────────────────────────────────────────────",
-        "    2  c                              de        yes   2   0.500  1.000  1.000    1.000",
-        f"    2  {CORPUS}  el        no    2   0.500  0.000  0.000    0.000",
-        "    2  mean UA over seen languages                               1.000",
-        "    2  mean UA over unseen languages                             0.000",
+        "model    corpus                         language  seen  n  chance     UA     WA  macroF1",
+        "────────────────────────────────────────────────────────────────────────────────────────",
+        "stage 1  c                              de        yes   2   0.500  1.000  1.000    1.000",
+        f"stage 1  {CORPUS}  el        no    2   0.500  1.000  1.000    1.000",
+        "stage 1  mean UA over seen languages                               1.000",
+        "stage 1  mean UA over unseen languages                             1.000",
+        "────────────────────────────────────────────────────────────────────────────────────────",
+        "stage 2  c                              de        yes   2   0.500  1.000  1.000    1.000",
+        f"stage 2  {CORPUS}  el        no    2   0.500  0.000  0.000    0.000",
+        "stage 2  mean UA over seen languages                               1.000",
+        "stage 2  mean UA over unseen languages                             0.000",
     ]
 
 
-def test_a_mean_over_no_language_has_no_row(two_stages: dict[int, report.Answers], shards: ShardSet) -> None:
+def test_a_mean_over_no_language_has_no_row(two_stages: dict[str, report.Answers], shards: ShardSet) -> None:
     rows = [report.as_row(group) for group in report.measure(two_stages, shards) if group.seen]
     assert "unseen" not in str(report.zero_shot_table(rows))
 
 
-def test_what_is_published(two_stages: dict[int, report.Answers], shards: ShardSet, tmp_path: Path) -> None:
+def test_what_is_published(two_stages: dict[str, report.Answers], shards: ShardSet, tmp_path: Path) -> None:
     groups = report.measure(two_stages, shards)
     with tracked(cfg.TrackingConfig(enabled=False), tmp_path, {}, {}, True) as tracker:
         assert tracker is not None
@@ -75,9 +75,9 @@ def test_what_is_published(two_stages: dict[int, report.Answers], shards: ShardS
     assert table == f"{report.zero_shot_table([report.as_row(group) for group in groups])}\n"
     found = pandas.read_parquet(tmp_path / "predictions.parquet")
     assert [*found.columns] == [
-        *("stage", "key", "corpus", "language", "speaker", "label", "predicted", "score_happy", "score_sad")
+        *("model", "key", "corpus", "language", "speaker", "label", "predicted", "score_happy", "score_sad")
     ]
-    assert found["stage"].dtype == np.int8 and found["score_sad"].dtype == np.float32
+    assert found["score_sad"].dtype == np.float32
     assert found.iloc[6].tolist() == [2, "k2", CORPUS, "el", "s2", "happy", "sad", -2.5, -1.5]
     assert found["predicted"].tolist() == ["happy", "sad"] * 3 + ["sad", "happy"]
     group = parquet.ParquetFile(tmp_path / "predictions.parquet").metadata.row_group(0)
@@ -89,14 +89,14 @@ def test_what_is_published(two_stages: dict[int, report.Answers], shards: ShardS
 
 def test_what_is_told_of_labels_and_constant_answers(shards: ShardSet, tmp_path: Path) -> None:
     right, constant = [[0.75, 0.25], [0.125, 0.875]], [[0.75, 0.25], [0.875, 0.125]]
-    told = {1: answers(right + constant, shards), 2: answers(constant + constant, shards)}
+    told = {"stage1": answers(right + constant, shards), "stage2": answers(constant + constant, shards)}
     groups = report.measure(told, shards)
     assert [report.as_row(group)["constant"] for group in groups] == [False, True, True, True]
     assert report.warnings(groups, LABELS) == [
         f"stage 1 gives one answer to all clips of el of {CORPUS} (happy)",
         "stage 2 answers 'happy' to all 4 clips: it does not tell them apart, and its numbers are those of chance",
     ]
-    assert report.warnings(report.measure({1: answers(right + right, shards)}, shards), LABELS) == []
+    assert report.warnings(report.measure({"stage1": answers(right + right, shards)}, shards), LABELS) == []
     with tracked(cfg.TrackingConfig(enabled=False), tmp_path, {}, {}, True) as tracker:
         assert tracker is not None
         report.publish(tracker, "title", groups, report.predictions(told, shards, LABELS), LABELS)
@@ -111,7 +111,7 @@ def test_a_label_that_no_clip_has_lowers_no_chance(shards: ShardSet) -> None:
         ([0, 1, 0, 0], [1 / 2, 1], ["no clip has the label fear", f"do not count there: el of {CORPUS} (sad)"]),
     ):
         given = report.Answers(np.arange(4), np.array(reference), scores, ["de"])
-        groups = report.measure({1: given, 2: given}, shards)
+        groups = report.measure({"stage1": given, "stage2": given}, shards)
         assert [report.as_row(group)["chance"] for group in groups] == chances * 2
         told = report.warnings(groups, ["happy", "sad", "fear"])
         assert len(told) == len(says) and all(part in line for part, line in zip(says, told, strict=True)), told
@@ -124,7 +124,7 @@ def test_a_clip_that_names_little(tmp_path: Path) -> None:
         tar.add(tmp_path / "clip.wav", "a.wav")
     shards = ShardSet.open(tmp_path / "a.tar")
     given = report.Answers(np.array([0]), np.array([0]), np.array([[0.5, 0.25]], dtype=np.float32), [])
-    (row,) = report.predictions({1: given}, shards, LABELS).to_pylist()
+    (row,) = report.predictions({"stage1": given}, shards, LABELS).to_pylist()
     assert (row["key"], row["predicted"]) == ("a", "happy")
     assert (row["speaker"], row["label"], row["language"]) == (None, None, "und")
 

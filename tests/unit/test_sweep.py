@@ -142,7 +142,7 @@ def test_the_table_has_a_line_for_each_run() -> None:
 
 def test_an_evaluation_is_told_by_its_mean_uas() -> None:
     rows = [
-        {"stage": stage, "seen_language": seen, "ua": ua}
+        {"model": f"stage{stage}", "stage": stage, "seen_language": seen, "ua": ua}
         for stage, seen, ua in ((1, False, 0.9), (2, False, 0.2), (2, False, 0.4), (2, True, 0.7))
     ]
     assert sweep.scores({"zero_shot": rows}) == pytest.approx({"ua_unseen": 0.3, "ua_seen": 0.7})

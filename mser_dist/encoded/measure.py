@@ -1,0 +1,100 @@
+"""Mean and spread of a frozen encoder's features, by corpus or speaker."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mser_dist.models.frozen import FrozenEncoder
+from mser_dist.models.normalize import OVERALL, Statistics, corpora_of, shrunk, speakers_of
+from mser_dist.progress import bar
+from mser_dist.ranks import distributed
+from mser_dist.stream.examples import Examples, pad_speech
+from mser_dist.stream.loader import BadClips, Request, answers
+
+MOST = 1000  # clips of a group that are listened to: the mean of so many is known to 3 % of their spread
+BATCH = 8
+
+
+def statistics_of(
+    clips: Examples,
+    frozen: FrozenEncoder,
+    mode: str,
+    world: distributed.World,
+    *,
+    workers: int = 0,
+    parent: Statistics | None = None,
+    go_on: Callable[[], object] = lambda: None,
+) -> Statistics:
+    """The statistics of `clips` by `mode` (corpus or speaker), of at most `MOST` clips a group, drawn by a seed.
+
+    Collective: each rank listens to its share. Clips are read as `encode_once` left them, else encoded. parent: what
+    groups of few clips are drawn to; None: the mean of these clips' own corpora. Clips that cannot be read are left
+    out. go_on: as of `encode_once`.
+    """
+    names = speakers_of(clips.shards) if mode == "speaker" else corpora_of(clips.shards)
+    groups = sorted(set(names))
+    number = {name: i for i, name in enumerate(groups)}
+    group = np.array([number[name] for name in names])
+    drawn = _some_of_each(group, np.random.default_rng(0))
+    mine = drawn[world.rank :: world.world_size]
+    rounds = distributed.most([-(-len(drawn[:: world.world_size]) // BATCH)])[0]
+    layers, width = len(frozen.encoder.layers), frozen.encoder.width
+    counts = np.zeros(len(groups))
+    sums = np.zeros((2, len(groups), layers, width))  # of clips' means, and means of squares
+    work = _features(clips, frozen, [mine[i * BATCH : (i + 1) * BATCH] for i in range(-(-len(mine) // BATCH))], workers)
+    for _ in bar(range(rounds), title="statistics", unit="batch", total=rounds, disable=not world.is_main, leave=False):
+        for index, features in next(work, []):
+            x = features.double()  # (T, L, D)
+            counts[group[index]] += 1
+            sums[0, group[index]] += x.mean(0).numpy()
+            sums[1, group[index]] += x.square().mean(0).numpy()
+        go_on()
+    everywhere = distributed.gather((counts, sums))
+    counts, sums = sum(part[0] for part in everywhere), sum(part[1] for part in everywhere)
+    there = np.flatnonzero(counts)
+    mean, square = sums[:, there] / counts[there][:, None, None]
+    return shrunk(mode, [groups[i] for i in there], counts[there].astype(np.int64), mean, square, parent)
+
+
+def bind(clips: Examples, statistics: Statistics) -> None:
+    """Let batches of `clips` say which group each clip is of."""
+    clips.group = statistics.groups(clips.shards)
+
+
+def describe(statistics: Statistics) -> str:
+    """What features are normalised by, in a line."""
+    corpora = {name: n for name, n in statistics.clips.items() if name != OVERALL and "/" not in name}
+    speakers = sum("/" in name for name in statistics.clips)
+    named = ", ".join(f"{name} ({n})" for name, n in list(corpora.items())[:8]) + (" …" if len(corpora) > 8 else "")
+    also = f", {speakers} speakers" if speakers else ""
+    return f"features are normalised by {statistics.mode}: {named} clips{also}"
+
+
+def _some_of_each(group: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+    """(k,) clips, at most `MOST` of each group, in order."""
+    order = random.permutation(len(group))
+    order = order[np.argsort(group[order], kind="stable")]
+    _, starts = np.unique(group[order], return_index=True)
+    place = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+    return np.sort(order[place < MOST])
+
+
+def _features(
+    clips: Examples, frozen: FrozenEncoder, batches: list[NDArray[np.int64]], workers: int
+) -> Iterator[list[tuple[int, torch.Tensor]]]:
+    """(number, features (T, L, D) on the CPU) of each clip that can be read, batch by batch."""
+    decoder = clips.decoder(pad_speech)
+    decoder.or_silence = True
+    if not clips.encoded:
+        decoder.augment = None
+    bad = BadClips(len(clips), clips.shards.where, tell=False)
+    requests = (Request(0, 0, [[r._replace(variant=0) for r in clips.requests(batch)]]) for batch in batches)
+    for batch, answer in zip(batches, answers(decoder, requests, workers, bad), strict=True):
+        [inputs] = answer.batches
+        speech, lengths = inputs["speech"], inputs["lengths"]
+        made = (
+            [x[:n] for x, n in zip(speech, lengths.tolist(), strict=True)] if clips.encoded else frozen(speech, lengths)
+        )
+        yield [(i, x.cpu()) for i, x in zip(batch.tolist(), made, strict=True) if i not in answer.bad]
