@@ -78,7 +78,7 @@ def test_what_is_published(two_stages: dict[str, report.Answers], shards: ShardS
         *("model", "key", "corpus", "language", "speaker", "label", "predicted", "score_happy", "score_sad")
     ]
     assert found["score_sad"].dtype == np.float32
-    assert found.iloc[6].tolist() == [2, "k2", CORPUS, "el", "s2", "happy", "sad", -2.5, -1.5]
+    assert found.iloc[6].tolist() == ["stage2", "k2", CORPUS, "el", "s2", "happy", "sad", -2.5, -1.5]
     assert found["predicted"].tolist() == ["happy", "sad"] * 3 + ["sad", "happy"]
     group = parquet.ParquetFile(tmp_path / "predictions.parquet").metadata.row_group(0)
     assert {group.column(i).compression for i in range(group.num_columns)} == {"ZSTD"}

@@ -58,8 +58,6 @@ CASES = [
     Case("data.augment.noise_snr_db", 1, "probability", "data.augment.noise_snr_db=5,9", "data.augment.probability=0"),
     Case("data.augment.variants", 1, "changes nothing", "data.augment.variants=3", "", "data.augment.speed=0.1"),
     Case("encoder.cache", 1, "is trained", "encoder.cache=off", "", "encoder.freeze=true"),
-    Case("encoder.cache", 2, "is trained", "encoder.cache=off", "freeze_encoder=false"),
-    Case("encoder.cache_dir", 2, "is trained", "encoder.cache_dir=a", "freeze_encoder=false"),
     Case("encoder.cache_dir", 0, "neither", "encoder.cache_dir=a", "encoder.cache=off", "encoder.cache=disk"),
     Case("encoder.cache_dir", 1, "is trained", "encoder.cache_dir=a", "", "encoder.freeze=true"),
     Case("encoder.cache_gb", 1, "is trained", "encoder.cache_gb=1", "", "encoder.freeze=true"),
