@@ -14,6 +14,7 @@ from mser_dist.config.keys import (
     batch_shape,
 )
 from mser_dist.config.model_keys import (
+    CacheConfig,
     ContrastiveConfig,
     EncoderConfig,
     LLMConfig,
@@ -25,6 +26,7 @@ from mser_dist.config.model_keys import (
 __all__ = [
     "SIX_EMOTIONS",
     "AugmentConfig",
+    "CacheConfig",
     "Common",
     "ContrastiveConfig",
     "DataConfig",

@@ -225,6 +225,9 @@ class Evaluation(Section):
     stage2: str | None = opt(None, "run folder of a stage 2 (log-likelihood of every label); null: skip")
     data: DataConfig = opt(DataConfig, "what to evaluate on")
     encoder: CacheConfig = opt(CacheConfig, "where the features of a frozen encoder are kept")
+    native_labels: Bool = opt(
+        False, "a clip is given one of the labels that clips of its corpus and language have, not of all `data.labels`"
+    )
     batch: PositiveInt = opt(32, "clips per forward pass")
     dtype: Dtype = opt("float32", "number format that the models compute in")
     attention: Kernel = opt("auto", "attention kernel; auto: the fastest that runs here")

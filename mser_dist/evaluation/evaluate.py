@@ -154,6 +154,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                 )
                 assert found is not None
                 numbers, scores = found
+                if config.native_labels:
+                    scores = report.of_native_labels(scores, clips.label[numbers], numbers, shards)
                 name = f"stage{stage}{report.ADAPTED if adapted else ''}"
                 answers[name] = report.Answers(
                     numbers, clips.label[numbers], scores, card["languages"], statistics=scorer.model.speech.statistics

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mser_dist.evaluation.metrics import Metrics, score
 from mser_dist.files import whole, write_text
-from mser_dist.models.normalize import Statistics
+from mser_dist.models.normalize import Statistics, corpora_of
 from mser_dist.runs.names import Name
 from mser_dist.runs.tracking import Tracker
 from mser_dist.shards.shard_set import ShardSet
@@ -62,6 +62,19 @@ class Group:
     def stage(self) -> int | None:
         """The stage that a model is of; None: a baseline."""
         return int(self.model[5]) if self.model.startswith("stage") else None
+
+
+def of_native_labels(
+    scores: NDArray[np.float32], reference: NDArray[np.int64], numbers: NDArray[np.int64], shards: ShardSet
+) -> NDArray[np.float32]:
+    """(n, K) scores of the clips `numbers`, -inf for labels that no clip of the same corpus and language has.
+
+    reference: (n,) numbers of the clips' labels. It is told which emotions a corpus has, not which clip has which.
+    """
+    _, group = np.unique(np.array(corpora_of(shards))[numbers], return_inverse=True)
+    has = np.zeros((group.max() + 1, scores.shape[1]), dtype=bool)
+    has[group, reference] = True
+    return np.where(has[group], scores, -np.inf).astype(scores.dtype)
 
 
 def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
