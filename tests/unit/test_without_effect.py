@@ -24,7 +24,8 @@ ALWAYS = {
     "train.max_skipped", "data.sets", "data.split", "data.val_split", "data.languages", "data.labels",
     "data.keep", "data.drop", "data.max_seconds", "data.workers", "data.max_bad", "data.batching", "data.balance",
     "data.shuffle_labels", "encoder.arch", "encoder.freeze", "encoder.pad_seconds", "encoder.layers",
-    "encoder.normalize", "encoder.stride", "native_labels", "qformer.queries", "qformer.layers", "qformer.width", "qformer.heads", "contrastive.width", "contrastive.loss",
+    "encoder.normalize", "encoder.stride", "native_labels", "qformer.queries",
+    "qformer.layers", "qformer.width", "qformer.heads", "contrastive.width", "contrastive.loss",
     "contrastive.alpha", "contrastive.temperature", "contrastive.max_scale", "llm.pretrained", "llm.arch",
     "llm.freeze", "llm.gradient_checkpointing",
 }  # fmt: skip
