@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from mser_dist.config.fields import (
     Bool,
@@ -95,6 +95,10 @@ class QFormerConfig(Section):
     width: PositiveInt = opt(128, "hidden size")
     heads: PositiveInt = opt(4, "attention heads")
     dropout: Share = opt(0.1, "dropout")
+    feature_dropout: Annotated[Float, Field(ge=0, lt=1)] = opt(
+        0.0, "share of the encoder's features that a clip is heard without in training, the same in all its frames"
+    )
+    pool: Bool = opt(False, "add the mean of the clip's frames, projected, to each emotion token")
 
 
 @dataclass(kw_only=True)

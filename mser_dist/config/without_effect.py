@@ -93,6 +93,7 @@ RULES = (
     Rule("encoder.allow_missing", lambda c, f: c.encoder.pretrained is not None, "encoder.pretrained is not set"),
     Rule("encoder.allow_missing", lambda c, f: c.init_from is None, _INIT),
     Rule("qformer.dropout", lambda c, f: c.init_from is None, _INIT),
+    Rule("qformer.feature_dropout", lambda c, f: c.init_from is None, _INIT),
     Rule("contrastive.symmetric", lambda c, f: c.contrastive.loss != "siglip", "siglip has no directions"),
     Rule("contrastive.symmetric", _emotion_term, _NO_EMOTION_TERM),
     Rule("contrastive.unique_texts", _emotion_term, _NO_EMOTION_TERM),

@@ -24,13 +24,23 @@ class SpeechModel(nn.Module):
     it made of the clips, by `prepared` here or once for all (`encoded`).
     """
 
-    def __init__(self, encoder: Encoder, qformer: Blip2QFormerModel, queries: int) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        qformer: Blip2QFormerModel,
+        queries: int,
+        pool: bool = False,
+        feature_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.encoder: Encoder | None = encoder
         self.frozen: FrozenEncoder | None = None
         self.qformer = qformer
         self.queries = nn.Parameter(torch.randn(1, queries, qformer.config.hidden_size) * 0.02)
         self.query_count = queries  # `queries` itself has no shape while ZeRO-3 has it partitioned
+        # What a mean over time says of emotion is much, and a Q-Former of few clips is long in finding it.
+        self.pool = nn.Linear(encoder.width, self.width) if pool else None
+        self.feature_dropout = feature_dropout
         self.layers = encoder.layers
         # SUPERB's way (arXiv 2105.01051): a softmax over the layers says how much of each is heard.
         self.layer_mix = nn.Parameter(torch.zeros(len(self.layers))) if len(self.layers) > 1 else None
@@ -82,6 +92,9 @@ class SpeechModel(nn.Module):
             features, mask = self.encoder(speech, lengths)  # (B, T, L, D), (B, T)
         else:
             features, mask = speech, torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]
+        if self.training and self.feature_dropout:
+            kept = torch.rand(len(features), 1, *features.shape[2:], device=features.device) >= self.feature_dropout
+            features = features * kept / (1 - self.feature_dropout)
         if self.layer_mix is None:
             heard = features[:, :, 0]  # (B, T, D)
         else:
@@ -93,7 +106,11 @@ class SpeechModel(nn.Module):
             encoder_hidden_states=heard,
             encoder_attention_mask=mask,
         )
-        return tokens.last_hidden_state
+        emotion: Tensor = tokens.last_hidden_state
+        if self.pool is None:
+            return emotion
+        real = mask.unsqueeze(-1).to(heard.dtype)  # (B, T, 1)
+        return emotion + self.pool((heard * real).sum(1) / real.sum(1)).unsqueeze(1)
 
 
 def build_qformer(config: cfg.QFormerConfig, encoder_width: int, attention: Attention) -> Blip2QFormerModel:
@@ -118,7 +135,13 @@ def build_qformer(config: cfg.QFormerConfig, encoder_width: int, attention: Atte
 def build_speech(encoder: cfg.EncoderConfig, qformer: cfg.QFormerConfig, attention: Attention) -> SpeechModel:
     """A fresh speech model for stage 1."""
     speech_encoder = build_encoder(encoder, attention)
-    model = SpeechModel(speech_encoder, build_qformer(qformer, speech_encoder.width, attention), qformer.queries)
+    model = SpeechModel(
+        speech_encoder,
+        build_qformer(qformer, speech_encoder.width, attention),
+        qformer.queries,
+        qformer.pool,
+        qformer.feature_dropout,
+    )
     if encoder.freeze:
         model.freeze_encoder()
     model.normalize = encoder.normalize
@@ -134,7 +157,8 @@ def speech_from_card(card: dict[str, Any], attention: Attention) -> SpeechModel:
     qformer_config = Blip2QFormerConfig.from_dict(
         {**card["qformer"], "attn_implementation": supported_by(Blip2QFormerModel, attention).kernel}
     )
-    model = SpeechModel(encoder, Blip2QFormerModel(qformer_config), card["queries"])
+    more = card.get("pool", False), card.get("feature_dropout", 0.0)
+    model = SpeechModel(encoder, Blip2QFormerModel(qformer_config), card["queries"], *more)
     model.normalize = card.get("normalize", "none")
     return model
 
@@ -150,4 +174,6 @@ def speech_card(model: SpeechModel) -> dict[str, Any]:
         "normalize": model.normalize,
         "qformer": model.qformer.config.to_dict(),
         "queries": model.query_count,
+        "pool": model.pool is not None,
+        "feature_dropout": model.feature_dropout,
     }

@@ -122,6 +122,7 @@ def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
         "encoder.pad_seconds": (config.encoder.pad_seconds, card["features"]["pad_seconds"]),
         "encoder.normalize": (config.encoder.normalize, card.get("normalize", "none")),
         "encoder.stride": (config.encoder.stride, layers["stride"]),
+        "qformer.pool": (config.qformer.pool, card.get("pool", False)),
         "qformer.queries": (config.qformer.queries, card["queries"]),
         "qformer.layers": (config.qformer.layers, qformer["num_hidden_layers"]),
         "qformer.width": (config.qformer.width, qformer["hidden_size"]),

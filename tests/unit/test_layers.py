@@ -141,6 +141,38 @@ def test_layers_are_mixed_by_a_softmax_that_is_learned_and_kept(arch: dict[str, 
 
 
 @torch.no_grad()
+def test_the_mean_of_a_clips_own_frames_is_added_to_each_token() -> None:
+    torch.manual_seed(0)
+    qformer = cfg.QFormerConfig(queries=3, layers=1, width=16, heads=2, dropout=0.0, pool=True)
+    speech = build_speech(cfg.EncoderConfig(arch=WHISPER, freeze=True), qformer, SDPA).eval()
+    features, lengths = torch.randn(2, 9, 1, 16), torch.tensor([9, 4])
+    together = speech(features, lengths)
+    pool, speech.pool = speech.pool, None
+    assert pool is not None
+    without = speech(features, lengths)
+    for row, n in enumerate(lengths.tolist()):
+        mean = pool(features[row, :n, 0].mean(0))
+        torch.testing.assert_close(together[row], without[row] + mean, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_dropped_features_are_those_of_a_whole_clip_in_training_alone() -> None:
+    torch.manual_seed(0)
+    qformer = cfg.QFormerConfig(queries=3, layers=1, width=16, heads=2, dropout=0.0, feature_dropout=0.5)
+    speech = build_speech(cfg.EncoderConfig(arch=WHISPER, freeze=True), qformer, SDPA)
+    heard: list[Tensor] = []
+    speech.qformer.register_forward_pre_hook(
+        lambda _, __, given: heard.append(given["encoder_hidden_states"]), with_kwargs=True
+    )
+    features, lengths = torch.ones(4, 9, 1, 16), torch.tensor([9] * 4)
+    speech.eval()(features, lengths)
+    speech.train()(features, lengths)
+    assert (heard[0] == 1).all()
+    assert set(heard[1].unique().tolist()) == {0, 2}, "what is left counts as much more"
+    assert (heard[1] == heard[1][:, :1]).all() and not (heard[1] == heard[1][:1]).all()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["whisper", "wav2vec2-stable"])
 def test_padding_is_attended_to_and_not_given_on(kind: str) -> None:
     ours, seconds = wrapped(library(kind)), 1.0
