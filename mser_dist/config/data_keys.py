@@ -60,7 +60,9 @@ class DataConfig(Section):
         SIX_EMOTIONS, "the emotions to tell apart, in order; clips of other labels are dropped"
     )
     keep: dict[str, Any] = opt({}, "keep only clips with these values, e.g. {corpus: [emodb], duration: [0.5, 20]}")
-    drop: dict[str, Any] = opt({}, "leave out clips with one of these values, e.g. {speaker: ['03', '08']}")
+    drop: dict[str, Any] = opt(
+        {}, "leave out clips with one of these values, e.g. {speaker: ['03', '08']} or {corpus/speaker: [emodb/03]}"
+    )
     max_seconds: PositiveFloat = opt(
         30.0, "a longer clip is an error that names it (drop it by keep={duration: [0, 30]})"
     )

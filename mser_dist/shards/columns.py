@@ -68,7 +68,7 @@ class Filter:
     ) -> None:
         fields = (*FIELDS[:-1], "key", "duration")
         for name in (*keep, *drop):
-            if name not in fields:
+            if name not in fields and not ("/" in name and set(name.split("/")) <= set(shard_index.CODED)):
                 near = difflib.get_close_matches(name, fields, 1)
                 hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(fields)}"
                 raise UserError(f"there is no field {name!r} to filter by: {hint}")
@@ -105,10 +105,22 @@ def _has(name: str, wanted: Any, columns: Mapping[str, Any], split: str) -> NDAr
     if name == "duration":
         duration = np.array(columns["duration"])
         return (wanted[0] <= duration) & (duration <= wanted[1])
+    if "/" in name:
+        names, codes = _joined(name, columns)
+        return np.array([value in wanted for value in names], dtype=bool)[codes]
     if name == "key":
         return np.fromiter((key in wanted for key in columns["key"]), bool, len(columns["key"]))
     matches = np.array([str(value) in wanted for value in columns[name]["names"]], dtype=bool)
     return matches[np.array(columns[name]["codes"], dtype=np.int64)]
+
+
+def _joined(name: str, columns: Mapping[str, Any]) -> tuple[list[str], NDArray[np.int64]]:
+    """The values of several fields taken together, "corpus/speaker", and (count,) the number of each sample's."""
+    parts = [columns[part] for part in name.split("/")]
+    codes = np.array([part["codes"] for part in parts], dtype=np.int64)
+    found, of = np.unique(codes, axis=1, return_inverse=True) if codes.size else (codes, codes[0])
+    names = ["/".join(str(part["names"][i]) for part, i in zip(parts, one, strict=True)) for one in found.T]
+    return names, of.reshape(-1)
 
 
 class Gathered:
@@ -123,7 +135,7 @@ class Gathered:
         self._numbers: dict[str, dict[Any, int]] = {name: {} for name in FIELDS}  # value → code
         self._hashes: list[NDArray[np.int64]] = []  # of each shard's keys
         self.sets: list[int] = []  # of each shard
-        self._keys_found: set[str] = set()
+        self._found: dict[str, set[str]] = {}  # keys asked for; values of fields taken together
         self._count = 0
 
     def add(self, number: int, shard: Shard, index: Mapping[str, Any]) -> None:
@@ -131,7 +143,9 @@ class Gathered:
         mask = self._filter.mask(columns, split, count)
         for asked in (self._filter.keep, self._filter.drop):
             if "key" in asked:
-                self._keys_found |= asked["key"] & set(columns["key"])
+                self._found.setdefault("key", set()).update(asked["key"].intersection(columns["key"]))
+            for name in (name for name in asked if "/" in name):
+                self._found.setdefault(name, set()).update(_joined(name, columns)[0])
         constant = {"split": {"names": [split], "codes": [0] * count}, "set": {"names": [number], "codes": [0] * count}}
         for name in FIELDS:
             given = constant.get(name) or columns[name]
@@ -172,7 +186,7 @@ class Gathered:
             raise UserError(f"{paths}: no sample is left, the set is empty")
         for asked in (self._filter.keep, self._filter.drop):
             for name, wanted in asked.items():
-                there = self._keys_found if name == "key" else set(map(str, self._numbers.get(name, wanted)))
+                there = self._found[name] if name in self._found else set(map(str, self._numbers.get(name, wanted)))
                 if name != "duration" and (absent := sorted(wanted - there)):
                     near = difflib.get_close_matches(absent[0], there, 1)
                     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(there)[:20])}"

@@ -77,7 +77,8 @@ class ShardSet:
         Args:
             split, labels: keep only these; None: all.
             keep, drop: field → values (one or a list) to keep, or to leave out: any of `FIELDS`, `key`, and `duration`
-                as [shortest, longest] in seconds.
+                as [shortest, longest] in seconds. Fields joined by a slash are taken together: {"corpus/speaker":
+                ["emodb/03"]} is no other corpus' 03.
             cache: of remote sets.
             sound: take the hashes of the clips' samples and their peaks too, 10 bytes a clip, for `inspect`.
 

@@ -69,6 +69,10 @@ def test_filters(finished: Path) -> None:
     assert sorted(long.keys) == [f"k{i:02d}" for i in range(20) if 0.11 <= len(pcm(i)) / 16000 <= 0.115]
     rest = ShardSet.open(finished, drop={"speaker": ["s0", "s1"], "key": "k03"}, keep={"synthetic": True})
     assert sorted(rest.keys) == [f"k{i:02d}" for i in range(20) if i % 4 in (2, 3) and i != 3]
+    pairs = list(zip(*(ShardSet.open(finished).column(name) for name in ("language", "speaker")), strict=True))
+    together = ShardSet.open(finished, drop={"language/speaker": ["el/s1", "de/s0"]})
+    assert len(together) == sum(pair not in {("el", "s1"), ("de", "s0")} for pair in pairs) < 20
+    assert ("el", "s1") in pairs and {"el", "de"} <= set(together.column("language"))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,11 @@ def test_filters(finished: Path) -> None:
         ({"drop": {"language": ["de", "el", "fr"]}}, "no sample is left by the filter: without language"),
         ({"keep": {"corpus": "made_up"}}, "no sample has corpus 'made_up': did you mean made-up?"),
         ({"drop": {"key": ["k99x"]}}, "no sample has key 'k99x'"),
+        (
+            {"drop": {"corpus/speaker": ["made-up/s9"]}},
+            "no sample has corpus/speaker 'made-up/s9': did you mean made-up/s",
+        ),
+        ({"drop": {"corpus/key": ["made-up/k01"]}}, "no field 'corpus/key' to filter by"),
         ({"keep": {"langauge": "de"}}, "no field 'langauge' to filter by: did you mean language?"),
         ({"keep": {"duration": 5}}, r"a filter by duration is \[shortest, longest\]"),
     ],
