@@ -17,11 +17,15 @@ class PassingError(UserError):
 
 
 class Stopped(Exception):
-    """A job was asked to stop. A training has saved `step` on every rank; an evaluation has none, and begins anew."""
+    """A job was asked to stop. A training has saved `step` on every rank; an evaluation has none, and begins anew.
 
-    def __init__(self, reason: str, step: int | None) -> None:
+    where: in place of that, what is said behind "stopped".
+    """
+
+    def __init__(
+        self, reason: str, step: int | None, where: str = "before the end; the same command begins anew"
+    ) -> None:
         self.reason, self.step = reason, step
-        where = "before the end; the same command begins anew"
         if step is not None:
             where = f"at step {step}; the same command continues from there"
         super().__init__(f"{reason}: stopped {where}")
