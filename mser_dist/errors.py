@@ -19,13 +19,11 @@ class PassingError(UserError):
 class Stopped(Exception):
     """A job was asked to stop. A training has saved `step` on every rank; an evaluation has none, and begins anew.
 
-    where: in place of that, what is said behind "stopped".
+    where: what else is said of it, in place of these two.
     """
 
-    def __init__(
-        self, reason: str, step: int | None, where: str = "before the end; the same command begins anew"
-    ) -> None:
+    def __init__(self, reason: str, step: int | None, where: str = "") -> None:
         self.reason, self.step = reason, step
         if step is not None:
             where = f"at step {step}; the same command continues from there"
-        super().__init__(f"{reason}: stopped {where}")
+        super().__init__(f"{reason}: stopped {where or 'before the end; the same command begins anew'}")

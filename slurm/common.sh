@@ -14,8 +14,10 @@ SRUN_ARGS=()                                    # more options of srun
 # export NCCL_IB_HCA=mlx5                       # the InfiniBand adapters to use
 # export HF_HOME=/shared/huggingface            # models fetched beforehand …
 # export HF_HUB_OFFLINE=1                       # … where compute nodes have no way out
+# export MSER_FEATURES=/shared/features         # what frozen encoders make of the clips; default: ~/.cache/mser_dist/features
 # export MLFLOW_TRACKING_URI=http://mlflow:5000 # default: mlflow.db beside the run folder
 # ---- the same at every site ------------------------------------------------------------------------------------------
+VERB_ARGS=()                                    # options of the verb that a job script adds
 
 command -v "$MSER" >/dev/null || {
   echo "${SLURM_JOB_NAME:-mser}: no command $MSER: run 'make install' in $MSER_HOME, or export MSER=/path/to/mser" >&2
@@ -48,7 +50,7 @@ run_on_all() {
   trap : TERM INT USR1 USR2
   # From SLURM 22.05 on srun does not inherit --cpus-per-task. One rank's death ends the step, or its peers would hang.
   srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" "${SRUN_ARGS[@]}" \
-    bash "$MSER_HOME/slurm/task.sh" "${MSER_TASK:-$MSER}" "$verb" "$config" "$@" &
+    bash "$MSER_HOME/slurm/task.sh" "${MSER_TASK:-$MSER}" "$verb" "$config" "$@" "${VERB_ARGS[@]}" &
   local srun=$!
   # srun waits for ever for a task whose node does not answer any more: not so once another task has failed. It has no
   # part in the output, or a reader of that would wait for its last `sleep`.

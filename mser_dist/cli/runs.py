@@ -1,8 +1,9 @@
-"""The verbs of the ``mser`` command that train and evaluate: demo, train, eval, folds, config."""
+"""The verbs of the ``mser`` command that train and evaluate: demo, train, eval, features, folds, config."""
 
 import argparse
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mser_dist import tables
@@ -52,6 +53,20 @@ repeats from its config.yaml. In MLflow they are children of one run, which has 
 
 Ctrl-C ends it with exit code 75, and the same command goes on: what is done is not done again.
 """
+_FEATURES_HELP = """\
+Compute ahead what a frozen encoder makes of the clips of a training (its training and validation split) or of an
+evaluation, so that the run itself begins at once: each clip once, kept on a disk, found by every later run that has the
+same encoder. A run without it does the same when it starts.
+
+  mser features my_stage1.yaml --dry-run                         how much there is to do
+  mser features my_stage1.yaml --nproc 2                         two processes on this machine
+  mser features my_stage1.yaml encoder.cache_dir=/shared/features --part 0/8
+  sbatch --array=0-7 slurm/features.sh my_stage1.yaml            a job array: each job one of eight parts
+
+Parts are counted from 0, as SLURM counts the jobs of an array. They share a folder that all see: encoder.cache_dir, or
+MSER_FEATURES, here and in the run that reads them. Stopped (Ctrl-C, TERM, USR1 or USR2: exit code 75), the same command
+goes on with what is missing.
+"""
 
 
 def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -74,10 +89,13 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     for name, run, help, more in (
         ("train", _train, "train stage 1 or stage 2 from a config", _TRAIN_HELP),
         ("eval", _eval, "zero-shot evaluation of finished runs", _EVAL_HELP),
+        ("features", _features, "compute a frozen encoder's features ahead of a run", _FEATURES_HELP),
     ):
         sub = verb(name, run, help, more)
         config_words(sub)
         sub.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine")
+    sub.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="only the I-th of N parts, I from 0")
+    sub.add_argument("--dry-run", action="store_true", help="only say how much there is to do")
 
     folds = verb("folds", _folds, "cross-validation by speaker: train and evaluate every fold, and pool", _FOLDS_HELP)
     config_words(folds)
@@ -105,7 +123,15 @@ def _demo(options: argparse.Namespace) -> None:
     )
 
 
-def _ranks(options: argparse.Namespace, verb: str) -> int | None:
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = (int(found[1]), int(found[2])) if found else (0, 0)
+    if part[0] >= part[1]:
+        raise UserError(f"--part {text}: give it as I/N, the I-th of N parts, with I from 0 to N-1, e.g. --part 0/8")
+    return part
+
+
+def _ranks(options: argparse.Namespace, verb: str, more: Sequence[str] = ()) -> int | None:
     """Start the ranks of ``--nproc``; None where this process is itself a rank."""
     if options.nproc is None or "RANK" in os.environ:
         return None
@@ -114,7 +140,7 @@ def _ranks(options: argparse.Namespace, verb: str) -> int | None:
     from mser_dist.jobs.local_ranks import local
 
     debug = ["--debug"] if options.debug else []
-    return local(options.nproc, [verb, options.config, *options.words, *debug])
+    return local(options.nproc, [verb, options.config, *options.words, *more, *debug])
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -161,6 +187,23 @@ def _folds(options: argparse.Namespace) -> None:
     from mser_dist.cli.folds import folds
 
     folds(options.config, options.words, stage2=options.stage2, number=options.folds, nproc=options.nproc)
+
+
+def _features(options: argparse.Namespace) -> int:
+    from mser_dist.config.file import load_any
+
+    config = load_any(options.config, options.words)
+    more = ["--part", "/".join(map(str, options.part)), *(["--dry-run"] if options.dry_run else [])]
+    code = _ranks(options, "features", more)
+    if code is not None:
+        return code
+    with preempt.listen():
+        from mser_dist.jobs.features import encode_ahead
+        from mser_dist.ranks import distributed
+
+        encode_ahead(config, options.part, options.dry_run)
+    distributed.shutdown()
+    return 0
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from mser_dist.stream.examples import Examples, pad_speech
 from mser_dist.stream.loader import BadClips, Request, answers
 from mser_dist.tables import count
 
+STOPPED = "while it encoded the clips; the same command goes on with those that are missing"
 BATCH = 8  # clips a round: between two, the ranks ask each other whether to stop
 
 
@@ -40,12 +42,37 @@ class Encoded:
         return torch.zeros(1, self._store.layers, self._store.width, dtype=self._store.dtype)
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """A clip to encode."""
 
     variant: int
     clip: int  # its number in the set
     key: int
+
+
+class Outlook(NamedTuple):
+    """What there is to encode of some clips, and what is kept already."""
+
+    store: FeatureStore
+    keys: list[NDArray[np.uint64]]  # (k,) of each variant
+    located: list[Located]  # (k,) of each variant
+    jobs: list[Job]  # what is missing, each recording once; like lengths together
+    need: int  # bytes of all the features, about
+
+    @property
+    def recordings(self) -> int:
+        """Different ones among the clips and their variants."""
+        return len(np.unique(np.concatenate(self.keys)))
+
+    def share(self, part: tuple[int, int]) -> list[Job]:
+        """What one part of several encodes: by the clips' keys, so whatever the others have done meanwhile."""
+        number, parts = part
+        return [job for job in self.jobs if job.key % parts == number]
+
+
+def in_bytes(size: int) -> str:
+    """A size for a person."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
 def encode_once(
@@ -56,6 +83,7 @@ def encode_once(
     *,
     workers: int = 0,
     wanted: NDArray[np.int64] | None = None,
+    part: tuple[int, int] = (0, 1),
     go_on: Callable[[], object] = lambda: None,
     title: str = "encode",
 ) -> str:
@@ -64,16 +92,16 @@ def encode_once(
     Collective: every clip that has none yet is encoded by one rank. What one job encodes, all later ones find. The
     encoder computes where it is and in its dtype.
 
-    wanted: (k,) numbers of the clips that will be read; None: all. go_on: asked between two rounds on every rank; it
-    raises to stop, on all of them.
+    wanted: (k,) numbers of the clips that will be read; None: all. part: (i, n), of n jobs that share the work this is
+    number i, from 0: it encodes its part of what is missing and gives `clips` nothing. go_on: asked between two rounds
+    on every rank; it raises to stop, on all of them.
 
     Raises `UserError`, on every rank, for more unreadable clips than allowed, a disk that is full, or a cache that is
     asked for and cannot hold the features. With cache=auto that has no features, the line says why.
     """
-    augment = clips.augment
     if cache.cache == "off":
         return "features: encoded anew at each step (encoder.cache=off)"
-    if augment and not augment.variants:
+    if clips.augment and not clips.augment.variants:
         if cache.cache != "auto":
             raise UserError(
                 f"encoder.cache={cache.cache} keeps features of clips that data.augment changes anew at each step: set "
@@ -82,33 +110,51 @@ def encode_once(
         return (
             "features: encoded anew at each step, as data.augment changes the clips (data.augment.variants bounds it)"
         )
-    variants = augment.variants if augment else 1
     index = np.arange(len(clips)) if wanted is None else wanted
     address = address_of(frozen, clips)
-    need = bytes_of(clips, frozen, index) * variants
+    need = bytes_of(clips, frozen, index) * _variants(clips)
     root, node, why_not = choose(cache, address, need, world)
     if root is None:
         if cache.cache != "auto":
             raise UserError(why_not)
         return f"features: encoded anew at each step ({why_not})"
+    found = outlook(clips, frozen, root, node, index)
+    store, located, jobs = found.store, found.located, found.share(part)
+    if jobs:
+        _encode(store, clips, frozen, jobs, node, world, workers, go_on, title)
+    if part != (0, 1):
+        return f"features: part {part[0]} of {part[1]}, {count(len(jobs), 'clip')} encoded in {store.folder}"
+    if jobs:
+        located = _locate(store, found.keys, node)
+    clips.encoded = Encoded(store, [_spread(own, index, len(clips)) for own in located])
+    size = f"{count(len(index) * _variants(clips), 'clip')}, {in_bytes(need)}"
+    return f"features: {size} in {store.folder} ({found.recordings - len(jobs)} were there)"
+
+
+def outlook(
+    clips: Examples, frozen: FrozenEncoder, root: Path, node: Node, index: NDArray[np.int64] | None = None
+) -> Outlook:
+    """What there is to encode of the clips `index` (k,), None: of all, for features in the folder `root`.
+
+    Collective. Changes nothing.
+    """
+    index = np.arange(len(clips)) if index is None else index
     encoder = frozen.encoder
-    store = FeatureStore(root, address, len(encoder.layers), encoder.width, frozen.dtype)
-    keys = [clips.keys(variant)[index] for variant in range(variants)]
+    store = FeatureStore(root, address_of(frozen, clips), len(encoder.layers), encoder.width, frozen.dtype)
+    keys = [clips.keys(variant)[index] for variant in range(_variants(clips))]
     located = _locate(store, keys, node)
     jobs = {  # each recording once
-        int(key): _Job(variant, int(i), int(key))
+        int(key): Job(variant, int(i), int(key))
         for variant, (there, own) in enumerate(zip(located, keys, strict=True))
         for i, key in zip(index[there.missing], own[there.missing], strict=True)
     }
-    if jobs:
-        # Like lengths together, and the ranks' shares alike.
-        order = sorted(jobs.values(), key=lambda job: (-clips.shards.duration[job.clip], job.clip))
-        _encode(store, clips, frozen, order, node, world, workers, go_on, title)
-        located = _locate(store, keys, node)
-    clips.encoded = Encoded(store, [_spread(found, index, len(clips)) for found in located])
-    there = len(np.unique(np.concatenate(keys))) - len(jobs)
-    size = f"{need / 2**30:.2f} GiB" if need >= 2**29 else f"{need / 2**20:.1f} MiB"
-    return f"features: {count(len(index) * variants, 'clip')}, {size} in {store.folder} ({there} were there)"
+    # Like lengths together, and the ranks' shares alike.
+    order = sorted(jobs.values(), key=lambda job: (-clips.shards.duration[job.clip], job.clip))
+    return Outlook(store, keys, located, order, bytes_of(clips, frozen, index) * _variants(clips))
+
+
+def _variants(clips: Examples) -> int:
+    return clips.augment.variants if clips.augment else 1
 
 
 def _locate(store: FeatureStore, keys: list[NDArray[np.uint64]], node: Node) -> list[Located]:
@@ -136,7 +182,7 @@ def _encode(
     store: FeatureStore,
     clips: Examples,
     frozen: FrozenEncoder,
-    jobs: list[_Job],
+    jobs: list[Job],
     node: Node,
     world: distributed.World,
     workers: int,
@@ -175,7 +221,7 @@ def _encode(
 
 
 def _encoded(
-    clips: Examples, frozen: FrozenEncoder, batches: list[list[_Job]], workers: int, bad: BadClips
+    clips: Examples, frozen: FrozenEncoder, batches: list[list[Job]], workers: int, bad: BadClips
 ) -> Generator[list[tuple[int, torch.Tensor]], None, None]:
     """(key, features) of each clip of a batch that can be read."""
     decoder = clips.decoder(pad_speech)

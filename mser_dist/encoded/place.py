@@ -61,6 +61,11 @@ def default_folder() -> Path:
     return Path(os.environ.get("MSER_FEATURES") or base / "mser_dist" / "features")
 
 
+def disk_folder(cache: CacheConfig) -> Path:
+    """Where cache=disk keeps features, of all encoders."""
+    return Path(cache.cache_dir).expanduser() if cache.cache_dir else default_folder()
+
+
 def choose(
     cache: CacheConfig, address: dict[str, Any], need: int, world: distributed.World
 ) -> tuple[Path | None, Node, str]:
@@ -75,7 +80,7 @@ def choose(
         problem = _ram_problem(root, need) if node.rank == 0 else None
         problem = next((found for found in distributed.gather(problem) if found), None)
         return (None if problem else root), node, problem or ""
-    root = Path(cache.cache_dir).expanduser() if cache.cache_dir else default_folder()
+    root = disk_folder(cache)
     problem = _disk_problem(root, cache, address, need) if world.is_main else None
     problem = distributed.agree(problem)
     return (None if problem else root), everyone, problem or ""

@@ -33,6 +33,7 @@ from mser_dist.ranks.watchdog import Watchdog
 from mser_dist.runs import folder as run_folder
 from mser_dist.runs.record import status_of
 from mser_dist.runs.tracking import tracked
+from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream import steps
 from mser_dist.stream.examples import Examples, open_evaluation_clips, pad_speech
 from mser_dist.stream.loader import Collate
@@ -100,6 +101,24 @@ def validate(
     return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
 
 
+def exports_of(config: cfg.Evaluation) -> dict[int, Path]:
+    """The exported model of each stage that is evaluated."""
+    runs = ((1, config.stage1), (2, config.stage2))
+    return {stage: exported.find(run, stage) for stage, run in runs if run}
+
+
+def open_shards(config: cfg.Evaluation, exports: dict[int, Path]) -> ShardSet:
+    """The clips to evaluate on."""
+    trained = {label for export in exports.values() for label in exported.read_card(export)["labels"]}
+    return open_evaluation_clips(config.data, trained)
+
+
+def clips_of(config: cfg.Evaluation, shards: ShardSet, card: dict[str, Any]) -> Examples:
+    """The clips as the encoder of an export, by its card, is fed them."""
+    data = config.data
+    return Examples(shards, data.labels, exported.features_of(card), data.max_seconds, max_bad=data.max_bad)
+
+
 def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     """Evaluate finished runs and return {"zero_shot": rows, "warnings": lines, …}; writes ``<out>/``: the table,
     predictions and plots.
@@ -111,10 +130,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data, dtype = config.data, getattr(torch, config.dtype)
     attention = choose(config.attention, dtype, device)
-    runs: dict[int, str] = {stage: run for stage, run in ((1, config.stage1), (2, config.stage2)) if run}
-    exports = {stage: exported.find(run, stage) for stage, run in runs.items()}
-    trained = {label for export in exports.values() for label in exported.read_card(export)["labels"]}
-    shards = open_evaluation_clips(data, trained)
+    exports = exports_of(config)
+    shards = open_shards(config, exports)
     out = Path(config.out)
     if (out / "checkpoints").exists() or (out / "summary.json").exists():
         raise UserError(f"out={out} is the folder of a training run: name another one for the evaluation")
@@ -124,7 +141,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         for line in unused_keys(config, Facts()):
             distributed.warn(line)
         run_folder.prepare(out, to_yaml(config), anew=status_of(out) in ("FINISHED", "FAILED"))
-    links = {f"mser.stage{stage}_run_id": Path(run) for stage, run in runs.items()}
+    links = {f"mser.stage{stage}_run_id": export.parent for stage, export in exports.items()}
     tags = {"mser.stage": "eval"}
     watchdog = Watchdog(world, silence=120.0, stall=30 * 60.0)
     with (
@@ -136,7 +153,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         said: list[str] = []
         for stage, export in exports.items():
             title, card = f"evaluate stage {stage}", exported.read_card(export)
-            clips = Examples(shards, data.labels, exported.features_of(card), data.max_seconds, max_bad=data.max_bad)
+            clips = clips_of(config, shards, card)
             scorer = _scorer(stage, export, data.labels, attention, dtype, device)
 
             def go_on(title: str = title) -> bool:
@@ -187,6 +204,7 @@ def _heard(
     frozen, workers = speech.frozen, config.data.workers
     line = "features: by an encoder that was trained"
     if frozen is not None:
+        frozen.to("cuda" if torch.cuda.is_available() else "cpu")
         line = encode_once(clips, frozen, config.encoder, world, workers=workers, go_on=go_on)
     trained = speech.statistics
     if frozen is None or trained is None:

@@ -155,6 +155,14 @@ def load_speech(export: Path, attention: Attention) -> SpeechModel:
     return speech
 
 
+def load_frozen(export: Path, attention: Attention) -> FrozenEncoder:
+    """The encoder of an export of either stage alone, frozen."""
+    speech = load_speech(export, attention)
+    speech.freeze_encoder()
+    assert speech.frozen is not None
+    return speech.frozen
+
+
 def load_aligner(export: Path, attention: Attention, dtype: torch.dtype = torch.float32) -> Aligner:
     """The whole stage-1 model (without its text tower, which `card["text"]` names)."""
     card = read_card(export)

@@ -23,9 +23,11 @@ class FrozenEncoder:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder.requires_grad_(False).eval()
+        self._sha256: str | None = None
 
     def to(self, device: str, dtype: torch.dtype | None = None) -> "FrozenEncoder":
         """Move it, in place; parameters to `dtype`, while buffers stay as they are."""
+        self._sha256 = None
         for parameter in self.encoder.parameters():
             parameter.data = parameter.data.to(dtype or parameter.dtype)
         self.encoder.to(device)
@@ -48,11 +50,14 @@ class FrozenEncoder:
             ]
 
     def sha256(self) -> str:
-        """Of the weights and of what the config makes of them."""
+        """Of the weights, in their dtype, and of what the config makes of them. Computed once: they do not change."""
+        if self._sha256 is not None:
+            return self._sha256
         fields: dict[str, Any] = encoder_config(self.encoder).to_dict()
         config = {k: v for k, v in fields.items() if not k.startswith("_") and k not in _NOT_OF_THE_MODEL}
         digest = hashlib.sha256(json.dumps([self.encoder.settings(), config], sort_keys=True).encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        self._sha256 = digest.hexdigest()
+        return self._sha256

@@ -18,7 +18,7 @@ from mser_dist import config as cfg
 from mser_dist import deepspeed_parts
 from mser_dist.config.file import to_yaml
 from mser_dist.config.without_effect import Facts, unused_keys
-from mser_dist.encoded.encode import encode_once
+from mser_dist.encoded.encode import STOPPED, encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped, UserError
 from mser_dist.models import exported
@@ -31,6 +31,7 @@ from mser_dist.shards.shard_set import ShardSet
 from mser_dist.state.checkpoint import Checkpoints
 from mser_dist.stream import steps
 from mser_dist.stream.examples import Examples, open_clips, open_training_clips
+from mser_dist.stream.features import Features
 from mser_dist.stream.plan import START, Plan, Position
 from mser_dist.training import stages
 from mser_dist.training.engine import Engine, resolve_json
@@ -206,19 +207,7 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     config, world, data = setup.config, setup.world, setup.config.data
     torch.manual_seed(config.seed)  # the same weights on every rank …
     stage = stages.build(config, setup.attention, setup.device, setup.ds_json)
-    examples = Examples(
-        setup.shards,
-        data.labels,
-        stage.features,
-        data.max_seconds,
-        config.seed,
-        shuffle_labels=data.shuffle_labels,
-        augment=data.augment,
-        max_bad=data.max_bad,
-    )
-    validation = None
-    if setup.held_out is not None:
-        validation = Examples(setup.held_out, data.labels, stage.features, data.max_seconds, max_bad=data.max_bad)
+    examples, validation = clips_of(setup, stage.features)
     told = _hear(setup, stage, examples, validation, flag)
     setup.watchdog.tick("starting DeepSpeed")
     engine = Engine(stage.model, config, world, setup.total, setup.device)
@@ -272,12 +261,12 @@ def _hear(
     def go_on() -> None:
         setup.watchdog.tick("encoding the clips")
         if number := distributed.most([flag.number])[0]:
-            raise Stopped(signal.Signals(number).name, None)
+            raise Stopped(signal.Signals(number).name, None, STOPPED)
 
     told: list[str] = []
-    sets = [(examples, _wanted(setup)), *([(validation, None)] if validation else [])]
-    for clips, wanted in sets:
-        line = encode_once(clips, frozen, config.encoder, world, workers=workers, wanted=wanted, go_on=go_on)
+    sets = [(examples, wanted(setup)), *([(validation, None)] if validation else [])]
+    for clips, read in sets:
+        line = encode_once(clips, frozen, config.encoder, world, workers=workers, wanted=read, go_on=go_on)
         told += [line] if line not in told else []
     if speech.normalize != "none":
         speech.statistics = statistics_of(examples, frozen, speech.normalize, world, workers=workers, go_on=go_on)
@@ -289,7 +278,25 @@ def _hear(
     return told
 
 
-def _wanted(setup: Setup) -> np.ndarray | None:
+def clips_of(setup: Setup, features: Features) -> tuple[Examples, Examples | None]:
+    """The clips that are trained on and those of the validation, as an encoder is fed them."""
+    config, data = setup.config, setup.config.data
+    examples = Examples(
+        setup.shards,
+        data.labels,
+        features,
+        data.max_seconds,
+        config.seed,
+        shuffle_labels=data.shuffle_labels,
+        augment=data.augment,
+        max_bad=data.max_bad,
+    )
+    if setup.held_out is None:
+        return examples, None
+    return examples, Examples(setup.held_out, data.labels, features, data.max_seconds, max_bad=data.max_bad)
+
+
+def wanted(setup: Setup) -> np.ndarray | None:
     """(k,) the clips that a training reads, where it is shorter than one pass over them; None: all."""
     config = setup.config
     if setup.total * config.train.global_batch >= len(setup.shards) or config.data.batching == "tokens":

@@ -68,12 +68,13 @@ def test_help_and_version() -> None:
     done = mser("--help")
     assert done.returncode == 0
     assert all(
-        verb in done.stdout for verb in ("demo", "train", "eval", "config", "synth", "pack", "inspect", "verify")
+        verb in done.stdout
+        for verb in ("demo", "train", "eval", "features", "config", "synth", "pack", "inspect", "verify")
     )
     assert mser("--version").stdout.strip() == f"mser {__version__}"
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "eval", "config", "synth", "pack", "inspect", "verify"])
+@pytest.mark.parametrize("verb", ["demo", "train", "eval", "features", "config", "synth", "pack", "inspect", "verify"])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([verb, "--help"])

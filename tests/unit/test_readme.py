@@ -97,7 +97,9 @@ def take(words: list[str], in_a_sentence: bool = False) -> None:
         return
     options, rest = parser.parse_known_args(words)
     assert not [word for word in rest if word.startswith("-")], words
-    if words[0] in ("train", "eval"):
+    if words[0] == "features":
+        load_any(options.config, options.words)
+    elif words[0] in ("train", "eval"):
         (load_training if words[0] == "train" else load_evaluation)(options.config, [*options.words, *rest])
     elif words[0] == "config" and options.config:
         load_any(options.config, options.words)
@@ -115,7 +117,8 @@ def take_sbatch(words: list[str]) -> None:
         take(["pack", *arguments])
     elif script.startswith("slurm/"):
         kind = Path(script).stem
-        take(["eval" if kind == "eval" else "train", *(arguments or [f"demo_{kind}"])])
+        verb = kind if kind in ("eval", "features") else "train"
+        take([verb, *(arguments or ["demo_stage1" if kind == "features" else f"demo_{kind}"])])
 
 
 class _ParsedError(Exception):

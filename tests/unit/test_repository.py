@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"mser_dist", "ds_configs", "slurm", "tests", "tools"}
 PYTHON_FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 SHELL_FILES = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "tools").glob("*.sh")), ROOT / ".ci" / "run"]
-VERBS = {"stage1": "train", "stage2": "train", "eval": "eval"}
+VERBS = {"features": "features", "stage1": "train", "stage2": "train", "eval": "eval"}
+PRESETS = {"features": "stage1"}  # of job scripts that have none of their own
 STAGES = tuple(VERBS)
 
 
@@ -54,7 +55,7 @@ def test_shell_scripts_parse(path: Path) -> None:
 
 
 def run_job_script(
-    stage: str, spool: Path, arguments: list[str], home: Path | None = ROOT
+    stage: str, spool: Path, arguments: list[str], home: Path | None = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a job script as SLURM does, from a copy; the `srun` it finds prints its arguments and some variables."""
     script = spool / "slurm_script"
@@ -69,6 +70,7 @@ def run_job_script(
         "SLURM_CPUS_PER_TASK": "3",
         "RANK": "5",
         "SLURM_SUBMIT_DIR": str(home or spool),
+        **env,
     }
     return subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, env=environment, cwd=spool)
 
@@ -89,8 +91,17 @@ def test_job_scripts_hand_config_and_overrides_to_train(
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     task = ["bash", str(ROOT / "slurm" / "task.sh")]
-    expected = [*task, "/bin/true", VERBS[stage], *(word.format(stage=stage) for word in train)]
+    words = [word.format(stage=PRESETS.get(stage, stage)) for word in train]
+    expected = [*task, "/bin/true", VERBS[stage], *words, *(["--part", "0/1"] if stage == "features" else [])]
     assert lines == ["--kill-on-bad-exit=1", "--cpus-per-task=3", *expected, "OMP=3 RANK=unset"]
+
+
+@pytest.mark.parametrize(("more", "part"), [({}, "3/8"), ({"SLURM_ARRAY_TASK_COUNT": "1", "MSER_PARTS": "8"}, "3/8")])
+def test_each_job_of_an_array_encodes_its_part(more: dict[str, str], part: str, tmp_path: Path) -> None:
+    """The second is one job of an array that is run again alone."""
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
+    done = run_job_script("features", tmp_path, ["my.yaml", "seed=1"], **array | more)
+    assert done.stdout.splitlines()[-6:-1] == ["features", "my.yaml", "seed=1", "--part", part], done.stderr
 
 
 @pytest.mark.parametrize("stage", STAGES)
