@@ -108,6 +108,10 @@ def _leave(debug: bool, message: str, code: int) -> int:
         print(f"mser: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if several and "torch" in sys.modules:
+        if "mser_dist.encoded.place" in sys.modules:
+            from mser_dist.encoded.place import give_back
+
+            give_back()
         os._exit(code)  # a normal exit would wait in the process group's destructor for peers that are still at work
     return code
 

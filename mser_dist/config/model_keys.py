@@ -80,8 +80,11 @@ class EncoderConfig(CacheConfig):
         "last", "hidden states that are used: last, numbers (0: before the first layer), or all; several are mixed"
     )
     stride: PositiveInt = opt(1, "so many frames of 20 ms are averaged into one")
-    normalize: Literal["none", "corpus", "speaker"] = opt(
-        "none", "a frozen encoder's features by mean and spread of each corpus, or speaker, without its labels"
+    combine: Literal["mix", "concat"] = opt(
+        "mix", "several layers: mix (one learned share each, which add up to 1) | concat (side by side)"
+    )
+    normalize: Literal["none", "overall", "corpus", "speaker"] = opt(
+        "none", "a frozen encoder's features by mean and spread of all training clips, of the corpus, or the speaker"
     )
     pad_seconds: PositiveFloat | None = opt(
         None, "pad clips with silence to this length; the encoder attends to it, and nothing behind the encoder does"

@@ -59,6 +59,7 @@ _NEVER = "data.augment.probability is 0"
 _NO_EMOTION_TERM = "contrastive.alpha is 0"
 _NO_PARALLEL = "no two clips of the set share a source_id"
 _TRAINED = "the encoder is trained, so that its features change"
+_ONE_LAYER = "encoder.layers names one layer"
 _NO_DISK = "encoder.cache is neither auto nor disk"
 _INIT = "init_from brings the encoder and the Q-Former"
 RULES = (
@@ -89,6 +90,7 @@ RULES = (
     Rule("encoder.cache_dir", _on_disk, _NO_DISK),
     Rule("encoder.cache_gb", _frozen, _TRAINED),
     Rule("encoder.cache_gb", _on_disk, _NO_DISK),
+    Rule("encoder.combine", lambda c, f: c.encoder.layers != "last" and len(c.encoder.layers) > 1, _ONE_LAYER),
     Rule("encoder.pretrained", lambda c, f: c.init_from is None, _INIT),
     Rule("encoder.allow_missing", lambda c, f: c.encoder.pretrained is not None, "encoder.pretrained is not set"),
     Rule("encoder.allow_missing", lambda c, f: c.init_from is None, _INIT),

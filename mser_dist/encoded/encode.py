@@ -1,7 +1,7 @@
 """What a frozen encoder makes of the clips, computed once by all ranks together, and read by the data workers."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,24 +200,25 @@ def _encode(
         store.writer() as writer,
         closing(_encoded(clips, frozen, [batch for batch in batches if batch], workers, bad)) as made,
     ):
-        for number, batch in enumerate([*batches, None]):
-            try:
-                if batch is None:
-                    writer.publish()
-                for key, features in next(made) if batch else ():
-                    writer.add(key, features)
-            except UserError as error:
-                problem = str(error)
-            if distributed.most([int(problem is not None)])[0]:
-                break
-            try:
+        try:
+            for number, batch in enumerate([*batches, None]):
+                try:
+                    if batch is None:
+                        writer.publish()
+                    for key, features in next(made) if batch else ():
+                        writer.add(key, features)
+                except UserError as error:
+                    problem = str(error)
+                if distributed.most([int(problem is not None)])[0]:
+                    break
                 go_on()
-            except BaseException:
-                writer.publish()  # so that what is encoded is not lost
-                raise
-            shown.update(min((number + 1) * BATCH * node.size, len(jobs)) - shown.n)
-        if found := next((said for said in distributed.gather(problem) if said), None):
-            raise UserError(found)
+                shown.update(min((number + 1) * BATCH * node.size, len(jobs)) - shown.n)
+            if found := next((said for said in distributed.gather(problem) if said), None):
+                raise UserError(found)
+        except BaseException:
+            with suppress(UserError):  # of a full disk it is said already
+                writer.publish()  # so that what is encoded is not lost, whatever has happened, here or to a peer
+            raise
 
 
 def _encoded(

@@ -13,7 +13,7 @@ from mser_dist.ranks import distributed
 from mser_dist.stream.examples import Examples, pad_speech
 from mser_dist.stream.loader import BadClips, Request, answers
 
-MOST = 1000  # clips of a group that are listened to: the mean of so many is known to 3 % of their spread
+MOST = 2000  # clips of a group that are listened to: the mean of so many is known to 2 % of their spread
 BATCH = 8
 
 
@@ -27,13 +27,14 @@ def statistics_of(
     parent: Statistics | None = None,
     go_on: Callable[[], object] = lambda: None,
 ) -> Statistics:
-    """The statistics of `clips` by `mode` (corpus or speaker), of at most `MOST` clips a group, drawn by a seed.
+    """The statistics of `clips` by `mode` (as encoder.normalize), of at most `MOST` clips a group, drawn by a seed.
 
     Collective: each rank listens to its share. Clips are read as `encode_once` left them, else encoded. parent: what
     groups of few clips are drawn to; None: the mean of these clips' own corpora. Clips that cannot be read are left
     out. go_on: as of `encode_once`.
     """
-    names = speakers_of(clips.shards) if mode == "speaker" else corpora_of(clips.shards)
+    of = {"overall": lambda shards: ["all"] * len(shards), "corpus": corpora_of, "speaker": speakers_of}
+    names = of[mode](clips.shards)
     groups = sorted(set(names))
     number = {name: i for i, name in enumerate(groups)}
     group = np.array([number[name] for name in names])

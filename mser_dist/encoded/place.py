@@ -1,10 +1,10 @@
 """Where features are kept: on a disk, found by what they depend on, or in the memory of each node."""
 
+import atexit
 import os
 import secrets
 import shutil
 import socket
-import weakref
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -103,13 +103,20 @@ def _ram_problem(root: Path, need: int) -> str | None:
             f"encoder.cache=memory: the features take {need / 1e9:.2f} GB, and {RAM} has {free / 1e9:.2f} GB free: set "
             "encoder.cache=disk, or a larger encoder.stride"
         )
-    weakref.finalize(distributed, _remove_own, root, os.getpid())  # at the end of the process
+    if not _own:
+        atexit.register(give_back)
+    _own.append((root, os.getpid()))
     return None
 
 
-def _remove_own(root: Path, pid: int) -> None:
-    if os.getpid() == pid:
-        shutil.rmtree(root, ignore_errors=True)
+_own: list[tuple[Path, int]] = []  # folders in memory, and who made them: a forked worker is not the one to remove them
+
+
+def give_back() -> None:
+    """Remove this process' folders in memory: at its end, and by whoever ends it without Python's own end."""
+    for root, pid in _own:
+        if os.getpid() == pid:
+            shutil.rmtree(root, ignore_errors=True)
 
 
 def _disk_problem(root: Path, cache: CacheConfig, address: dict[str, Any], need: int) -> str | None:

@@ -212,7 +212,9 @@ def _heard(
         return
     bind(clips, trained)
     yield False, line
-    speech.statistics = statistics_of(clips, frozen, trained.mode, world, workers=workers, parent=trained, go_on=go_on)
+    # Speakers and not corpora, where training knows neither: a speaker is of a corpus.
+    mode = "speaker" if trained.mode == "overall" else trained.mode
+    speech.statistics = statistics_of(clips, frozen, mode, world, workers=workers, parent=trained, go_on=go_on)
     bind(clips, speech.statistics)
     yield True, f"adapted: {describe(speech.statistics)}, of this evaluation"
 

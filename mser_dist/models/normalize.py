@@ -39,7 +39,7 @@ def speakers_of(shards: ShardSet) -> list[Group]:
 class Statistics:
     """Mean and standard deviation of features (T, L, D) by group: (G, L, D) each, in float32.
 
-    mode: corpus or speaker, as encoder.normalize. clips: of how many each group's statistics are.
+    mode: overall, corpus or speaker, as encoder.normalize. clips: of how many each group's statistics are.
     """
 
     def __init__(self, mode: str, groups: Mapping[Group, int], mean: Tensor, std: Tensor) -> None:

@@ -29,6 +29,8 @@ class SpeechModel(nn.Module):
         encoder: Encoder,
         qformer: Blip2QFormerModel,
         queries: int,
+        *,
+        concat: bool = False,
         pool: bool = False,
         feature_dropout: float = 0.0,
     ) -> None:
@@ -39,11 +41,13 @@ class SpeechModel(nn.Module):
         self.queries = nn.Parameter(torch.randn(1, queries, qformer.config.hidden_size) * 0.02)
         self.query_count = queries  # `queries` itself has no shape while ZeRO-3 has it partitioned
         # What a mean over time says of emotion is much, and a Q-Former of few clips is long in finding it.
-        self.pool = nn.Linear(encoder.width, self.width) if pool else None
+        self.pool = nn.Linear(qformer.config.encoder_hidden_size, self.width) if pool else None
         self.feature_dropout = feature_dropout
         self.layers = encoder.layers
         # SUPERB's way (arXiv 2105.01051): a softmax over the layers says how much of each is heard.
-        self.layer_mix = nn.Parameter(torch.zeros(len(self.layers))) if len(self.layers) > 1 else None
+        self.concat = concat
+        several = len(self.layers) > 1 and not concat
+        self.layer_mix = nn.Parameter(torch.zeros(len(self.layers))) if several else None
         self.normalize = "none"  # corpus or speaker: `statistics` are wanted
         self.statistics: Statistics | None = None  # by which the features are normalised
         self._shares: Tensor | None = None  # of the last forward pass: between two, ZeRO-3 has the mix in parts
@@ -96,7 +100,7 @@ class SpeechModel(nn.Module):
             kept = torch.rand(len(features), 1, *features.shape[2:], device=features.device) >= self.feature_dropout
             features = features * kept / (1 - self.feature_dropout)
         if self.layer_mix is None:
-            heard = features[:, :, 0]  # (B, T, D)
+            heard = features.flatten(2)  # (B, T, L · D)
         else:
             shares = self.layer_mix.float().softmax(0)  # (L,)
             heard = torch.einsum("btld,l->btd", features, shares.to(features.dtype))
@@ -135,12 +139,15 @@ def build_qformer(config: cfg.QFormerConfig, encoder_width: int, attention: Atte
 def build_speech(encoder: cfg.EncoderConfig, qformer: cfg.QFormerConfig, attention: Attention) -> SpeechModel:
     """A fresh speech model for stage 1."""
     speech_encoder = build_encoder(encoder, attention)
+    concat = encoder.combine == "concat"
+    width = speech_encoder.width * (len(speech_encoder.layers) if concat else 1)
     model = SpeechModel(
         speech_encoder,
-        build_qformer(qformer, speech_encoder.width, attention),
+        build_qformer(qformer, width, attention),
         qformer.queries,
-        qformer.pool,
-        qformer.feature_dropout,
+        concat=concat,
+        pool=qformer.pool,
+        feature_dropout=qformer.feature_dropout,
     )
     if encoder.freeze:
         model.freeze_encoder()
@@ -157,8 +164,8 @@ def speech_from_card(card: dict[str, Any], attention: Attention) -> SpeechModel:
     qformer_config = Blip2QFormerConfig.from_dict(
         {**card["qformer"], "attn_implementation": supported_by(Blip2QFormerModel, attention).kernel}
     )
-    more = card.get("pool", False), card.get("feature_dropout", 0.0)
-    model = SpeechModel(encoder, Blip2QFormerModel(qformer_config), card["queries"], *more)
+    more = {name: card[name] for name in ("concat", "pool", "feature_dropout") if name in card}  # from 0.3.0 on
+    model = SpeechModel(encoder, Blip2QFormerModel(qformer_config), card["queries"], **more)
     model.normalize = card.get("normalize", "none")
     return model
 
@@ -174,6 +181,7 @@ def speech_card(model: SpeechModel) -> dict[str, Any]:
         "normalize": model.normalize,
         "qformer": model.qformer.config.to_dict(),
         "queries": model.query_count,
+        "concat": model.concat,
         "pool": model.pool is not None,
         "feature_dropout": model.feature_dropout,
     }

@@ -204,7 +204,7 @@ class Run:
 
 def load(setup: Setup, flag: preempt.Flag) -> Run:
     """Build the model and its engine, and go back to the newest checkpoint. Collective."""
-    config, world, data = setup.config, setup.world, setup.config.data
+    config, world = setup.config, setup.world
     torch.manual_seed(config.seed)  # the same weights on every rank …
     stage = stages.build(config, setup.attention, setup.device, setup.ds_json)
     examples, validation = clips_of(setup, stage.features)

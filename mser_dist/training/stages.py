@@ -120,6 +120,7 @@ def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
     brought = {
         "encoder.layers": (wanted_layers, layers["numbers"]),
         "encoder.pad_seconds": (config.encoder.pad_seconds, card["features"]["pad_seconds"]),
+        "encoder.combine": (config.encoder.combine, "concat" if card.get("concat") else "mix"),
         "encoder.normalize": (config.encoder.normalize, card.get("normalize", "none")),
         "encoder.stride": (config.encoder.stride, layers["stride"]),
         "qformer.pool": (config.qformer.pool, card.get("pool", False)),

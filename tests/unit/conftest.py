@@ -1,6 +1,9 @@
 """What several unit tests start from."""
 
+import gc
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +21,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(finished: Path, tmp_path: Path) -> Path:
     """The same, to be damaged."""
     return Path(shutil.copytree(finished, tmp_path / "set"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted ({mounted.stderr.strip()}): run as root")
+    yield folder
+    gc.collect()  # a store that an error's traceback refers to has files open
+    subprocess.run(["umount", folder], check=True)

@@ -18,6 +18,7 @@ from mser_dist.errors import UserError
 from mser_dist.ranks import distributed
 from tests.unit.made_up_set import write_set
 
+VERBS = ["demo", "train", "eval", "features", "config", "synth", "pack", "inspect", "verify"]
 ROOT = Path(__file__).resolve().parents[2]
 # Stage 1 asks for little: a tiny encoder, the labels that the made-up set has, and no tracking.
 SMALL = ["data.labels=[happy, sad]", "data.workers=0", "train.global_batch=4", "tracking.enabled=false"]
@@ -67,14 +68,11 @@ def test_the_parser_imports_nothing_heavy() -> None:
 def test_help_and_version() -> None:
     done = mser("--help")
     assert done.returncode == 0
-    assert all(
-        verb in done.stdout
-        for verb in ("demo", "train", "eval", "features", "config", "synth", "pack", "inspect", "verify")
-    )
+    assert all(verb in done.stdout for verb in VERBS)
     assert mser("--version").stdout.strip() == f"mser {__version__}"
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "eval", "features", "config", "synth", "pack", "inspect", "verify"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([verb, "--help"])

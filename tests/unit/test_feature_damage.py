@@ -1,10 +1,7 @@
 """The store of features where files are damaged, foreign or gone, or the disk is full: nothing wrong is ever read."""
 
 import errno
-import gc
 import resource
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -145,19 +142,6 @@ def test_the_default_warning_is_a_line_for_the_terminal(
 
 
 # ---- disks
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted ({mounted.stderr.strip()}): run as root")
-    yield folder
-    gc.collect()  # a store that an error's traceback refers to has files open
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_says_what_to_do_and_keeps_what_was_complete(small_disk: Path) -> None:

@@ -57,6 +57,7 @@ CASES = [
     Case("data.augment.gain_db", 1, "probability", "data.augment.gain_db=3", "data.augment.probability=0"),
     Case("data.augment.noise_snr_db", 1, "probability", "data.augment.noise_snr_db=5,9", "data.augment.probability=0"),
     Case("data.augment.variants", 1, "changes nothing", "data.augment.variants=3", "", "data.augment.speed=0.1"),
+    Case("encoder.combine", 1, "one layer", "encoder.combine=concat", "encoder.layers=2", "encoder.layers=all"),
     Case("encoder.cache", 1, "is trained", "encoder.cache=off", "", "encoder.freeze=true"),
     Case("encoder.cache_dir", 0, "neither", "encoder.cache_dir=a", "encoder.cache=off", "encoder.cache=disk"),
     Case("encoder.cache_dir", 1, "is trained", "encoder.cache_dir=a", "", "encoder.freeze=true"),
