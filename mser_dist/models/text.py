@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoModel, AutoTokenizer
 
+from mser_dist import deepspeed_parts
 from mser_dist.errors import UserError
 from mser_dist.models import pretrained, sources
 
@@ -42,7 +43,8 @@ class TextTower:
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
             tokens = self._tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(self.device)
-            hidden = self._model(**tokens).last_hidden_state  # (n, T, D)
+            with deepspeed_parts.plain_linear():  # the same bits in a process that has trained before
+                hidden = self._model(**tokens).last_hidden_state  # (n, T, D)
             mask = tokens["attention_mask"].unsqueeze(-1)
             mean = (hidden * mask).sum(1) / mask.sum(1)
             self._known.update(zip(part, torch.nn.functional.normalize(mean, dim=-1), strict=True))

@@ -184,6 +184,21 @@ def test_a_killed_rank_ends_the_job(work: Path) -> None:
     no_orphan(work)
 
 
+@pytest.mark.drill("encode-killed")
+def test_a_rank_killed_while_it_encodes_costs_what_it_had_in_hand(work: Path) -> None:
+    """The other one keeps what it has encoded; the next start encodes what is missing."""
+    words = stage1("runs/encoding", *PLAIN, "encoder.freeze=true", "encoder.cache_dir=features")
+    error = drilled("1|encoding the clips|KILL", *words, cwd=work, code=128 + 9)
+    assert "rank 1 was ended by SIGKILL" in error
+    no_orphan(work)
+    kept = list((work / "features").rglob("*.features"))
+    assert len(kept) == 1, "of rank 0, whole; what rank 1 had begun has no name yet"
+    output = mser(*words, *TWO, cwd=work)
+    there = int(output.split("features: 48 clips")[1].split(" were there")[0].rpartition("(")[2])
+    assert 0 < there < 48 and all(file.exists() for file in kept)
+    assert sorted(losses(work / "runs/encoding")) == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.drill("peer-frozen")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_frozen_rank_is_named_and_the_job_ends(work: Path, rank: int) -> None:

@@ -141,6 +141,18 @@ def test_bench_checkpoint(tmp_path: Path) -> None:
     assert all(row["stall_s_per_gib"] > 0 and row["durable_s_per_gib"] >= row["stall_s_per_gib"] for row in rows)
 
 
+def test_bench_features(tiny_set: Path, tmp_path: Path) -> None:
+    """One round on a set of 48 clips and on 32 synthetic ones, with an encoder from scratch."""
+    words = ["--set", tiny_set, "--clips", "8", "--batch", "8", "--epochs", "2", "--rounds", "1"]
+    words += ["encoder.pretrained=null", ENCODER, *QFORMER, "data.workers=0", "--json", tmp_path / "rows.json"]
+    done = run_tool("bench_features", *words)
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert list(rows) == ["off", "cached-epoch", "whole-run", "second-start", "memory"]
+    assert rows["off"]["ratio"] == 1 and all(rows[name]["clips_per_s"] > 0 for name in list(rows)[:3])
+    assert rows["second-start"]["seconds"] > 0 and rows["memory"]["mib_4x"] > 100
+
+
 def test_bench_contrastive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without open_clip, which would be installed; the first measurement in a process of its own, the others here."""
     from tools import bench_contrastive, contrastive_worker
@@ -210,7 +222,7 @@ def test_compare_losses(
 DRILLS = {
     "bitwise-resume", "kill9", "two-generations", "corrupt-checkpoint", "signal-one-rank", "slurm-preempt-requeue",
     "slurm-node-death", "submitit-timeout-requeue", "peer-killed", "peer-frozen", "nonfinite-one-rank", "disk-full",
-    "tracker-killed", "elastic-2-1-2", "time-limit", "broken-end",
+    "tracker-killed", "elastic-2-1-2", "time-limit", "broken-end", "encode-killed",
 }  # fmt: skip
 
 

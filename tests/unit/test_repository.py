@@ -100,7 +100,7 @@ def test_job_scripts_hand_config_and_overrides_to_train(
 def test_each_job_of_an_array_encodes_its_part(more: dict[str, str], part: str, tmp_path: Path) -> None:
     """The second is one job of an array that is run again alone."""
     array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
-    done = run_job_script("features", tmp_path, ["my.yaml", "seed=1"], **{**array, **more})  # type: ignore[arg-type]
+    done = run_job_script("features", tmp_path, ["my.yaml", "seed=1"], ROOT, **array | more)
     assert done.stdout.splitlines()[-6:-1] == ["features", "my.yaml", "seed=1", "--part", part], done.stderr
 
 
