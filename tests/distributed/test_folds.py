@@ -19,14 +19,14 @@ from mser_dist.cli import main as cli
 from mser_dist.config.file import load_evaluation, load_training
 from mser_dist.runs.record import run_id_of
 from mser_dist.shards.shard_set import ShardSet
-from tests.tiny_runs import ENCODER, LLM, QFORMER, TWO, lines, mser, start
+from tests.tiny_runs import ENCODER, LLM, QFORMER, lines, mser, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 WORDS = ["data.sets=shards", "data.languages=[en, de]", "data.workers=0", ENCODER, *QFORMER, "out=runs/cv"]
 WORDS += ["train.global_batch=8", "train.steps=3", "train.log_every=1", "stage2.train.steps=1", f"stage2.{LLM}"]
 WORDS += ["stage2.train.global_batch=8"]
-COMMAND = ["folds", "demo_stage1", *WORDS, "--stage2", "demo_stage2", "--folds", "2", *TWO]
+COMMAND = ["folds", "demo_stage1", *WORDS, "--stage2", "demo_stage2", "--folds", "2"]
 
 
 @pytest.fixture(scope="module")
