@@ -93,7 +93,7 @@ def write_clips(out: Path, count: int, seed: int = 0) -> None:
 def measure(bench: Bench, shards: Path, clips: int, epochs: int, rounds: int) -> list[dict[str, Any]]:
     """The rows of speed, and the peak of the first run with a cache."""
     epoch = max(2, round(clips / bench.batch))  # steps
-    off, cached, encoding, starts, peaks = ([] for _ in range(5))  # type: ignore[var-annotated]
+    off, cached, encoding, starts, peaks = ([] for _ in range(5))
     for number in range(rounds):
         features = bench.folder / f"features{number}"
         off += bench.train(shards, epoch, "off", features).steps

@@ -1,4 +1,4 @@
-"""The verbs of the ``mser`` command that train and evaluate: demo, train, eval, features, folds, config."""
+"""The verbs of the ``mser`` command that train and evaluate: demo, train, eval, features, folds, baseline, config."""
 
 import argparse
 import os
@@ -67,6 +67,32 @@ Parts are counted from 0, as SLURM counts the jobs of an array. They share a fol
 MSER_FEATURES, here and in the run that reads them. Stopped (Ctrl-C, TERM, USR1 or USR2: exit code 75), the same command
 goes on with what is missing.
 """
+_BASELINE_HELP = """\
+Baselines for a table of `mser eval`: what usual classifiers make of the same training clips, tested on the same clips
+with the same labels and metrics. CONFIG is that of a stage 1 with a frozen encoder (its data, encoder and seed are
+used; nothing is trained but the classifiers), EVAL that of an evaluation (its runs are not looked at).
+
+  mser baseline CONFIG --on EVAL
+  mser baseline CONFIG --on EVAL encoder.layers=3 on.data.sets=shards/nemo out=runs/nemo/baseline
+
+Words override keys of CONFIG; those that begin with on. override keys of EVAL; out is the folder of the table, by
+default that of EVAL with _baseline behind it.
+
+  majority                     the most frequent training label, for every clip
+  logistic_regression, svm     on the encoder's features, averaged over a clip's frames (several layers side by side),
+                               standardised; logistic regression (C=0.01), an SVM with an RBF kernel (C=1), whose time
+                               grows with the square of the clips; labels count alike, however many clips they have
+  egemaps_logistic_regression, the same on openSMILE's eGeMAPSv02 functionals, 88 numbers a clip. Only where openSMILE
+  egemaps_svm                  is installed, pip install 'mser-dist[opensmile]': its licence allows private use,
+                               research and education alone
+
+Each classifier has two sections of the table: as it is, and `adapted`, with every corpus (encoder.normalize=speaker:
+every speaker) brought to zero mean and unit variance by its own clips, training's and the test's, without labels.
+With encoder.normalize=corpus or speaker the first has training's so too, and the test clips by the mean of training's.
+Features are kept as those of a training (encoder.cache): what one has encoded, the other finds. data.workers processes
+decode, and compute eGeMAPS. A label of EVAL that no training clip has is never answered, and training labels that EVAL
+does not ask about are learned and not answered: set data.labels to those of EVAL to learn no others.
+"""
 
 
 def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -102,6 +128,13 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     folds.add_argument("--stage2", metavar="CONFIG2", help="train a stage 2 on each fold's stage 1, and evaluate both")
     folds.add_argument("--folds", type=int, metavar="K", help="default: 10, or the number of speakers if that is less")
     folds.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of each training (default: 1)")
+
+    baseline = verb("baseline", _baseline, "usual classifiers on the same clips, in the same table", _BASELINE_HELP)
+    config_words(baseline)
+    baseline.add_argument("--on", required=True, metavar="EVAL", help="config of an evaluation: what to test on")
+    baseline.add_argument(
+        "--only", type=lambda text: text.split(","), default=[], metavar="A,B", help="these systems alone, or egemaps"
+    )
 
     config = verb("config", _config, "list presets, print a resolved config, or explain the keys")
     config.add_argument("config", nargs="?", metavar="CONFIG", help="print this config with every default resolved")
@@ -204,6 +237,17 @@ def _features(options: argparse.Namespace) -> int:
         encode_ahead(config, options.part, options.dry_run)
     distributed.shutdown()
     return 0
+
+
+def _baseline(options: argparse.Namespace) -> None:
+    from mser_dist.config.file import load_baseline
+
+    config = load_baseline(options.config, options.on, options.words, options.only)
+    from mser_dist.evaluation.baseline import baseline
+    from mser_dist.evaluation.report import zero_shot_table
+
+    tables.show(zero_shot_table(baseline(config)["zero_shot"]))
+    print(f"table, predictions and plots: {config.out}")
 
 
 def _config(options: argparse.Namespace) -> None:

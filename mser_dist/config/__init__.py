@@ -2,6 +2,8 @@
 
 from mser_dist.config.data_keys import SIX_EMOTIONS, AugmentConfig, DataConfig, TrainingDataConfig
 from mser_dist.config.keys import (
+    BASELINES,
+    Baseline,
     Common,
     Dtype,
     EngineConfig,
@@ -12,6 +14,7 @@ from mser_dist.config.keys import (
     TrackingConfig,
     TrainConfig,
     batch_shape,
+    is_called,
 )
 from mser_dist.config.model_keys import (
     CacheConfig,
@@ -24,8 +27,10 @@ from mser_dist.config.model_keys import (
 )
 
 __all__ = [
+    "BASELINES",
     "SIX_EMOTIONS",
     "AugmentConfig",
+    "Baseline",
     "CacheConfig",
     "Common",
     "ContrastiveConfig",
@@ -45,4 +50,5 @@ __all__ = [
     "TrainConfig",
     "TrainingDataConfig",
     "batch_shape",
+    "is_called",
 ]

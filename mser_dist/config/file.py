@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from mser_dist.config import kinds
-from mser_dist.config.keys import Evaluation, Stage1, Stage2
+from mser_dist.config.keys import Baseline, Evaluation, Stage1, Stage2
 from mser_dist.config.validate import build
 from mser_dist.errors import UserError
 
@@ -195,8 +195,8 @@ def load_training(name: str, words: Sequence[str]) -> Stage1 | Stage2:
     return _checked(Stage1, tree, path, words) if stage == 1 else _checked(Stage2, tree, path, words)
 
 
-def load_evaluation(name: str, words: Sequence[str]) -> Evaluation:
-    """The checked config of ``mser eval NAME WORDS…``."""
+def load_evaluation(name: str, words: Sequence[str], **how: bool) -> Evaluation:
+    """The checked config of ``mser eval NAME WORDS…``; `how` is as for `Evaluation.check`."""
     path = find_config(name)
     tree = read_yaml(path)
     if "stage" in tree:
@@ -207,7 +207,29 @@ def load_evaluation(name: str, words: Sequence[str]) -> Evaluation:
         )
     if word := _words_for("stage", words):
         raise UserError(f"{word[-1]!r}: an evaluation has no key stage: name the runs by stage1=RUN and stage2=RUN")
-    return _checked(Evaluation, apply_overrides(tree, words), path, words)
+    return _checked(Evaluation, apply_overrides(tree, words), path, words, **how)
+
+
+def load_baseline(name: str, on: str, words: Sequence[str], only: Sequence[str] = ()) -> Baseline:
+    """The checked configs of ``mser baseline NAME --on ON WORDS…``.
+
+    Words that begin with ``on.`` are for ON, without it; ``out`` is the folder of the baselines, by default that of ON
+    with ``_baseline`` behind it; all others are for NAME.
+    """
+    theirs = [word.removeprefix("on.") for word in words if word.startswith("on.")]
+    own = [word for word in words if not word.startswith(("on.", "out="))]
+    stage1 = load_training(name, own)
+    if not isinstance(stage1, Stage1):
+        raise UserError(
+            f"{title(find_config(name))}: a config of stage 2: give that of a stage 1 with a frozen encoder"
+        )
+    evaluation = load_evaluation(on, theirs, runs=False)
+    if not _words_for("tracking.run_name", theirs):
+        evaluation.tracking.run_name = None  # its own is that of an evaluation
+    out = next((word.removeprefix("out=") for word in reversed(words) if word.startswith("out=")), "")
+    baseline = Baseline(out=out or f"{evaluation.out}_baseline", only=list(only), stage1=stage1, on=evaluation)
+    baseline.check()
+    return baseline
 
 
 def load_any(name: str, words: Sequence[str]) -> Stage1 | Stage2 | Evaluation:
@@ -226,7 +248,7 @@ def _words_for(key: str, words: Sequence[str]) -> list[str]:
     ]
 
 
-def _checked(cls: type[T], tree: dict[str, Any], path: Path, words: Sequence[str]) -> T:
+def _checked(cls: type[T], tree: dict[str, Any], path: Path, words: Sequence[str], **how: bool) -> T:
     def where(key: str) -> str:
         found = _words_for(key, words)
         return repr(found[-1]) if found else title(path)
@@ -234,7 +256,7 @@ def _checked(cls: type[T], tree: dict[str, Any], path: Path, words: Sequence[str
     kinds.check_kind(cls, tree, where)
     config = build(cls, tree, where)
     kinds.check_paths(config, where)
-    config.check()  # type: ignore[attr-defined]
+    config.check(**how)  # type: ignore[attr-defined]
     return config
 
 

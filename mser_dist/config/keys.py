@@ -1,6 +1,7 @@
 """The typed configuration of a run: what can be set, its default, and what it means.
 
-One class per command: :class:`Stage1` and :class:`Stage2` for ``mser train``, :class:`Evaluation` for ``mser eval``.
+One class per command: :class:`Stage1` and :class:`Stage2` for ``mser train``, :class:`Evaluation` for ``mser eval``,
+:class:`Baseline`, which is made of two of them, for ``mser baseline``.
 Precedence: the defaults here < the YAML file < ``key=value`` on the command line (see ``file.py``). What one key may be
 is its type, which pydantic holds it to; rules between keys are the ``check`` methods.
 Nothing here imports torch, so that a config typo answers at once.
@@ -233,12 +234,50 @@ class Evaluation(Section):
     attention: Kernel = opt("auto", "attention kernel; auto: the fastest that runs here")
     tracking: TrackingConfig = opt(TrackingConfig, "MLflow")
 
-    def check(self) -> None:
+    def check(self, runs: bool = True) -> None:
+        """Raise `UserError` on wrong values, and unless a run is named where `runs` are evaluated."""
         check_values(self)
         self.data.check()
         self.tracking.check()
-        if not (self.stage1 or self.stage2):
+        if runs and not (self.stage1 or self.stage2):
             raise UserError("stage1 and stage2 are both unset: name the run folder of a finished run")
+
+
+# A name stands for all that begin with it.
+BASELINES = ("majority", "logistic_regression", "svm", "egemaps_logistic_regression", "egemaps_svm")
+
+
+@dataclass(kw_only=True)
+class Baseline(Section):
+    """Classifiers fitted to the training clips of a stage 1, as its frozen encoder hears them, and evaluated."""
+
+    out: str = opt("runs/baseline", "folder for the table, the predictions and the plots")
+    only: List[str] = opt([], "systems: of BASELINES, or what their names begin with; empty: all that can be")
+    stage1: Stage1 = opt(Stage1, "clips to fit to, encoder, seed")
+    on: Evaluation = opt(Evaluation, "clips to evaluate on")
+
+    def check(self) -> None:
+        self.stage1.check()
+        self.on.check(runs=False)
+        encoder = self.stage1.encoder
+        if not encoder.freeze:
+            raise UserError(
+                "encoder.freeze=false: a baseline is fitted to what a frozen encoder hears, before any training: set "
+                "encoder.freeze=true"
+            )
+        if self.stage1.init_from:
+            raise UserError(
+                f"init_from={self.stage1.init_from}: a baseline hears the encoder that the config itself names: set "
+                "init_from=null"
+            )
+        for name in self.only:
+            if not any(is_called(system, name) for system in BASELINES):
+                raise UserError(f"--only {name}: use some of {', '.join(BASELINES)}, or egemaps")
+
+
+def is_called(system: str, name: str) -> bool:
+    """Whether a name, of `Baseline.only`, stands for a system."""
+    return f"{system}_".startswith(f"{name}_")
 
 
 def batch_shape(train: TrainConfig, world_size: int) -> tuple[int, int]:

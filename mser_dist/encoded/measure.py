@@ -1,4 +1,4 @@
-"""Mean and spread of a frozen encoder's features, by corpus or speaker."""
+"""What a frozen encoder's features are on average: of a corpus or speaker, with their spread, and of each clip."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mser_dist.errors import UserError
 from mser_dist.models.frozen import FrozenEncoder
 from mser_dist.models.normalize import OVERALL, Statistics, corpora_of, shrunk, speakers_of
 from mser_dist.progress import bar
@@ -44,7 +45,7 @@ def statistics_of(
     layers, width = len(frozen.encoder.layers), frozen.encoder.width
     counts = np.zeros(len(groups))
     sums = np.zeros((2, len(groups), layers, width))  # of clips' means, and means of squares
-    work = _features(clips, frozen, [mine[i * BATCH : (i + 1) * BATCH] for i in range(-(-len(mine) // BATCH))], workers)
+    work = _features(clips, frozen, mine, workers, len(clips))
     for _ in bar(range(rounds), title="statistics", unit="batch", total=rounds, disable=not world.is_main, leave=False):
         for index, features in next(work, []):
             x = features.double()  # (T, L, D)
@@ -57,6 +58,31 @@ def statistics_of(
     there = np.flatnonzero(counts)
     mean, square = sums[:, there] / counts[there][:, None, None]
     return shrunk(mode, [groups[i] for i in there], counts[there].astype(np.int64), mean, square, parent)
+
+
+def mean_pooled(
+    clips: Examples,
+    frozen: FrozenEncoder,
+    *,
+    workers: int = 0,
+    go_on: Callable[[], object] = lambda: None,
+    title: str = "mean",
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Every clip's mean over its frames: (n,) clip numbers in order and (n, L · D), the layers side by side.
+
+    Clips are read as `encode_once` left them, else encoded; those that cannot be read are left out, and `UserError` for
+    more of them than allowed. One process does it all.
+    """
+    numbers, means = [], []
+    work = _features(clips, frozen, np.arange(len(clips)), workers, clips.max_bad)
+    for batch in bar(work, title=title, unit="batch", total=-(-len(clips) // BATCH), leave=False):
+        for number, features in batch:
+            numbers.append(number)
+            means.append(features.double().mean(0).flatten().float().numpy())
+        go_on()
+    if not means:
+        raise UserError("no clip of the sets can be read: mser verify lists what is wrong")
+    return np.array(numbers), np.stack(means)
 
 
 def bind(clips: Examples, statistics: Statistics) -> None:
@@ -83,14 +109,15 @@ def _some_of_each(group: NDArray[np.int64], random: np.random.Generator) -> NDAr
 
 
 def _features(
-    clips: Examples, frozen: FrozenEncoder, batches: list[NDArray[np.int64]], workers: int
+    clips: Examples, frozen: FrozenEncoder, index: NDArray[np.int64], workers: int, max_bad: int
 ) -> Iterator[list[tuple[int, torch.Tensor]]]:
-    """(number, features (T, L, D) on the CPU) of each clip that can be read, batch by batch."""
+    """(number, features (T, L, D) on the CPU) of each clip of `index` that can be read, `BATCH` clips at a time."""
+    batches = [index[i : i + BATCH] for i in range(0, len(index), BATCH)]
     decoder = clips.decoder(pad_speech)
     decoder.or_silence = True
     if not clips.encoded:
         decoder.augment = None
-    bad = BadClips(len(clips), clips.shards.where, tell=False)
+    bad = BadClips(max_bad, clips.shards.where, tell=False)
     requests = (Request(0, 0, [[r._replace(variant=0) for r in clips.requests(batch)]]) for batch in batches)
     for batch, answer in zip(batches, answers(decoder, requests, workers, bad), strict=True):
         [inputs] = answer.batches

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.config.file import flatten, to_yaml
 from mser_dist.config.without_effect import Facts, unused_keys
@@ -20,7 +19,6 @@ from mser_dist.errors import Stopped, UserError
 from mser_dist.evaluation import report
 from mser_dist.evaluation.metrics import score
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
-from mser_dist.files import write_json
 from mser_dist.models import chat, exported
 from mser_dist.models.attention import Attention, choose
 from mser_dist.models.chat import ChatPrompt
@@ -31,7 +29,6 @@ from mser_dist.progress import bar
 from mser_dist.ranks import distributed, preempt
 from mser_dist.ranks.watchdog import Watchdog
 from mser_dist.runs import folder as run_folder
-from mser_dist.runs.record import status_of
 from mser_dist.runs.tracking import tracked
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream import steps
@@ -133,14 +130,13 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     exports = exports_of(config)
     shards = open_shards(config, exports)
     out = Path(config.out)
-    if (out / "checkpoints").exists() or (out / "summary.json").exists():
-        raise UserError(f"out={out} is the folder of a training run: name another one for the evaluation")
+    run_folder.check_no_training(out)
     if world.world_size > 1:
         distributed.init(world, 30.0, device)
-    if world.is_main:  # one that was stopped begins anew in its MLflow run; one that has ended is followed by another
+    if world.is_main:
         for line in unused_keys(config, Facts()):
             distributed.warn(line)
-        run_folder.prepare(out, to_yaml(config), anew=status_of(out) in ("FINISHED", "FAILED"))
+        run_folder.prepare_evaluation(out, to_yaml(config))
     links = {f"mser.stage{stage}_run_id": export.parent for stage, export in exports.items()}
     tags = {"mser.stage": "eval"}
     watchdog = Watchdog(world, silence=120.0, stall=30 * 60.0)
@@ -171,24 +167,13 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                 )
                 assert found is not None
                 numbers, scores = found
-                if config.native_labels:
-                    scores = report.of_native_labels(scores, clips.label[numbers], numbers, shards)
-                name = f"stage{stage}{report.ADAPTED if adapted else ''}"
-                answers[name] = report.Answers(
+                given = report.Answers(
                     numbers, clips.label[numbers], scores, card["languages"], statistics=scorer.model.speech.statistics
                 )
-        groups = report.measure(answers, shards)
-        rows = [*map(report.as_row, groups)]
-        told = report.warnings(groups, data.labels)
-        result: dict[str, Any] = {"version": __version__, "zero_shot": rows, "warnings": told}
-        result["attention"] = asdict(attention)
-        for line in told if world.is_main else ():
-            distributed.warn(line)
-        if tracker:
-            names = f"Zero-shot evaluation of {config.stage1} and {config.stage2}"
-            report.publish(tracker, names, groups, report.predictions(answers, shards, data.labels), data.labels)
-            result |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
-            write_json(out / "report.json", result)
+                name = f"stage{stage}{report.ADAPTED if adapted else ''}"
+                answers[name] = report.of_native_labels(given, shards) if config.native_labels else given
+        names = f"Zero-shot evaluation of {config.stage1} and {config.stage2}"
+        result = report.conclude(tracker, names, answers, shards, data.labels, attention=asdict(attention))
         distributed.barrier()  # within: who waits for the report is alive, listens to signals, and looks after rank 0
     return result
 

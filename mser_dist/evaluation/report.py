@@ -5,16 +5,18 @@ Languages are never pooled: a mean over languages is the mean of their own UAs.
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mser_dist import __version__
 from mser_dist.evaluation.metrics import Metrics, score
-from mser_dist.files import whole, write_text
+from mser_dist.files import whole, write_json, write_text
 from mser_dist.models.normalize import Statistics, corpora_of
+from mser_dist.ranks import distributed
 from mser_dist.runs.names import Name
 from mser_dist.runs.tracking import Tracker
 from mser_dist.shards.shard_set import ShardSet
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 
 ADAPTED = "_adapted"  # ends the name of a model that was
+MAJORITY = "majority"  # the baseline that gives one answer to all clips, as is meant
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,15 @@ class Group:
         return int(self.model[5]) if self.model.startswith("stage") else None
 
 
-def of_native_labels(
-    scores: NDArray[np.float32], reference: NDArray[np.int64], numbers: NDArray[np.int64], shards: ShardSet
-) -> NDArray[np.float32]:
-    """(n, K) scores of the clips `numbers`, -inf for labels that no clip of the same corpus and language has.
+def of_native_labels(given: Answers, shards: ShardSet) -> Answers:
+    """The same answers, -inf for labels that no clip of the same corpus and language has.
 
-    reference: (n,) numbers of the clips' labels. It is told which emotions a corpus has, not which clip has which.
+    It is told which emotions a corpus has, not which clip has which.
     """
-    _, group = np.unique(np.array(corpora_of(shards))[numbers], return_inverse=True)
-    has = np.zeros((group.max() + 1, scores.shape[1]), dtype=bool)
-    has[group, reference] = True
-    return np.where(has[group], scores, -np.inf).astype(scores.dtype)
+    _, group = np.unique(np.array(corpora_of(shards))[given.numbers], return_inverse=True)
+    has = np.zeros((group.max() + 1, given.scores.shape[1]), dtype=bool)
+    has[group, given.reference] = True
+    return replace(given, scores=np.where(has[group], given.scores, -np.inf).astype(given.scores.dtype))
 
 
 def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
@@ -115,7 +116,7 @@ def warnings(groups: Sequence[Group], labels: Sequence[str]) -> list[str]:
     more = [(place(group), sorted(lacks - nowhere)) for group, lacks in zip(first, lacking, strict=True)]
     if some := [f"{where} ({', '.join(lacks)})" for where, lacks in more if lacks]:
         said.append(f"labels that no clip of a language has do not count there: {', '.join(some)}")
-    for model in models:
+    for model in (model for model in models if model != MAJORITY):
         own = [group for group in groups if group.model == model]
         total = np.sum([group.metrics.confusion for group in own], axis=0)
         answered = np.flatnonzero(total.sum(0))
@@ -169,8 +170,8 @@ def predictions(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequen
     """A row for every model and clip, for ``pandas.read_parquet``: the columns
 
     model (stage1, stage1_adapted …), key, corpus, language, speaker (null where the set names none), label, predicted,
-    and for each label the float32 ``score_<label>``: stage 1's cosine, stage 2's log-likelihood, a baseline's own.
-    `predicted` scores best.
+    and for each label the float32 ``score_<label>``: stage 1's cosine, stage 2's log-likelihood, a baseline's
+    log-probability or decision value. `predicted` scores best.
     """
     import pyarrow
 
@@ -190,13 +191,18 @@ def predictions(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequen
 
 
 def publish(
-    tracker: Tracker, title: str, groups: Sequence[Group], predicted: "pyarrow.Table", labels: list[str]
+    tracker: Tracker,
+    title: str,
+    groups: Sequence[Group],
+    predicted: "pyarrow.Table",
+    labels: list[str],
+    told: Sequence[str] = (),
 ) -> None:
-    """Write the table, the predictions and the plots into the run folder, and log them."""
+    """Write the table, the predictions and the plots into the run folder, and log them. `told`: below the table."""
     from pyarrow import parquet
 
     rows = [as_row(group) for group in groups]
-    table, out = "\n\n".join([str(zero_shot_table(rows)), *warnings(groups, labels)]), tracker.out
+    table, out = "\n\n".join([str(zero_shot_table(rows)), *told, *warnings(groups, labels)]), tracker.out
     write_text(out / "table.txt", table + "\n")
     with whole(out / "predictions.parquet") as staging:
         parquet.write_table(predicted, staging, compression="zstd")
@@ -212,6 +218,29 @@ def publish(
     tracker.describe(f"{title}\n\n```\n{table}\n```")
     for path in files:
         tracker.artifact(path)
+
+
+def conclude(
+    tracker: Tracker | None,
+    title: str,
+    answers: Mapping[str, Answers],
+    shards: ShardSet,
+    labels: list[str],
+    told: Sequence[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """The report on all answers, {"zero_shot": rows, "warnings": lines, …, **more}; on rank 0, which has the tracker,
+    its warnings are said, and all is written and logged. `told` are warnings of which the answers know nothing."""
+    groups = measure(answers, shards)
+    said = [*told, *warnings(groups, labels)]
+    result: dict[str, Any] = {"version": __version__, "zero_shot": [*map(as_row, groups)], "warnings": said} | more
+    if tracker:
+        for line in said:
+            distributed.warn(line)
+        publish(tracker, title, groups, predictions(answers, shards, labels), labels, told)
+        result |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
+        write_json(tracker.out / "report.json", result)
+    return result
 
 
 def _draw(groups: Sequence[Group], rows: list[dict[str, Any]], labels: list[str], out: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from mser_dist.config.file import flatten, read_yaml
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256, lock_file, read_json, unlock_file, write_text
 from mser_dist.ranks import distributed
+from mser_dist.runs.record import status_of
 
 # Keys that may change between two starts of a run: they do not touch what is learned.
 _FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.timeout_minutes", "engine.peer_seconds")
@@ -72,6 +73,17 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
             write_text(saved, config_text)
     except OSError as error:
         raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
+
+
+def check_no_training(out: Path) -> None:
+    """Raise `UserError` for the folder of a training, in which an evaluation is to write."""
+    if (out / "checkpoints").exists() or (out / "summary.json").exists():
+        raise UserError(f"out={out} is the folder of a training run: name another one for the evaluation")
+
+
+def prepare_evaluation(out: Path, config_text: str) -> None:
+    """`prepare`: one that was stopped begins anew in its MLflow run; one that has ended is followed by another."""
+    prepare(out, config_text, anew=status_of(out) in ("FINISHED", "FAILED"))
 
 
 def _check_no_set(out: Path) -> None:

@@ -119,12 +119,14 @@ def test_a_label_that_no_clip_has_lowers_no_chance(shards: ShardSet) -> None:
 
 def test_only_labels_of_the_corpus_compete(shards: ShardSet) -> None:
     scores = np.array([[1, 2, 9], [4, 3, 9], [5, 6, 9], [8, 7, 9]], dtype=np.float32)
-    reference, numbers = np.array([0, 1, 1, 2]), np.arange(4)
-    native = report.of_native_labels(scores, reference, numbers, shards)
+    given = report.Answers(np.arange(4), np.array([0, 1, 1, 2]), scores, [])
+    native = report.of_native_labels(given, shards).scores
     assert native.argmax(1).tolist() == [1, 0, 2, 2] and native.dtype == np.float32
     assert np.isneginf(native).tolist() == [[False, False, True]] * 2 + [[True, False, False]] * 2
-    some = report.of_native_labels(scores[1:], reference[1:], numbers[1:], shards)
-    assert np.isneginf(some[0]).tolist() == [True, False, True], "of the clips that were read"
+    read = report.Answers(given.numbers[1:], given.reference[1:], scores[1:], [])
+    assert np.isneginf(report.of_native_labels(read, shards).scores[0]).tolist() == [True, False, True], (
+        "of the clips that were read"
+    )
 
 
 def test_a_clip_that_names_little(tmp_path: Path) -> None:
