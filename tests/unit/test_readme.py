@@ -21,7 +21,7 @@ import yaml
 
 from mser_dist import __version__
 from mser_dist.cli import main as cli
-from mser_dist.config.file import PRESETS, load_any, load_evaluation, load_training, to_yaml
+from mser_dist.config.file import PRESETS, load_any, load_baseline, load_evaluation, load_training, to_yaml
 from mser_dist.evaluation.report import zero_shot_table
 from mser_dist.jobs import launch
 
@@ -101,6 +101,8 @@ def take(words: list[str], in_a_sentence: bool = False) -> None:
         load_any(options.config, options.words)
     elif words[0] in ("train", "eval"):
         (load_training if words[0] == "train" else load_evaluation)(options.config, [*options.words, *rest])
+    elif words[0] == "baseline":
+        load_baseline(options.config, options.on, [*options.words, *rest], options.only)
     elif words[0] == "config" and options.config:
         load_any(options.config, options.words)
     elif words[0] in ("submit", "sweep"):
