@@ -17,7 +17,7 @@ from mser_dist.models.frozen import FrozenEncoder
 from mser_dist.progress import bar
 from mser_dist.ranks import distributed
 from mser_dist.stream.examples import Examples, pad_speech
-from mser_dist.stream.loader import BadClips, Request, answers
+from mser_dist.stream.loader import BadClips, ClipRequest, Request, answers
 from mser_dist.tables import count
 
 STOPPED = "while it encoded the clips; the same command goes on with those that are missing"
@@ -228,7 +228,7 @@ def _encoded(
     decoder = clips.decoder(pad_speech)
     decoder.encoded, decoder.or_silence = None, True
     requests = (
-        Request(0, 0, [[clips.requests(np.array([job.clip]))[0]._replace(variant=job.variant) for job in batch]])
+        Request(0, 0, [[ClipRequest(*clips.requests(np.array([job.clip]))[0][:-1], job.variant) for job in batch]])
         for batch in batches
     )
     for batch, answer in zip(batches, answers(decoder, requests, workers, bad), strict=True):
