@@ -27,10 +27,22 @@ _SMOLLM2 = (
     "data.val_split=null",
 )
 
+# What `--encoder whisper-base` changes: a pretrained encoder, frozen, hears each clip once.
+_WHISPER = (
+    "encoder.arch={}",
+    "encoder.pretrained=pypi:whisper-base",
+    "encoder.freeze=true",
+    "encoder.layers=[2,3,4]",
+    "encoder.combine=concat",
+    "encoder.stride=4",
+    "encoder.normalize=overall",
+)
+
 
 def demo(
     out: Path,
     *,
+    encoder: str = "small",
     llm: str = "tiny",
     nproc: int = 2,
     seed: int = 0,
@@ -50,7 +62,7 @@ def demo(
     common = [f"data.sets=[{json.dumps(str(shards or out / 'shards'))}]"]
     training = [*common, f"seed={seed}", f"data.shuffle_labels={json.dumps(shuffle_labels)}"]
     stage1, stage2 = out / "stage1", out / "stage2"
-    words1 = [*training, f"out={stage1}"]
+    words1 = [*training, f"out={stage1}", *(_WHISPER if encoder == "whisper-base" else ())]
     words2 = [*training, f"out={stage2}", f"stage1={stage1}", *(_SMOLLM2 if llm == "smollm2" else ())]
     words3 = [*common, f"out={out / 'eval'}", f"stage1={stage1}", f"stage2={stage2}"]
     # A mistake anywhere shows now, not after minutes.

@@ -102,6 +102,12 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
         "--out", default="runs/demo", type=Path, help="folder of everything it makes (default: %(default)s)"
     )
     demo.add_argument(
+        "--encoder",
+        choices=("small", "whisper-base"),
+        default="small",
+        help="small: trained from scratch (default); whisper-base: pretrained and frozen",
+    )
+    demo.add_argument(
         "--llm", choices=("tiny", "smollm2"), default="tiny", help="tiny: made on the spot (default); smollm2: 135M"
     )
     demo.add_argument("--nproc", type=int, default=2, metavar="N", help="worker processes (default: %(default)s)")
@@ -147,6 +153,7 @@ def _demo(options: argparse.Namespace) -> None:
 
     demo(
         options.out,
+        encoder=options.encoder,
         llm=options.llm,
         nproc=options.nproc,
         seed=options.seed,
