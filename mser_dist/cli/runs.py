@@ -80,8 +80,9 @@ default that of EVAL with _baseline behind it.
 
   majority                     the most frequent training label, for every clip
   logistic_regression, svm     on the encoder's features, averaged over a clip's frames (several layers side by side),
-                               standardised; logistic regression (C=0.01), an SVM with an RBF kernel (C=1), whose time
-                               grows with the square of the clips; labels count alike, however many clips they have
+                               standardised; labels count alike, however many clips they have. Logistic regression has
+                               C = 1.5 / D of D numbers a clip, the SVM an RBF kernel, C = 1, and a time that grows
+                               with the square of the clips
   egemaps_logistic_regression, the same on openSMILE's eGeMAPSv02 functionals, 88 numbers a clip. Only where openSMILE
   egemaps_svm                  is installed, pip install 'mser-dist[opensmile]': its licence allows private use,
                                research and education alone
