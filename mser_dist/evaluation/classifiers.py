@@ -64,13 +64,13 @@ def normalised(train: Heard, test: Heard, normalize: str) -> list[tuple[Vectors,
 
     Inductive: as they are; or, with encoder.normalize=corpus or speaker, as stage 1's features: training's by its own
     corpora or speakers, the test's by the mean of training's corpora. Adapted: both by their own (by corpus, if
-    normalize is none), without any label; the third are the test's statistics.
+    normalize is none or overall), without any label; the third are the test's statistics.
     """
-    mode = "corpus" if normalize == "none" else normalize
+    mode = normalize if normalize in ("corpus", "speaker") else "corpus"
     own = _statistics(train, mode)
     theirs = _statistics(test, mode, own)
     x_own = _by(own, train)
-    inductive = (train.x, test.x) if normalize == "none" else (x_own, _by(own, test))
+    inductive = (x_own, _by(own, test)) if mode == normalize else (train.x, test.x)
     return [(*inductive, None), (x_own, _by(theirs, test), theirs)]
 
 

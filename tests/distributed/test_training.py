@@ -122,7 +122,7 @@ def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> N
 
     one, two = (pandas.read_parquet(trained / name / "predictions.parquet") for name in ("runs/eval1", "runs/eval2"))
     assert len(one) == 2 * 18, "every clip of 3 languages × 6 emotions once, by each stage"
-    assert one[["stage", "key", "predicted"]].equals(two[["stage", "key", "predicted"]])
+    assert one[["model", "key", "predicted"]].equals(two[["model", "key", "predicted"]])
     best = one.filter(like="score_").idxmax(axis=1).str.removeprefix("score_")
     assert best.tolist() == one["predicted"].tolist() and not one["speaker"].isna().any()
     rows = json.loads((trained / "runs/eval1/report.json").read_text())["zero_shot"]
