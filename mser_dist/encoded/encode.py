@@ -228,8 +228,7 @@ def _encoded(
     decoder = clips.decoder(pad_speech)
     decoder.encoded, decoder.or_silence = None, True
     requests = (
-        Request(0, 0, [[ClipRequest(*clips.requests(np.array([job.clip]))[0][:-1], job.variant) for job in batch]])
-        for batch in batches
+        Request(0, 0, [[clips.requests(np.array([job.clip]), job.variant)[0] for job in batch]]) for batch in batches
     )
     for batch, answer in zip(batches, answers(decoder, requests, workers, bad), strict=True):
         [inputs] = answer.batches

@@ -118,7 +118,7 @@ def _features(
     if not clips.encoded:
         decoder.augment = None
     bad = BadClips(max_bad, clips.shards.where, tell=False)
-    requests = (Request(0, 0, [[r._replace(variant=0) for r in clips.requests(batch)]]) for batch in batches)
+    requests = (Request(0, 0, [clips.requests(batch, variant=0)]) for batch in batches)
     for batch, answer in zip(batches, answers(decoder, requests, workers, bad), strict=True):
         [inputs] = answer.batches
         speech, lengths = inputs["speech"], inputs["lengths"]

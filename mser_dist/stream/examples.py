@@ -151,9 +151,16 @@ class Examples:
         except UserError as error:
             raise UserError(f"{self.shards.where(index)}: {error}") from None
 
-    def requests(self, indices: NDArray[Any]) -> list[ClipRequest]:
+    def requests(self, indices: NDArray[Any], variant: int | None = None) -> list[ClipRequest]:
+        """What to ask a decoder for; of a variant of the clips, or (None) of the one that it draws."""
         return [
-            ClipRequest(ref, *(int(of[ref.sample]) for of in (self.label, self.shards.source, self._keys)))
+            ClipRequest(
+                ref,
+                int(self.label[ref.sample]),
+                int(self.shards.source[ref.sample]),
+                int(self._keys[ref.sample]),
+                variant,
+            )
             for ref in self.shards.refs(indices)
         ]
 

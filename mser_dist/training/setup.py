@@ -182,7 +182,7 @@ class Run:
         )
         with closing(found):  # type: ignore[type-var]
             for step in found:
-                yield step._replace(batches=[self.examples.grouped(batch) for batch in step.batches])
+                yield steps.Step(list(map(self.examples.grouped, step.batches)), step.clips, step.after, step.bad)
 
     def facts(self) -> dict[str, str]:
         """What the tracker records of a run beside its config."""

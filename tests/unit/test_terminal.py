@@ -85,8 +85,10 @@ def verbs() -> list[str]:
 
 
 def test_every_verb_is_walked_through_or_has_its_help_shown(tmp_path: Path) -> None:
-    # demo is synth, train and eval; requeue needs a SLURM, sync an MLflow, synth eSpeak: they take long or say little.
-    assert {*verbs()} - {words[0] for words in COMMANDS} == {"demo", "requeue", "sync", "synth"}
+    # demo is synth, train and eval, and so is folds; requeue needs a SLURM, sync an MLflow, synth eSpeak, features and
+    # baseline a frozen encoder: they take long or say little.
+    shown = {"baseline", "demo", "features", "folds", "requeue", "sync", "synth"}
+    assert {*verbs()} - {words[0] for words in COMMANDS} == shown
     code = (
         "import sys\nfrom mser_dist.cli.main import main\nfor words in [[], *([verb] for verb in sys.argv[1:])]:\n"
         "    try: main([*words, '--help'])\n    except SystemExit as end: assert not end.code"
