@@ -17,7 +17,7 @@ from mser_dist.models.frozen import FrozenEncoder
 from mser_dist.progress import bar
 from mser_dist.ranks import distributed
 from mser_dist.stream.examples import Examples, pad_speech
-from mser_dist.stream.loader import BadClips, ClipRequest, Request, answers
+from mser_dist.stream.loader import BadClips, Request, answers
 from mser_dist.tables import count
 
 STOPPED = "while it encoded the clips; the same command goes on with those that are missing"
