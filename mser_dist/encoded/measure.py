@@ -115,8 +115,8 @@ def _features(
     batches = [index[i : i + BATCH] for i in range(0, len(index), BATCH)]
     decoder = clips.decoder(pad_speech)
     decoder.or_silence = True
-    if not clips.encoded:
-        decoder.augment = None
+    if clips.augment and not clips.augment.variants:
+        decoder.augment = None  # what changes anew each time has no statistics; of variants the first one is taken
     bad = BadClips(max_bad, clips.shards.where, tell=False)
     requests = (Request(0, 0, [clips.requests(batch, variant=0)]) for batch in batches)
     for batch, answer in zip(batches, answers(decoder, requests, workers, bad), strict=True):

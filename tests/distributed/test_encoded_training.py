@@ -51,7 +51,7 @@ def train_all(rank: int, folder: str) -> list[Any]:
 
     for cache in CACHES:
         words = [*QUIET, f"encoder.cache={cache}", "encoder.cache_dir=features", AUGMENT]
-        frozen = ["encoder.freeze=true", "encoder.layers=all", "encoder.stride=2"]
+        frozen = ["encoder.freeze=true", "encoder.layers=all", "encoder.stride=2", "encoder.normalize=speaker"]
         train(load_training(*_split(stage1(f"runs/one-{cache}", "train.steps=8", *frozen, *words))))
         count()
         frozen = [LLM, "stage1=runs/one-off", "freeze_encoder=true", "train.micro_batch=2"]
@@ -89,6 +89,9 @@ def test_a_training_is_the_same_with_and_without_features_that_are_kept(tiny_set
         assert off == disk == memory
     off, disk, memory = (json.loads((tmp_path / f"runs/eval-{cache}/report.json").read_text()) for cache in CACHES)
     assert off["zero_shot"] == disk["zero_shot"] == memory["zero_shot"]
+    rows = {(row["model"], row["language"]): row["adapted_on"] for row in off["zero_shot"]}
+    assert {model for model, _ in rows} == {"stage1", "stage1_adapted", "stage2", "stage2_adapted"}
+    assert all(on == (6 if model.endswith("adapted") else None) for (model, _), on in rows.items())
     # Of 48 clips and 12 of the validation; the evaluation has 18 of its own, which both of its stages hear alike.
     first = 2 * 48 + 12
     found = [tuple(own) for own in counts]

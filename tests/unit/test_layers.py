@@ -141,6 +141,22 @@ def test_layers_are_mixed_by_a_softmax_that_is_learned_and_kept(arch: dict[str, 
 
 
 @torch.no_grad()
+def test_layers_side_by_side_are_one_wide_feature() -> None:
+    torch.manual_seed(0)
+    qformer = cfg.QFormerConfig(queries=3, layers=1, width=16, heads=2, dropout=0.0, pool=True)
+    speech = build_speech(cfg.EncoderConfig(arch=WHISPER, layers=[1, 2], combine="concat"), qformer, SDPA).eval()
+    assert speech.layer_mix is None and speech.qformer.config.encoder_hidden_size == 32
+    again = speech_from_card(speech_card(speech), SDPA).eval()
+    again.load_state_dict(speech.state_dict())
+    given = inputs("whisper")
+    torch.testing.assert_close(again(*given), speech(*given), rtol=0, atol=0)
+    before = speech(*given)
+    assert speech.pool is not None
+    speech.pool.weight[:, 16:] = 0  # the second layer is heard too
+    assert not torch.equal(speech(*given), before)
+
+
+@torch.no_grad()
 def test_the_mean_of_a_clips_own_frames_is_added_to_each_token() -> None:
     torch.manual_seed(0)
     qformer = cfg.QFormerConfig(queries=3, layers=1, width=16, heads=2, dropout=0.0, pool=True)

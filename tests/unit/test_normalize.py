@@ -78,6 +78,17 @@ def test_a_corpus_has_the_mean_and_spread_of_its_frames(
         np.testing.assert_allclose(found.std[row] ** 2, share * var + (1 - share) * overall[1], rtol=1e-3, atol=1e-6)
 
 
+def test_overall_is_of_all_clips_whatever_their_corpus(clips: Examples, features: list[NDArray[np.float64]]) -> None:
+    found = measured(clips, "overall")
+    assert set(found.groups(clips.shards)) == {list(found.clips).index(OVERALL)}
+    mean = np.mean([x.mean(0) for x in features], 0)
+    spread = np.sqrt(np.mean([np.square(x).mean(0) for x in features], 0) - mean**2)
+    row = list(found.clips).index(OVERALL)
+    np.testing.assert_allclose(found.mean[row], mean, atol=1e-5)
+    np.testing.assert_allclose(found.std[row], spread, rtol=1e-3)
+    assert found.clips[OVERALL] == len(clips)
+
+
 def test_a_normalised_corpus_is_near_zero_mean_and_unit_spread(
     clips: Examples, features: list[NDArray[np.float64]]
 ) -> None:
