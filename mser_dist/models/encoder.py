@@ -84,7 +84,9 @@ class Encoder(nn.Module, ABC):
         Returns (B, T, L, D) features of L layers and the (B, T) mask of each clip's frames.
         """
         states, frames = self.hidden(speech, lengths)
-        x = torch.stack(states, 2)[:, : int(frames.max())]  # (B, T, L, D)
+        x = torch.stack(states, 2)  # (B, T, L, D)
+        if self.pad_seconds is not None:  # else the longest clip fills the batch, and a GPU need not be waited for
+            x = x[:, : int(frames.max())]
         mask = torch.arange(x.shape[1], device=x.device) < frames[:, None]
         return (x, mask) if self.stride == 1 else _averaged(x, frames, self.stride)
 
