@@ -25,21 +25,23 @@ def statistics_of(
     world: distributed.World,
     *,
     workers: int = 0,
+    wanted: NDArray[np.int64] | None = None,
     parent: Statistics | None = None,
     go_on: Callable[[], object] = lambda: None,
 ) -> Statistics:
     """The statistics of `clips` by `mode` (as encoder.normalize), of at most `MOST` clips a group, drawn by a seed.
 
-    Collective: each rank listens to its share. Clips are read as `encode_once` left them, else encoded. parent: what
-    groups of few clips are drawn to; None: the mean of these clips' own corpora. Clips that cannot be read are left
-    out. go_on: as of `encode_once`.
+    Collective: each rank listens to its share. Clips are read as `encode_once` left them, else encoded; those that
+    cannot be read are left out. parent: what groups of few clips are drawn to; None: the mean of these clips' own
+    corpora. wanted, go_on: as of `encode_once`.
     """
     of = {"overall": lambda shards: ["all"] * len(shards), "corpus": corpora_of, "speaker": speakers_of}
     names = of[mode](clips.shards)
     groups = sorted(set(names))
     number = {name: i for i, name in enumerate(groups)}
     group = np.array([number[name] for name in names])
-    drawn = _some_of_each(group, np.random.default_rng(0))
+    index = np.arange(len(clips)) if wanted is None else wanted
+    drawn = index[_some_of_each(group[index], np.random.default_rng(0))]
     mine = drawn[world.rank :: world.world_size]
     rounds = distributed.most([-(-len(drawn[:: world.world_size]) // BATCH)])[0]
     layers, width = len(frozen.encoder.layers), frozen.encoder.width
@@ -47,11 +49,11 @@ def statistics_of(
     sums = np.zeros((2, len(groups), layers, width))  # of clips' means, and means of squares
     work = _features(clips, frozen, mine, workers, len(clips))
     for _ in bar(range(rounds), title="statistics", unit="batch", total=rounds, disable=not world.is_main, leave=False):
-        for index, features in next(work, []):
+        for clip, features in next(work, []):
             x = features.double()  # (T, L, D)
-            counts[group[index]] += 1
-            sums[0, group[index]] += x.mean(0).numpy()
-            sums[1, group[index]] += x.square().mean(0).numpy()
+            counts[group[clip]] += 1
+            sums[0, group[clip]] += x.mean(0).numpy()
+            sums[1, group[clip]] += x.square().mean(0).numpy()
         go_on()
     everywhere = distributed.gather((counts, sums))
     counts, sums = sum(part[0] for part in everywhere), sum(part[1] for part in everywhere)

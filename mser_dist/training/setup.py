@@ -269,7 +269,9 @@ def _hear(
         line = encode_once(clips, frozen, config.encoder, world, workers=workers, wanted=read, go_on=go_on)
         told += [line] if line not in told else []
     if speech.normalize != "none":
-        speech.statistics = statistics_of(examples, frozen, speech.normalize, world, workers=workers, go_on=go_on)
+        speech.statistics = statistics_of(
+            examples, frozen, speech.normalize, world, workers=workers, wanted=sets[0][1], go_on=go_on
+        )
         for clips, _ in sets:
             bind(clips, speech.statistics)
         told.append(describe(speech.statistics))
