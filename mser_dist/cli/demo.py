@@ -13,6 +13,7 @@ from mser_dist.config.file import load_evaluation, load_training
 from mser_dist.errors import UserError
 from mser_dist.files import read_json, write_json
 from mser_dist.jobs import local_ranks
+from mser_dist.models.sources import at_hand
 from mser_dist.ranks.preempt import SAVED
 from mser_dist.shards.shard_set import ShardSet
 
@@ -27,7 +28,7 @@ _SMOLLM2 = (
     "data.val_split=null",
 )
 
-# What `--encoder whisper-base` changes: a pretrained encoder, frozen, hears each clip once.
+# What Whisper-base changes: a pretrained encoder, frozen, hears each clip once.
 _WHISPER = (
     "encoder.arch={}",
     "encoder.pretrained=pypi:whisper-base",
@@ -42,7 +43,7 @@ _WHISPER = (
 def demo(
     out: Path,
     *,
-    encoder: str = "small",
+    encoder: str = "auto",
     llm: str = "tiny",
     nproc: int = 2,
     seed: int = 0,
@@ -52,11 +53,14 @@ def demo(
 ) -> dict[str, Any]:
     """Synthesise, train both stages, evaluate; print the table and return the report (also ``<out>/report.json``).
 
+    encoder: "whisper-base", "small", or "auto": Whisper-base where its packages are installed.
     shards: a synthetic set to use in place of a new one. shuffle_labels: the control run, which must end at chance.
     """
     if nproc < 1:
         raise UserError(f"--nproc must be 1 or more, not {nproc}")
     began = time.monotonic()
+    if encoder == "auto":
+        encoder = _best_at_hand()
     if shards is not None:
         ShardSet.open([shards])  # whether there is one: it would else be found by each rank, after the folder is made
     common = [f"data.sets=[{json.dumps(str(shards or out / 'shards'))}]"]
@@ -89,6 +93,13 @@ def demo(
     write_json(out / "report.json", report)
     _say_where(out, report)
     return report
+
+
+def _best_at_hand() -> str:
+    if "pypi:whisper-base" in at_hand():
+        return "whisper-base"
+    print("Whisper-base is not installed (make install brings it): a small encoder is trained from scratch")
+    return "small"
 
 
 def _clear(out: Path, overwrite: bool) -> None:

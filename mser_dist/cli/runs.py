@@ -12,8 +12,9 @@ from mser_dist.errors import UserError
 from mser_dist.ranks import preempt
 
 _DEMO_HELP = """\
-From nothing to a zero-shot table: synthesise emotional speech in nine languages, train both stages on two workers under
-DeepSpeed ZeRO-3, evaluate on Greek, Russian and Persian, which were never heard, and track it all in MLflow.
+From nothing to a zero-shot table: synthesise emotional speech in nine languages, train both stages (a frozen Whisper
+encoder, a small LLM made on the spot) on two workers under DeepSpeed ZeRO-3, evaluate on Greek, Russian and Persian,
+which were never heard, and track it all in MLflow.
 """
 _TRAIN_HELP = """\
 Train stage 1 (align) or stage 2 (instruct); the key `stage` of the config decides. One command for every launcher:
@@ -104,9 +105,9 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     )
     demo.add_argument(
         "--encoder",
-        choices=("small", "whisper-base"),
-        default="small",
-        help="small: trained from scratch (default); whisper-base: pretrained and frozen",
+        choices=("auto", "small", "whisper-base"),
+        default="auto",
+        help="whisper-base: pretrained and frozen (auto, the default, where it is installed); small: from scratch",
     )
     demo.add_argument(
         "--llm", choices=("tiny", "smollm2"), default="tiny", help="tiny: made on the spot (default); smollm2: 135M"

@@ -241,24 +241,21 @@ def test_the_demos_table_is_as_eval_prints_it() -> None:
     [block] = re.findall(r"^```\n(model .*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     rows: list[dict[str, Any]] = []
     for line in block.splitlines()[2:]:
-        if mean := re.search(r"mean UA over seen languages +(\S+)", line):
-            heard = {"language": "de", "seen_language": True, "ua": float(mean[1]), "wa": 0.0, "macro_f1": 0.0}
+        found = re.match(r"stage (\d)( adapted)? +(.*)", line)
+        if not found or "mean UA over unseen" in line:
+            continue
+        stage, adapted, rest = found.groups()
+        row: dict[str, Any] = {"model": f"stage{stage}{'_adapted' if adapted else ''}", "corpus": "m5ser-espeak"}
+        if mean := re.match(r"mean UA over seen languages +(\S+)", rest):
+            numbers = {"n": 108, "chance": 1 / 6, "ua": float(mean[1]), "wa": 0.0, "macro_f1": 0.0}
             rows.append(
-                {"model": "stage2", "adapted_on": None, "corpus": "m5ser-espeak", "n": 108, "chance": 1 / 6, **heard}
+                {**row, "language": "de", "seen_language": True, "adapted_on": 108 if adapted else None, **numbers}
             )
-        elif "mean" not in line:
-            _, stage, corpus, language, seen, n, chance, ua, wa, f1 = line.split()
-            numbers = {"n": int(n), "chance": float(chance), "ua": float(ua), "wa": float(wa), "macro_f1": float(f1)}
-            rows.append(
-                {
-                    "model": f"stage{stage}",
-                    "adapted_on": None,
-                    "corpus": corpus,
-                    "language": language,
-                    "seen_language": seen == "yes",
-                }
-            )
-            rows[-1] |= numbers
+        else:
+            _, language, seen, *on, n, chance, ua, wa, f1 = rest.split()
+            numbers = {"chance": float(chance), "ua": float(ua), "wa": float(wa), "macro_f1": float(f1)}
+            row |= {"language": language, "seen_language": seen == "yes", "n": int(n), **numbers}
+            rows.append({**row, "adapted_on": int(on[0]) if on else None})
     whole = str(zero_shot_table(rows)).splitlines()
     shown = [line for line in whole if "  de  " not in line]
     assert block.splitlines() == shown
@@ -266,7 +263,7 @@ def test_the_demos_table_is_as_eval_prints_it() -> None:
 
 def test_the_readme_is_short() -> None:
     lines = README.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 160
+    assert len(lines) <= 175
     assert not [line for line in lines if len(line) > 120]
 
 
