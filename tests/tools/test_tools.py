@@ -157,7 +157,8 @@ def test_bench_features(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.Monk
     ran: list[Any] = []
     monkeypatch.setattr(bench_features.Bench, "train", first)
     words = ["--set", str(tiny_set), "--clips", "8", "--batch", "4", "--epochs", "3", "--rounds", "1"]
-    words += ["encoder.pretrained=null", ENCODER, *QFORMER, "data.workers=0", "--json", str(tmp_path / "rows.json")]
+    words += ["encoder.pretrained=null", ENCODER, "encoder.layers=last", *QFORMER]
+    words += ["data.workers=0", "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["bench_features.py", *words])
     bench_features.main()
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
