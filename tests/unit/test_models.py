@@ -145,12 +145,12 @@ def test_a_frozen_encoder_gets_no_gradient_and_no_dropout() -> None:
 def instruct_batch(tokenizer: Any, mel: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     rows = [
         (
-            chat.render(tokenizer).ids(tokenizer, prompts.instructions(LABELS)[i], 3, SPEECH),
+            chat.render(tokenizer, "instruction_first").ids(tokenizer, prompts.instructions(LABELS)[i], 3, SPEECH),
             chat.answer_ids(tokenizer, label),
         )
         for i, label in enumerate(LABELS)
     ]
-    collate = InstructCollate(tokenizer, chat.render(tokenizer), LABELS, 3)
+    collate = InstructCollate(tokenizer, chat.render(tokenizer, "instruction_first"), LABELS, 3)
     width = max(len(p) + len(a) for p, a in rows)
     ids, labels = torch.full((3, width), collate.pad), torch.full((3, width), IGNORE)
     mask = torch.zeros(3, width, dtype=torch.long)
@@ -180,8 +180,10 @@ def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM
 def test_a_score_is_the_log_likelihood_of_the_whole_answer(speech_llm: tuple[SpeechLLM, Any]) -> None:
     model, tokenizer = speech_llm
     mel, lengths = clips()
-    scores = AnswerScorer(model, tokenizer, chat.render(tokenizer), LABELS)({"speech": mel, "lengths": lengths})
-    prompt = chat.render(tokenizer).ids(tokenizer, prompts.instructions(LABELS)[0], 3, SPEECH)
+    scores = AnswerScorer(model, tokenizer, chat.render(tokenizer, "instruction_first"), LABELS)(
+        {"speech": mel, "lengths": lengths}
+    )
+    prompt = chat.render(tokenizer, "instruction_first").ids(tokenizer, prompts.instructions(LABELS)[0], 3, SPEECH)
     answers = [chat.answer_ids(tokenizer, label) for label in LABELS]
     assert len({len(answer) for answer in answers}) > 1 and all(a[-1] == tokenizer.eos_token_id for a in answers)
     for row in range(3):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from mser_dist.config import SIX_EMOTIONS
+from mser_dist.config import SIX_EMOTIONS, LLMConfig
 from mser_dist.errors import UserError
 from mser_dist.models import chat, prompts
 from mser_dist.models.small_llm import small_tokenizer
@@ -51,22 +51,30 @@ def test_instructions_name_every_option_in_order() -> None:
     assert len(set(prompts.instructions(SIX_EMOTIONS))) >= 3
 
 
+@pytest.mark.parametrize("order", ["instruction_first", "speech_first"])
 @pytest.mark.parametrize("kind", ["tokenizer", "base_tokenizer"])
-def test_speech_tokens_lie_between_the_halves_of_the_prompt(kind: str, request: pytest.FixtureRequest) -> None:
+def test_speech_tokens_lie_between_the_halves_of_the_prompt(
+    kind: str, order: chat.Order, request: pytest.FixtureRequest
+) -> None:
     tokenizer = request.getfixturevalue(kind)
     instruction = prompts.instructions(SIX_EMOTIONS)[0]
-    prompt = chat.render(tokenizer)
+    prompt = chat.render(tokenizer, order)
     ids = prompt.ids(tokenizer, instruction, queries=5, speech_id=SPEECH_ID)
     places = [i for i, number in enumerate(ids) if number == SPEECH_ID]
     assert places == list(range(places[0], places[0] + 5))
     before, after = tokenizer.decode(ids[: places[0]]), tokenizer.decode(ids[places[-1] + 1 :])
-    assert (before, after) == (prompt.before, prompt.between + instruction + prompt.after)
+    assert prompt.around(tokenizer, instruction) == (ids[: places[0]], ids[places[-1] + 1 :])
     assert chat.SPEECH_MARK not in before + after
-    assert instruction in after
-    if kind == "tokenizer":
-        assert before == "<|user|>" and after.endswith("<|end|><|assistant|>")
+    if order == "instruction_first":
+        assert (before, after) == (prompt.before + instruction + prompt.between, prompt.after)
+        shared = [prompt.around(tokenizer, instruction)[0] for _ in range(2)]
+        assert shared[0] == shared[1] == ids[: places[0]], "to the last token"
     else:
-        assert before == "<|begin|>Speech: " and after.endswith("\nEmotion: ")
+        assert (before, after) == (prompt.before, prompt.between + instruction + prompt.after)
+    if kind == "tokenizer":
+        assert before.startswith("<|user|>") and after.endswith("<|end|><|assistant|>")
+    else:
+        assert before.startswith("<|begin|>") and before.endswith("Speech: ") and after.endswith("\nEmotion: ")
     assert ids.count(tokenizer.bos_token_id) == (kind == "base_tokenizer"), "the beginning is marked once at most"
 
 
@@ -103,11 +111,12 @@ _TURNS = (
 )
 def test_a_template_may_want_parts_escape_or_strip(content: str) -> None:
     tokenizer = with_template(_TURNS.replace("CONTENT", content))
-    prompt = chat.render(tokenizer)
-    assert prompt == chat.ChatPrompt("<|user|>", "\n", "<|end|><|assistant|>")
+    assert chat.render(tokenizer, "speech_first") == chat.ChatPrompt("<|user|>", "\n", "<|end|><|assistant|>")
+    prompt = chat.render(tokenizer, "instruction_first")
+    assert prompt == chat.ChatPrompt("<|user|>", "\n", "<|end|><|assistant|>", order="instruction_first")
     instruction = prompt.instructions(SIX_EMOTIONS)[0]
     ids = prompt.ids(tokenizer, instruction, queries=2, speech_id=SPEECH_ID)
-    assert tokenizer.decode([i for i in ids if i >= 0]) == f"<|user|>\n{instruction}<|end|><|assistant|>"
+    assert tokenizer.decode([i for i in ids if i >= 0]) == f"<|user|>{instruction}\n<|end|><|assistant|>"
 
 
 @pytest.mark.parametrize(
@@ -128,13 +137,14 @@ def test_a_template_may_want_parts_escape_or_strip(content: str) -> None:
 )
 def test_a_template_that_loses_something_is_named(template: str, says: str) -> None:
     with pytest.raises(UserError, match=f"the chat template of .* {says}|the chat template of .*{says}") as caught:
-        chat.render(with_template(template))
+        chat.render(with_template(template), "instruction_first")
     assert "\n" not in str(caught.value)
 
 
 def test_a_template_with_a_date_is_rendered_once() -> None:
     tokenizer = with_template("It is {{ strftime_now('%d %b %Y') }}.\n{{ messages[0]['content'] }}<|assistant|>")
-    kept = asdict(chat.render(tokenizer))
+    kept = asdict(chat.render(tokenizer, "speech_first"))
+    del kept["order"]  # as runs of 0.2.0 keep it
     assert re.fullmatch(r"It is \d\d \w+ \d{4}\.\n", kept["before"])
     kept["before"] = "It is 01 Jan 2026.\n"  # the day on which a run began
     back = chat.ChatPrompt(**json.loads(json.dumps(kept)))
@@ -162,18 +172,29 @@ def test_answers_that_a_tokenizer_cannot_say_or_end() -> None:
 
 def test_a_tokenizer_that_cuts_and_pads_does_neither_here() -> None:
     tokenizer = small_tokenizer(SIX_EMOTIONS)
-    plain = chat.answers(tokenizer, ALL), chat.render(tokenizer).ids(tokenizer, "Name it.", 1, SPEECH_ID)
+    plain = (
+        chat.answers(tokenizer, ALL),
+        chat.render(tokenizer, "instruction_first").ids(tokenizer, "Name it.", 1, SPEECH_ID),
+    )
     tokenizer.backend_tokenizer.enable_truncation(1)
     tokenizer.backend_tokenizer.enable_padding(length=40)
-    assert plain == (chat.answers(tokenizer, ALL), chat.render(tokenizer).ids(tokenizer, "Name it.", 1, SPEECH_ID))
+    assert plain == (
+        chat.answers(tokenizer, ALL),
+        chat.render(tokenizer, "instruction_first").ids(tokenizer, "Name it.", 1, SPEECH_ID),
+    )
 
 
 def test_a_run_keeps_the_prompt_that_it_began_with(tmp_path: Path) -> None:
     first, later = (with_template(f"It is {day}.\n{_TURNS}".replace("CONTENT", "{{ m['content'] }}")) for day in (1, 2))
-    began = kept_prompt(tmp_path, "llama", first)
-    assert began.before == "It is 1.\n<|user|>"
-    assert kept_prompt(tmp_path, "llama", later) == began
-    assert kept_prompt(tmp_path, "another", later).before.startswith("It is 2.")
-    (tmp_path / "prompt.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"prompt\.json is damaged"):
-        kept_prompt(tmp_path, "llama", later)
+    llama, another = LLMConfig(pretrained="llama"), LLMConfig(pretrained="another", order="speech_first")
+    began = kept_prompt(tmp_path, llama, first)
+    assert began.before == "It is 1.\n<|user|>" and began.order == "instruction_first"
+    assert kept_prompt(tmp_path, llama, later) == began
+    assert kept_prompt(tmp_path, another, later) == chat.render(later, "speech_first")
+    for damaged in (
+        "{",
+        '{"llm": "llama", "prompt": {"before": "", "between": "", "after": "", "order": "backwards"}}',
+    ):
+        (tmp_path / "prompt.json").write_text(damaged, encoding="utf-8")
+        with pytest.raises(UserError, match=r"prompt\.json is damaged"):
+            kept_prompt(tmp_path, llama, later)
