@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist import __version__
+from mser_dist.evaluation.bootstrap import draw_ua
 from mser_dist.evaluation.metrics import Metrics, score
 from mser_dist.files import whole, write_json, write_text
 from mser_dist.models.normalize import Statistics, corpora_of
@@ -51,7 +52,8 @@ class Group:
     """A model's clips of one language in one corpus.
 
     model: stage1, stage2, or a baseline's name; ``…_adapted`` where features are normalised by statistics of the clips
-    themselves, without their labels: of `adapted_on` clips.
+    themselves, without their labels: of `adapted_on` clips. interval: of the UA, at 95 %, over its `speakers`; over
+    its clips where they are None: not named, or one alone; None where there is one clip.
     """
 
     model: str
@@ -60,6 +62,8 @@ class Group:
     seen: bool  # in training
     metrics: Metrics
     adapted_on: int | None = None
+    interval: tuple[float, float] | None = None
+    speakers: int | None = None
 
     @property
     def stage(self) -> int | None:
@@ -81,6 +85,7 @@ def of_native_labels(given: Answers, shards: ShardSet) -> Answers:
 def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
     """Metrics of every model, corpus and language; of a model, those of the languages seen in training first."""
     groups = []
+    speaker = shards.column("speaker")
     for model, given in answers.items():
         corpora, languages = (shards.column(name)[given.numbers] for name in ("corpus", "language"))
         pairs = set(zip(corpora, languages, strict=True))
@@ -91,16 +96,33 @@ def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
             if model.endswith(ADAPTED):
                 assert given.statistics is not None
                 adapted_on = given.statistics.clips[f"{corpus} {language}"]
-            groups.append(Group(model, corpus, language, not unseen, found, adapted_on))
+            about = _interval(given, mine, speaker[given.numbers[mine]])
+            groups.append(Group(model, corpus, language, not unseen, found, adapted_on, *about))
     return groups
+
+
+def _interval(
+    given: Answers, mine: NDArray[np.bool_], speaker: NDArray[Any]
+) -> tuple[tuple[float, float] | None, int | None]:
+    """The UA's 95 % interval over the clips `mine`, whose speakers are given, and over how many speakers it is."""
+    names, cluster = np.unique(speaker, return_inverse=True)
+    by_speaker = len(names) > 1 and bool((speaker != "").all())
+    if not by_speaker:
+        cluster = np.arange(len(speaker))
+    if len(cluster) < 2:
+        return None, None
+    drawn = draw_ua(given.reference[mine], given.predicted[mine], cluster, given.scores.shape[1])
+    return drawn.interval(), len(names) if by_speaker else None
 
 
 def as_row(group: Group) -> dict[str, Any]:
     """A line of the zero-shot table, ready for JSON."""
     m = group.metrics
     numbers = {"n": m.n, "k": m.k, "chance": m.chance, "ua": m.ua, "wa": m.wa, "macro_f1": m.macro_f1}
-    what = {"model": group.model, "stage": group.stage, "adapted_on": group.adapted_on}
+    what: dict[str, Any] = {"model": group.model, "stage": group.stage, "adapted_on": group.adapted_on}
     what |= {"corpus": group.corpus, "language": group.language, "seen_language": group.seen}
+    low, high = group.interval or (None, None)
+    what |= {"ua_low": low, "ua_high": high, "speakers": group.speakers}
     return what | numbers | {"constant": m.constant is not None}
 
 
@@ -116,6 +138,8 @@ def warnings(groups: Sequence[Group], labels: Sequence[str]) -> list[str]:
     more = [(place(group), sorted(lacks - nowhere)) for group, lacks in zip(first, lacking, strict=True)]
     if some := [f"{where} ({', '.join(lacks)})" for where, lacks in more if lacks]:
         said.append(f"labels that no clip of a language has do not count there: {', '.join(some)}")
+    if alone := [place(group) for group in first if group.interval and group.speakers is None]:
+        said.append(f"no two speakers are named in {', '.join(alone)}: the interval there is of these voices alone")
     for model in (model for model in models if model != MAJORITY):
         own = [group for group in groups if group.model == model]
         total = np.sum([group.metrics.confusion for group in own], axis=0)
@@ -144,24 +168,42 @@ def macro_ua(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> float
     return float(np.mean(values)) if values else float("nan")
 
 
+def macro_interval(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> tuple[float, float] | None:
+    """95 % interval of `macro_ua`, of languages that are independent of each other; None if one has none.
+
+    From theirs by MOVER (Zou and Donner, Statistics in Medicine 27(10), 2008), which keeps them lopsided.
+    """
+    mine = [row for row in rows if row["model"] == model and row["seen_language"] is seen]
+    if not mine or any(row["ua_low"] is None for row in mine):
+        return None
+    mean, n = macro_ua(mine, model, seen), len(mine)
+    down, up = ([row["ua"] - row["ua_low"] for row in mine], [row["ua_high"] - row["ua"] for row in mine])
+    return mean - float(np.linalg.norm(down)) / n, mean + float(np.linalg.norm(up)) / n
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.2f}–{high:.2f}"
+
+
 def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table that a person reads: a section a model. What was adapted says on how many clips, without labels."""
     adapted = any(row["adapted_on"] is not None for row in rows)
     head = ["model", "corpus", "language", "seen", *(["adapted on"] if adapted else [])]
-    head += ["n", "chance", "UA", "WA", "macroF1"]
+    head += ["n", "chance", "UA", "95 %", "WA", "macroF1"]
     sections = []
     for model in dict.fromkeys(row["model"] for row in rows):
         lines = []
         for row in (row for row in rows if row["model"] == model):
             what = [shown(model), row["corpus"], row["language"], "yes" if row["seen_language"] else "no"]
             what += ["" if row["adapted_on"] is None else str(row["adapted_on"])] if adapted else []
-            numbers = [f"{row[name]:.3f}" for name in ("chance", "ua", "wa", "macro_f1")]
-            lines.append([*what, str(row["n"]), *numbers])
+            chance, ua, *others = (f"{row[name]:.3f}" for name in ("chance", "ua", "wa", "macro_f1"))
+            lines.append([*what, str(row["n"]), chance, ua, _between(row["ua_low"], row["ua_high"]), *others])
         for seen, name in ((True, "seen languages"), (False, "unseen languages")):
             mean = macro_ua(rows, model, seen)
             if mean == mean:
                 blank = [""] * (5 if adapted else 4)
-                lines.append([shown(model), f"mean UA over {name}", *blank, f"{mean:.3f}", "", ""])
+                between = _between(*(macro_interval(rows, model, seen) or (None, None)))
+                lines.append([shown(model), f"mean over {name}", *blank, f"{mean:.3f}", between, "", ""])
         sections.append(lines)
     return Table(head, sections, align="llll" + "r" * (len(head) - 4))
 
@@ -208,6 +250,9 @@ def publish(
         parquet.write_table(predicted, staging, compression="zstd")
     files = [out / "table.txt", out / "predictions.parquet", *_draw(groups, rows, labels, out)]
     numbers: dict[Name, float] = {("ua", g.model, g.corpus, g.language): g.metrics.ua for g in groups}
+    for g in groups:
+        ends = zip(("ua_low", "ua_high"), g.interval or (), strict=False)
+        numbers |= {(name, g.model, g.corpus, g.language): end for name, end in ends}
     for model in dict.fromkeys(group.model for group in groups):
         for seen in (True, False):
             mean = macro_ua(rows, model, seen)

@@ -74,7 +74,8 @@ def confusions(tables: dict[str, NDArray[np.int64]], labels: list[str], title: s
 
 
 def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of UA per language, a panel per model, unseen languages in their own colour, chance as a line."""
+    """Bars of UA per language with its interval, a panel per model, unseen languages in their own colour, chance as a
+    line."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = -(-len(models) // 2)
     size = (6.5 * min(2, len(models)), 4.0 * lines)
@@ -87,7 +88,10 @@ def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
         names = [f"{row['language']} {row['corpus']}" if several else row["language"] for row in mine]
         colours = [SEEN if row["seen_language"] else UNSEEN for row in mine]
         bars = axis.bar(range(len(mine)), [row["ua"] for row in mine], color=colours)
-        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, label_type="center", color="white")
+        for place, row in enumerate(mine):
+            if row["ua_low"] is not None:
+                axis.vlines(place, row["ua_low"], row["ua_high"], color="black", linewidth=1)
         ends = [(i - 0.5, i + 0.5) for i in range(len(mine))]
         chance = [1 / row["k"] for row in mine]  # of its own in each language, by the labels that it has
         axis.hlines(chance, *zip(*ends, strict=True), color="black", linestyle="--", linewidth=1)

@@ -60,7 +60,7 @@ def test_unseen_languages_are_recognised(demo: Demo) -> None:
     assert set(report["seconds_by_step"]) == {"synthesis", "stage1", "stage2", "evaluation"}
     for row in report["zero_shot"]:
         assert row["k"] == 6 and row["n"] >= 72 and row["seen_language"] == (row["language"] not in UNSEEN)
-    assert "mlflow ui --backend-store-uri" in printed and "mean UA over unseen languages" in printed
+    assert "mlflow ui --backend-store-uri" in printed and "mean over unseen languages" in printed
 
 
 def test_shuffled_labels_end_at_chance(demo: Demo, tmp_path: Path) -> None:

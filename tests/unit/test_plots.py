@@ -45,6 +45,8 @@ def test_ua_by_language(tmp_path: Path) -> None:
             "language": language,
             "seen_language": seen,
             "ua": 0.7,
+            "ua_low": 0.6 if seen else None,
+            "ua_high": 0.75 if seen else None,
             "k": 6,
         }
 

@@ -47,17 +47,17 @@ def two_stages(shards: ShardSet) -> dict[str, report.Answers]:
 def test_the_table(two_stages: dict[str, report.Answers], shards: ShardSet) -> None:
     rows = [report.as_row(group) for group in report.measure(two_stages, shards)]
     assert str(report.zero_shot_table(rows)).splitlines() == [
-        "model    corpus                         language  seen  n  chance     UA     WA  macroF1",
-        "────────────────────────────────────────────────────────────────────────────────────────",
-        "stage 1  c                              de        yes   2   0.500  1.000  1.000    1.000",
-        f"stage 1  {CORPUS}  el        no    2   0.500  1.000  1.000    1.000",
-        "stage 1  mean UA over seen languages                               1.000",
-        "stage 1  mean UA over unseen languages                             1.000",
-        "────────────────────────────────────────────────────────────────────────────────────────",
-        "stage 2  c                              de        yes   2   0.500  1.000  1.000    1.000",
-        f"stage 2  {CORPUS}  el        no    2   0.500  0.000  0.000    0.000",
-        "stage 2  mean UA over seen languages                               1.000",
-        "stage 2  mean UA over unseen languages                             0.000",
+        "model    corpus                         language  seen  n  chance     UA       95 %     WA  macroF1",
+        "───────────────────────────────────────────────────────────────────────────────────────────────────",
+        "stage 1  c                              de        yes   2   0.500  1.000  1.00–1.00  1.000    1.000",
+        f"stage 1  {CORPUS}  el        no    2   0.500  1.000  1.00–1.00  1.000    1.000",
+        "stage 1  mean over seen languages                                  1.000  1.00–1.00",
+        "stage 1  mean over unseen languages                                1.000  1.00–1.00",
+        "───────────────────────────────────────────────────────────────────────────────────────────────────",
+        "stage 2  c                              de        yes   2   0.500  1.000  1.00–1.00  1.000    1.000",
+        f"stage 2  {CORPUS}  el        no    2   0.500  0.000  0.00–0.00  0.000    0.000",
+        "stage 2  mean over seen languages                                  1.000  1.00–1.00",
+        "stage 2  mean over unseen languages                                0.000  0.00–0.00",
     ]
 
 
