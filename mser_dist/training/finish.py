@@ -49,6 +49,7 @@ def _card(run: Run) -> dict[str, Any]:
         "languages": sorted({*shards.coded["language"].names, *source.get("languages", [])}),
         "corpora": sorted({*shards.coded["corpus"].names, *source.get("corpora", [])}),
         "clips": len(run.examples),
+        "max_seconds": data.max_seconds,
         "shuffled_labels": data.shuffle_labels,
         **run.stage.card(),
     }

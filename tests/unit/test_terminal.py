@@ -29,6 +29,8 @@ COMMANDS = [
     ["verify", "set"],
     ["train", "demo_stage1", *RUN, *TRAIN, "out=stage1"],
     ["eval", "demo_eval", *RUN, *EVAL, "out=eval"],
+    ["predict", "stage1", "c0.wav", "--labels", "радость,грусть", "--json", "ответ.json"],
+    ["predict", "stage1", "c0.wav", "--labels", "радость,грусть"],
     ["submit", "demo_stage1", *RUN, "out=Опыт", "--dry-run"],
     ["sweep", "demo_stage1", *RUN, "out=Опыт", "seed=1,2", "--dry-run"],
     ["doctor", "--no-ranks"],
