@@ -46,6 +46,26 @@ def _are_betas(betas: list[float]) -> bool:
     return len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
 
 
+def _is_pattern(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return bool(pattern)
+
+
+@dataclass(kw_only=True)
+class GroupConfig(Section):
+    """How the parameters are trained whose name a pattern is found in. A key that is null is train's."""
+
+    match: Annotated[str, must("must be a regular expression", _is_pattern)] = opt(
+        "", "regular expression that is searched in a parameter's name"
+    )
+    lr: PositiveFloat | None = opt(None, "peak learning rate")
+    weight_decay: NonNegativeFloat | None = opt(None, "weight decay, of biases and norms too")
+    freeze: Bool = opt(False, "do not train them")
+
+
 @dataclass(kw_only=True)
 class TrainConfig(Section):
     global_batch: PositiveInt = opt(
@@ -61,6 +81,11 @@ class TrainConfig(Section):
     lr: PositiveFloat = opt(1e-3, "peak learning rate (AdamW)")
     weight_decay: NonNegativeFloat = opt(
         0.01, "AdamW weight decay; not on biases, norms, embeddings of queries and scales"
+    )
+    groups: List[GroupConfig] = opt(
+        [],
+        "settings of their own for some parameters, by name: [{match: regex, lr, weight_decay, freeze}], e.g. "
+        "[{match: '^llm', lr: 1e-5}, {match: embed_tokens, freeze: true}]",
     )
     betas: Annotated[List[Float], must("must be two numbers from 0 to below 1", _are_betas)] = opt(
         [0.9, 0.98], "AdamW betas"

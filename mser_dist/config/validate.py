@@ -7,8 +7,8 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
-from typing import Any, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -76,6 +76,9 @@ def _line(cls: Any, error: ValidationError, prefix: str = "") -> tuple[str, str]
     if found["type"] in _UNKNOWN:
         key = prefix + ".".join(path)
         return key, f"unknown key {key}: {meant(cls, path, prefix)}"
+    if item := _item_of(cls, path[:-1]):
+        key = prefix + ".".join(path)
+        return key, _value_line(key, keys_of(item)[path[-1]].type, found)
     known = keys_of(cls)
     while path and ".".join(path) not in known:  # an item of a list
         path.pop()
@@ -120,8 +123,11 @@ def _out_of_bounds(key: str, bounds: dict[str, float], value: Any) -> str:
 
 def meant(cls: Any, path: Sequence[str], prefix: str = "") -> str:
     """Which key may have been meant: one of the same name elsewhere, else the nearest in its section."""
-    known = list(keys_of(cls))
     *parents, name = path
+    if item := _item_of(cls, parents):
+        near = difflib.get_close_matches(name, [field.name for field in fields(item)], 1, cutoff=0.5)
+        return f"did you mean {near[0]}?" if near else f"known here: {', '.join(f.name for f in fields(item))}"
+    known = list(keys_of(cls))
     if name in known:
         section, _, key = name.rpartition(".")
         return f"in a file, write {section}: {{{key}: …}}"
@@ -139,3 +145,12 @@ def meant(cls: Any, path: Sequence[str], prefix: str = "") -> str:
     if found:
         return f"did you mean {' or '.join(prefix + key for key in found)}?"
     return f"known here: {', '.join(here)}"
+
+
+def _item_of(cls: Any, path: Sequence[str]) -> Any:
+    """The config class of the items of a list, where a path ends in one: train.groups.0."""
+    if not path or not path[-1].isdigit():
+        return None
+    field = keys_of(cls).get(".".join(path[:-1]))
+    kinds = get_args(next(iter(get_args(field.type)), None)) if field else ()
+    return next(filter(is_dataclass, kinds), None)

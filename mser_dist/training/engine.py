@@ -15,6 +15,7 @@ from mser_dist.contrastive import bounds
 from mser_dist.errors import UserError
 from mser_dist.ranks.distributed import World
 from mser_dist.state import engine_state
+from mser_dist.training.groups import assign, parameter_groups, rates
 
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")
 
@@ -124,18 +125,6 @@ def schedule(train: cfg.TrainConfig, total: int) -> Any:
     return share
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms, scales and learned queries do not."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = deepspeed_parts.dimensions(parameter) >= 2 and not name.endswith("queries")
-            (decay if is_matrix else plain).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every whole floating-point parameter the engine's dtype; buffers such as RoPE's frequencies stay fp32.
 
@@ -156,11 +145,8 @@ class Engine:
         zero = self.json.get("zero_optimization", {})
         self.zero_stage = int(zero.get("stage", 0))
         _cast(model, getattr(torch, config.engine.dtype))
-        groups = parameter_groups(model, config.train.weight_decay)
-        if not groups:
-            raise UserError(
-                "every part of the model is frozen: nothing would be trained; unfreeze a part in the config"
-            )
+        self.assigned = assign(model, config.train.groups)
+        groups = parameter_groups(model, config.train, self.assigned)
         betas = (config.train.betas[0], config.train.betas[1])
         optimizer: torch.optim.Optimizer
         if zero.get("offload_optimizer", {}).get("device", "none") != "none":
@@ -237,8 +223,9 @@ class Engine:
         return float(norm) if norm is not None else float("nan")
 
     @property
-    def lr(self) -> float:
-        return float(self._engine.get_lr()[0])
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the next step, as `groups.rates` names them."""
+        return rates(deepspeed_parts.optimizer(self._engine).param_groups)
 
     @property
     def step_applied(self) -> bool:

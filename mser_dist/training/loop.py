@@ -27,6 +27,7 @@ from mser_dist import config as cfg
 from mser_dist.config.file import flatten
 from mser_dist.errors import Stopped
 from mser_dist.evaluation.evaluate import validate
+from mser_dist.files import write_text
 from mser_dist.ranks import distributed, preempt
 from mser_dist.runs import folder
 from mser_dist.runs.tracking import tracked
@@ -84,6 +85,8 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             with tracked(config.tracking, setup.out, tags, params, world.is_main, links=links) as tracker:
                 if tracker:
                     setup.watchdog.at_end = lambda: tracker.close("FAILED")
+                    write_text(setup.out / "groups.txt", f"{run.groups()}\n")
+                    tracker.artifact(setup.out / "groups.txt")
                 with StepLog(run, state.step, tracker) as log:
                     train_steps(run, state, log)
                 summary = finish(run, state.validation, tracker)

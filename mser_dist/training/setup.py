@@ -33,8 +33,10 @@ from mser_dist.stream import steps
 from mser_dist.stream.examples import Examples, open_clips, open_training_clips
 from mser_dist.stream.features import Features
 from mser_dist.stream.plan import START, Plan, Position
+from mser_dist.tables import Table, show
 from mser_dist.training import stages
 from mser_dist.training.engine import Engine, resolve_json
+from mser_dist.training.groups import describe as describe_groups
 from mser_dist.training.nonfinite import NotFinite
 
 
@@ -183,6 +185,10 @@ class Run:
         with closing(found):  # type: ignore[type-var]
             for step in found:
                 yield steps.Step(list(map(self.examples.grouped, step.batches)), step.clips, step.after, step.bad)
+
+    def groups(self) -> Table:
+        """What trains how."""
+        return describe_groups(self.stage.model, self.config.train, self.engine.assigned)
 
     def facts(self) -> dict[str, str]:
         """What the tracker records of a run beside its config."""
@@ -333,6 +339,7 @@ def _announce(run: Run, step: int, checked: str) -> None:
         print(f"attention: {setup.attention.kernel} ({setup.attention.reason})")
         if checked:
             print(checked)
+        show(run.groups())
         if step:
             print(f"continuing from step {step}")
         sys.stdout.flush()

@@ -50,7 +50,7 @@ class StepLog:
         run = self._run
         if step % run.config.train.log_every == 0 or step == run.total:
             numbers = _mean_over_ranks(stats, run.device)
-            numbers |= {"lr": run.engine.lr, "grad_norm": run.engine.grad_norm, **self._clock.read()}
+            numbers |= {**run.engine.rates, "grad_norm": run.engine.grad_norm, **self._clock.read()}
             bad = bad_everywhere(data.bad, bad, run.examples, run.world.is_main)
             numbers |= {"bad_clips": float(len(bad)), "skipped_steps": float(run.engine.skipped_steps)}
             if self._tracker:

@@ -292,10 +292,11 @@ def both_ways(rank: int, ranks: int) -> list[dict[str, Tensor]]:
 
 def plain_steps() -> dict[str, Tensor]:
     """The same three steps in one process without DeepSpeed."""
-    from mser_dist.training.engine import parameter_groups, schedule
+    from mser_dist.training.engine import schedule
+    from mser_dist.training.groups import parameter_groups
 
     model, train = small_aligner(), run_config(1).train
-    optimizer = torch.optim.AdamW(parameter_groups(model, train.weight_decay), lr=train.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(model, train), lr=train.lr, betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(train, 3))
     norm = torch.zeros(())
     whole = slice(0, N)

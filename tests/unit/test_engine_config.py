@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
-from mser_dist.training.engine import find_json, parameter_groups, resolve_json, schedule
+from mser_dist.training.engine import find_json, resolve_json, schedule
 
 DS_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
@@ -145,7 +143,7 @@ def test_a_world_size_that_does_not_fit_is_refused() -> None:
         resolve_json(run_config("cpu"), 5)
 
 
-# ---- schedule and parameter groups
+# ---- schedule
 
 
 @pytest.mark.parametrize("name", get_args(cfg.Schedule))
@@ -184,37 +182,3 @@ def test_the_schedules_by_hand() -> None:
     assert at("linear", 54, 39, 99) == pytest.approx([half, 0.2 + 0.8 * 2 / 3, 0.2])
     assert at("wsd", 78, 79, 89, 99) == pytest.approx([1.0, 1.0, half, 0.2])
     assert at("constant", 54, 99) == [1.0, 1.0]
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.norm = nn.LayerNorm(4)
-        self.conv = nn.Conv1d(4, 4, 3)
-        self.queries = nn.Parameter(torch.zeros(1, 2, 4))
-        self.scales = nn.Parameter(torch.zeros(2))
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-
-
-def test_only_matrices_decay() -> None:
-    model = Model()
-    decayed, plain = parameter_groups(model, 0.3)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert [names[id(p)] for p in decayed["params"]] == ["linear.weight", "conv.weight"]
-    expected = {"queries", "scales", "linear.bias", "norm.weight", "norm.bias", "conv.bias"}
-    assert {names[id(p)] for p in plain["params"]} == expected
-
-
-def test_partitioned_matrices_decay_too() -> None:
-    model = nn.Linear(4, 4)
-    model.weight.ds_shape = model.weight.shape  # type: ignore[attr-defined]  # what ZeRO-3 leaves: the shape beside a flat part
-    model.weight.data = model.weight.data.flatten()[:2]
-    decayed, plain = parameter_groups(model, 0.1)
-    assert (decayed["params"], plain["params"]) == ([model.weight], [model.bias])
-
-
-def test_empty_groups_are_left_out() -> None:
-    assert parameter_groups(Model().requires_grad_(False), 0.1) == []
-    assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(3), 0.1)] == [0.0]

@@ -19,8 +19,8 @@ PLAIN, WAVEFORM, NO_PAIRS = Facts(ranks=2, shards=9), Facts(log_mel=False), Fact
 ALWAYS = {
     "out", "seed", "stage", "stage1", "stage2", "init_from", "batch", "dtype", "attention", "freeze_encoder",
     "freeze_qformer", "text.pretrained", "train.global_batch", "train.micro_batch", "train.steps", "train.lr",
-    "train.weight_decay", "train.betas", "train.warmup", "train.grad_clip", "train.log_every", "train.save_every",
-    "train.save_minutes", "train.save_best", "train.keep", "train.background_save", "train.trust_checkpoints",
+    "train.weight_decay", "train.groups", "train.betas", "train.warmup", "train.grad_clip", "train.log_every",
+    "train.save_every", "train.save_minutes", "train.save_best", "train.keep", "train.background_save", "train.trust_checkpoints",
     "train.max_skipped", "data.sets", "data.split", "data.val_split", "data.languages", "data.labels",
     "data.keep", "data.drop", "data.max_seconds", "data.workers", "data.max_bad", "data.batching", "data.balance",
     "data.shuffle_labels", "encoder.arch", "encoder.freeze", "encoder.pad_seconds", "encoder.layers",
