@@ -96,5 +96,8 @@ class _Shape(Encoder):
     def cut(self, highest: int) -> None:
         """There are none above."""
 
+    def frames(self, lengths: Tensor) -> Tensor:
+        return torch.ones_like(lengths)
+
     def hidden(self, speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
         return [speech[:, None]], torch.ones(len(speech), dtype=torch.long)

@@ -62,6 +62,10 @@ class Encoder(nn.Module, ABC):
     def hidden(self, speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
         """The hidden states of `layers`, (B, T, D) each, and the number of each clip's own frames, (B,)."""
 
+    @abstractmethod
+    def frames(self, lengths: Tensor) -> Tensor:
+        """(B,) frames of a hidden state, of clips of so many mel frames or samples."""
+
     def fed(self, lengths: Tensor) -> Tensor:
         """(B,) mel frames or samples that the encoder attends to, of clips with so many of their own."""
         if self.pad_seconds is None:

@@ -71,6 +71,9 @@ class WaveformEncoder(Encoder):
         if highest < self.depth and self.model.config.do_stable_layer_norm:  # its norm comes behind the last layer
             self.model.encoder.layer_norm = nn.Identity()
 
+    def frames(self, lengths: Tensor) -> Tensor:
+        return self._frames(lengths.clamp(min=self.min_samples))
+
     def hidden(self, speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
         """(B, S) waveform and (B,) own samples → (B, T, width) of each used layer, 50 frames a second; own frames."""
         lengths = lengths.clamp(min=self.min_samples)

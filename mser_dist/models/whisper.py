@@ -41,6 +41,9 @@ class SpeechEncoder(Encoder):
         if highest < self.depth:
             self.whisper.layer_norm = nn.Identity()
 
+    def frames(self, lengths: Tensor) -> Tensor:
+        return (lengths + 1) // 2
+
     def hidden(self, speech: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
         """(B, n_mels, F) log-mel and (B,) own frames → (B, T, width) of each used layer, T = ceil(F / 2); own steps."""
         w = self.whisper
@@ -57,7 +60,7 @@ class SpeechEncoder(Encoder):
         x = nn.functional.gelu(w.conv1(mel)) * real
         x = nn.functional.gelu(w.conv2(x)).transpose(1, 2)  # (B, T, D)
         steps = torch.arange(x.shape[1], device=x.device)
-        mask = steps[None, :] < ((fed + 1) // 2)[:, None]  # (B, T)
+        mask = steps[None, :] < self.frames(fed)[:, None]  # (B, T)
         x = x + w.embed_positions(steps)
         x = nn.functional.dropout(x, p=w.dropout, training=self.training)
         bias = create_bidirectional_mask(config=w.config, inputs_embeds=x, attention_mask=mask)
@@ -66,4 +69,4 @@ class SpeechEncoder(Encoder):
             states.append(layer(states[-1], bias))
         if max(self.layers) == self.depth:
             states[-1] = w.layer_norm(states[-1])
-        return [states[number] for number in self.layers], (lengths + 1) // 2
+        return [states[number] for number in self.layers], self.frames(lengths)
