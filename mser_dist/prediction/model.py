@@ -106,7 +106,7 @@ class Model:
         else:
             self.network, self._tokenizer = exported.load_speech_llm(export, attention, kind)
             kept = card.get("prompt")  # exports of 0.1.0 keep none
-            self._prompt = ChatPrompt(**kept) if kept else chat.render(self._tokenizer)
+            self._prompt = ChatPrompt(**kept) if kept else chat.render(self._tokenizer, "speech_first")
             self.network.to(device)
         self.network.requires_grad_(False)
         if self.speech.frozen is not None:

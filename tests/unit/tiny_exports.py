@@ -52,7 +52,11 @@ def stage2(run: Path, normalize: str = "overall", **more: Any) -> Path:
     llm, tokenizer = build_llm(cfg.LLMConfig(arch=LLM), LABELS, SDPA)
     model = SpeechLLM(speech(normalize), llm).eval()
     card = {"stage": 2, "labels": LABELS, "languages": ["de"], "corpora": ["made-up"], "clips": 4}
-    card |= {**exported.speech_llm_card(model, None), "prompt": asdict(chat.render(tokenizer)), **more}
+    card |= {
+        **exported.speech_llm_card(model, None),
+        "prompt": asdict(chat.render(tokenizer, "instruction_first")),
+        **more,
+    }
     run.mkdir(parents=True, exist_ok=True)
     exported.write(run / "export", model, model.state_dict(), card, tokenizer)
     return run
