@@ -1,11 +1,12 @@
 """Which LLM families are trained and scored rightly: each is built small, and held against its own plain forward.
 
     python tools/check_families.py                       # a line for each family that transformers knows
-    python tools/check_families.py --json families.json  # {"families": [{name, max_abs_diff, refused, shares_cache}]}
+    python tools/check_families.py --json families.json  # {"families": [{name, max_abs_diff, refused, …}]}
     python tools/check_families.py --write               # the lists in mser_dist/models/README.md; a test compares them
 
 Weights are random, and the check is the one that runs before step 1 of a training (`models/self_check.py`), in fp32:
-max_abs_diff is the largest difference of a loss or a label's score. About a minute on one core.
+max_abs_diff is the largest difference of a loss or a label's score; shares_cache and scores_by say how answers are
+scored, packing how a micro-batch is read, and why_not why not as llm.packing=prefix. About a minute on one core.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from mser_dist import config as cfg
 from mser_dist.errors import UserError
 from mser_dist.models.attention import Attention, for_class
 from mser_dist.models.llm import check_kind
+from mser_dist.models.packed import SPEECH
 from mser_dist.models.self_check import check_llm
 from mser_dist.models.speech import build_speech
-from mser_dist.models.speech_llm import SPEECH, SpeechLLM
+from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.progress import bar
 
 MANUAL = Path(__file__).parents[1] / "mser_dist/models/README.md"
@@ -98,6 +100,7 @@ def small_config(family: str) -> Any:
 def check(family: str) -> dict[str, Any] | None:
     """The row of a family; None where it was not built here: its small config is not one that transformers takes."""
     row: dict[str, Any] = {"name": family, "max_abs_diff": None, "refused": None, "shares_cache": None}
+    row |= {"scores_by": None, "packing": None, "why_not": None}
     try:
         config = small_config(family)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -122,10 +125,17 @@ def check(family: str) -> dict[str, Any] | None:
     qformer = cfg.QFormerConfig(queries=2, layers=1, width=16, heads=2, dropout=0.0)
     try:
         model = SpeechLLM(build_speech(cfg.EncoderConfig(arch=_SPEECH), qformer, attention), llm)
-        checked = check_llm(model, _PROMPTS, _ANSWERS, "cpu")
+        checked = check_llm(model, _PROMPTS, _ANSWERS, "cpu", "prefix")
     except UserError as error:
         return {**row, "refused": str(error)}
-    return {**row, "max_abs_diff": checked.difference, "shares_cache": checked.shares_cache}
+    return {
+        **row,
+        "max_abs_diff": checked.difference,
+        "shares_cache": checked.shares_cache,
+        "scores_by": checked.scores_by,
+        "packing": checked.packing,
+        "why_not": checked.not_packed,
+    }
 
 
 def lists(rows: list[dict[str, Any]]) -> str:
@@ -143,12 +153,17 @@ def lists(rows: list[dict[str, Any]]) -> str:
         else:
             group = "refused, cannot be given a prompt with speech"
         groups.setdefault(group, []).append(row["name"])
+    for row in rows:
+        if row["packing"] in ("rows", "off"):
+            groups.setdefault(f"packed by `{row['packing']}`, not by `prefix`", []).append(row["name"])
     return "".join(f"| {group} ({len(names)}) | {', '.join(names)} |\n" for group, names in sorted(groups.items()))
 
 
 def in_manual(text: str) -> tuple[str, str, str]:
     """The manual before, in and behind the rows of the families."""
-    before, rows, behind = re.split(r"(?<=\|---\|---\|\n)((?:\| (?:answers|scored|refused).*\n)+)", text, maxsplit=1)
+    before, rows, behind = re.split(
+        r"(?<=\|---\|---\|\n)((?:\| (?:answers|scored|packed|refused).*\n)+)", text, maxsplit=1
+    )
     return before, rows, behind
 
 

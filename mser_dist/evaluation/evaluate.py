@@ -89,7 +89,7 @@ def validate(
 ) -> dict[str, float] | None:
     """UA, WA and macro-F1 on the validation split; None where `go_on` ended it. Collective."""
     stage.model.eval()
-    found = predict(stage.scorer(), clips, batch, stage.collate, workers, world, device, "validate", False, go_on)
+    found = predict(stage.scorer(), clips, batch, pad_speech, workers, world, device, "validate", False, go_on)
     stage.model.train()
     if found is None:
         return None
@@ -216,7 +216,7 @@ def _scorer(
     kept = exported.read_card(export).get("prompt")  # exports of 0.1.0 keep none
     prompt = ChatPrompt(**kept) if kept else chat.render(tokenizer, "speech_first")
     scorer = AnswerScorer(model.to(device), tokenizer, prompt, labels)
-    checked = check_llm(model, [scorer.prompt.tolist()], [answer.tolist() for answer in scorer.answers], device)
+    checked = check_llm(model, [scorer.prompt], scorer.answers, device)
     if distributed.discover().is_main:
         print(checked, flush=True)
     return scorer

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from mser_dist.models import chat, prompts
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.chat import ChatPrompt
-from mser_dist.models.speech_llm import SPEECH, SpeechLLM
+from mser_dist.models.likelihood import Likelihoods
+from mser_dist.models.packed import SPEECH
+from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.text import TextTower
 
 
@@ -28,17 +30,21 @@ class PromptScorer:
 
 
 class AnswerScorer:
-    """Stage 2: log-likelihood of each label's answer, its end included."""
+    """Stage 2: log-likelihood of each label's answer, its end included. For weights that stay as they are: see `score`.
+
+    score: made at the first batch, and keeps the keys and values of the prompt for those that follow.
+    """
 
     def __init__(self, model: SpeechLLM, tokenizer: Any, prompt: ChatPrompt, labels: list[str]) -> None:
         self.model = model
         instruction = prompt.instructions(labels)[0]
-        self.prompt = torch.tensor(prompt.ids(tokenizer, instruction, model.speech.query_count, SPEECH))
-        self.answers = [torch.tensor(answer) for answer in chat.answers(tokenizer, labels)]
+        self.prompt = prompt.ids(tokenizer, instruction, model.speech.query_count, SPEECH)
+        self.answers = chat.answers(tokenizer, labels)
+        self.score: Likelihoods | None = None
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """(B, K) log-likelihoods, summed over an answer's tokens."""
-        device = batch["speech"].device
-        answers = [answer.to(device) for answer in self.answers]
-        return self.model.score(batch["speech"], batch["lengths"], self.prompt.to(device), answers)
+        if self.score is None:
+            self.score = Likelihoods(self.model, self.prompt, self.answers, batch["speech"].device)
+        return self.score(batch["speech"], batch["lengths"])

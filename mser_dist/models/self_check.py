@@ -5,36 +5,73 @@ have a cache that many answers cannot share. So, on two clips of noise, our loss
 plain forward pass: one clip, one answer, no padding, no cache.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mser_dist import deepspeed_parts
 from mser_dist.audio import SAMPLE_RATE
 from mser_dist.errors import UserError
+from mser_dist.models.likelihood import Likelihoods, Way
 from mser_dist.models.llm import base_of
+from mser_dist.models.packed import SPEECH, Packing, batch_of, is_flash
 from mser_dist.models.speech import SpeechModel
-from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
+from mser_dist.models.speech_llm import SpeechLLM
 
 _FLOOR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # nats that rounding may always come to
 _SECONDS = (0.5, 0.3)
+_RECURRENT = (
+    "linear",
+    "conv",
+    "mamba",
+    "recurrent",
+    "hybrid",
+)  # of layer types: whose state fades, and may seem to end
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found: the largest difference of loss or score from the plain forward; how answers are scored."""
+    """What a check found: the largest difference of loss or score from the plain forward; how a batch is read."""
 
     difference: float
-    shares_cache: bool
-    why_not: str = ""
+    scores_by: Way
+    packing: Packing
+    kernel: str  # of the LLM's attention
+    not_scored: str = ""  # why not by a quicker way
+    not_packed: str = ""  # why not as it was asked for
+
+    @property
+    def shares_cache(self) -> bool:
+        """Whether all answers read one cache of the prompt."""
+        return self.scores_by != "whole"
 
     def __str__(self) -> str:
-        how = "read the prompt's cache" if self.shares_cache else f"are scored by whole forward passes ({self.why_not})"
-        return f"self-check: loss and scores are the LLM's own to {self.difference:.1e}; answers {how}"
+        scored = {
+            "tree": "all answers are scored in one pass behind the prompt's kept start",
+            "cache": "answers read the prompt's cache",
+            "whole": "answers are scored by whole forward passes",
+        }[self.scores_by]
+        reason = f" ({self.not_scored})" if self.not_scored else ""
+        return f"self-check: loss and scores are the LLM's own to {self.difference:.1e}; {scored}{reason}"
+
+    @property
+    def packed(self) -> str:
+        """How a micro-batch of clips is given to the LLM, by which kernel, and why."""
+        how = {
+            "prefix": "one row, each instruction once",
+            "rows": "one row, whole samples",
+            "off": "padded rows",
+        }[self.packing]
+        reason = f"; {self.not_packed}" if self.not_packed else ""
+        return f"llm.packing: {self.packing} ({how}), attention by {self.kernel}{reason}"
 
 
 def check_speech(speech: SpeechModel, device: str) -> None:
@@ -43,27 +80,37 @@ def check_speech(speech: SpeechModel, device: str) -> None:
         _emotion_tokens(speech, device)
 
 
-def check_llm(model: SpeechLLM, prompts: Sequence[list[int]], answers: Sequence[list[int]], device: str) -> Checked:
-    """Hold `model` against the plain forward of its LLM, and set `model.shares_cache`. Collective under ZeRO-3.
+def check_llm(
+    model: SpeechLLM,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    device: str,
+    packing: Packing | None = None,
+) -> Checked:
+    """Hold `model` against the plain forward of its LLM, and set `model.scores_by`. Collective under ZeRO-3.
 
     prompts: token ids with SPEECH in them, two of different length where there are such. answers: token ids, end
-    included. Raises `UserError` that names the LLM's class where it cannot be used.
+    included. packing: the one that a training asks for; what comes out is the next one that is right. Raises
+    `UserError` that names the LLM's class where it cannot be used.
     """
     name = type(base_of(model.llm)).__name__
     with _at_rest(model):
         speech, lengths = _emotion_tokens(model.speech, device)
         try:
-            return _check_llm(_Trial(model, prompts, answers, speech, lengths))
+            return _check_llm(model, prompts, answers, speech, lengths, packing)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a class does that takes no embeddings, or no mask
-            first = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             remedy = "choose another LLM"
             if any(map(deepspeed_parts.is_partitioned, model.llm.parameters())):
                 remedy = (
                     "it may read weights past their modules, where ZeRO-3 has parts alone: try engine.deepspeed=zero2"
                 )
-            raise UserError(f"{name} cannot be given a prompt with speech ({first}): {remedy}") from error
+            raise UserError(f"{name} cannot be given a prompt with speech ({_named(error)}): {remedy}") from error
+
+
+def _named(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 class _Trial:
@@ -84,8 +131,9 @@ class _Trial:
         ends = sorted(answers, key=len)
         self.answers = [torch.tensor(answer, device=speech.device) for answer in (ends[0], ends[-1])]
         self.prompts = [torch.tensor(f(prompts, key=len), device=speech.device) for f in (min, max)]
-        self.inputs = [self.alone(clip, self.prompts[0]) for clip in (0, 1)]
+        self.inputs = [self.alone(clip, self.prompts[1]) for clip in (0, 1)]
         self.reference = self.likelihoods(self.inputs)
+        self._alone: float | None = None  # likelihood of the samples that the losses are of
         # What rounding does here: the same clips, their inputs moved by one unit in the last place.
         rounding = _largest(self.likelihoods([_rounded(x) for x in self.inputs]), self.reference)
         self.allowed = _FLOOR[self.inputs[0].dtype] + 8 * rounding
@@ -104,8 +152,8 @@ class _Trial:
         return float(self.plain(inputs, prompt, answer)[torch.arange(len(answer)), answer].sum())
 
     def likelihoods(self, inputs: list[Tensor]) -> Tensor:
-        """(clips, answers) behind the short prompt."""
-        return torch.tensor([[self.likelihood(x, self.prompts[0], answer) for answer in self.answers] for x in inputs])
+        """(clips, answers) behind the long prompt."""
+        return torch.tensor([[self.likelihood(x, self.prompts[1], answer) for answer in self.answers] for x in inputs])
 
     def hold(self, difference: float, what: str) -> float:
         """`difference`, unless it is more than rounding."""
@@ -117,7 +165,7 @@ class _Trial:
         """Raise `UserError` for an LLM whose logits are not those of the speech and words before each place."""
         if not torch.isfinite(self.reference).all():
             raise UserError(f"{self.name} gives logits that are not finite: its weights are damaged, copy them again")
-        prompt, answer = self.prompts[0], self.answers[1]
+        prompt, answer = self.prompts[1], self.answers[1]
         words = torch.cat([prompt[prompt != SPEECH], answer])[None]
         by_ids = base_of(self.model.llm)(input_ids=words, use_cache=False).logits.float().log_softmax(-1)
         by_embeddings = self.model.logits(self.embed(words), words)[0].float().log_softmax(-1)
@@ -129,44 +177,107 @@ class _Trial:
         if _largest(self.likelihoods(words_there), self.reference) == 0:
             raise UserError(f"{self.name} says the same whatever stands where the speech does: choose another LLM")
 
-    def loss(self) -> float:
-        """Difference of the loss of both prompts and clips in one padded batch, as in training, times its tokens."""
-        rows = list(zip(self.prompts, self.answers[::-1], strict=True))
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.zeros(2, width, dtype=torch.long, device=self.speech.device)
-        labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
-        for row, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            ids[row, :end], labels[row, len(prompt) : end] = torch.cat([prompt, answer]), answer
-            mask[row, :end] = 1
-        batch = {"speech": self.speech, "lengths": self.lengths, "input_ids": ids, "labels": labels}
-        ours = float(self.model({**batch, "attention_mask": mask, "normalizer": 1})[0])
-        alone = [self.likelihood(self.alone(i, prompt), prompt, answer) for i, (prompt, answer) in enumerate(rows)]
-        return abs(ours + sum(alone))
+    def loss(self, packing: Packing) -> float:
+        """Difference of the loss of three samples in one batch, as in training, from that of each alone.
 
-    def scores(self, score: Callable[[Tensor, Tensor, list[Tensor]], Tensor]) -> float:
-        """Largest difference of the scores of both clips in one batch."""
-        prompt = self.prompts[0]
-        together = self.model.embed_prompt(prompt.expand(2, -1), self.speech, self.lengths)
-        return _largest(score(together, prompt, self.answers).cpu(), self.reference)
+        Infinite if a sample of a packed row hears another one, however little: rounding is no excuse there.
+        """
+        short, long = self.prompts
+        few, many = self.answers
+        samples = [(short, many), (long, few), (long, many)]
+        batch = batch_of([(prompt.tolist(), answer.tolist()) for prompt, answer in samples], packing)
+        batch = {key: x.to(self.speech.device) if isinstance(x, Tensor) else x for key, x in batch.items()}
+
+        def loss(clips: list[int], **other: Any) -> float:
+            given = {"speech": self.speech[clips], "lengths": self.lengths[clips], "normalizer": 1}
+            return float(self.model({**batch, **given, **other})[0])
+
+        if packing != "off":  # the last sample behind others of another clip that say other words
+            last, words = {"at": batch["at"][-len(many) :]}, batch["input_ids"].clone()
+            words[:, batch["at"][: -len(many)] + 1] = long[0]
+            one, other = loss([0, 1, 0], **last), loss([1, 0, 0], **last, input_ids=words)
+            if not abs(one - other) <= 8 * torch.finfo(self.inputs[0].dtype).eps * max(1.0, abs(one)):
+                return math.inf
+        if self._alone is None:
+            first = self.likelihood(self.alone(0, short), short, many)
+            self._alone = first + float(self.reference[1, 0] + self.reference[0, 1])
+        return abs(loss([0, 1, 0]) + self._alone)
+
+    def attempt(self, measure: Callable[[], float]) -> tuple[float, str]:
+        """What `measure` finds, and why that is not good enough, if so."""
+        try:
+            found = measure()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # hybrid, recurrent and missing caches, unknown arguments, each with its own error
+            return math.inf, _named(error)
+        if found == math.inf:
+            return found, "clips of a row hear each other"
+        return found, "" if found <= self.allowed else f"it differs by {found:.2g}"
+
+    def scores(self, way: Way) -> float:
+        """Largest difference of the scores of both clips in one batch, and of those that a second batch is given."""
+        prompt, answers = self.prompts[1].tolist(), [answer.tolist() for answer in self.answers]
+        score = Likelihoods(self.model, prompt, answers, self.speech.device, way)
+        together = [score(self.speech, self.lengths).cpu() for _ in range(2 if way == "tree" else 1)]
+        return max(_largest(scores, self.reference) for scores in together)
 
 
-def _check_llm(trial: _Trial) -> Checked:
-    model = trial.model
+def _check_llm(
+    model: SpeechLLM,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    speech: Tensor,
+    lengths: Tensor,
+    wanted: Packing | None,
+) -> Checked:
+    llm, kernel = base_of(model.llm), model.llm_config._attn_implementation
+    reasons = []
+    if is_flash(model.llm_config) and wanted in (None, "prefix"):
+        llm.set_attn_implementation("sdpa")
+        reasons.append(f"{kernel} takes no mask of blocks")
+    trial = _Trial(model, prompts, answers, speech, lengths)
     trial.reads_as_it_should()
-    difference = trial.hold(trial.loss(), "the loss of a padded batch is not that of its clips")
-    whole = trial.hold(trial.scores(model.score_whole), "the scores of a batch are not those of its clips")
-    why = ""
-    try:
-        shared = trial.scores(model.score_shared)
-        if not shared <= trial.allowed:
-            why = f"by its cache they differ by {shared:.2g}"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # hybrid, recurrent and missing caches, each with an error of its own
-        why = f"its cache cannot be shared: {type(error).__name__}"
-    model.shares_cache = not why
-    return Checked(max(difference, whole if why else shared), model.shares_cache, why)
+    packing: Packing = wanted or "off"
+    if packing != "off" and (why := _no_rows(llm)):
+        packing, reasons = "off", [why]
+    while packing != "off" and (why := trial.attempt(partial(trial.loss, packing))[1]):
+        reasons.append(f"not {packing}: {why}")
+        packing = "rows" if packing == "prefix" else "off"
+        if llm.config._attn_implementation != kernel:  # which whole samples can be read by
+            llm.set_attn_implementation(kernel)
+            trial = _Trial(model, prompts, answers, speech, lengths)
+    difference = trial.hold(trial.loss("off"), "the loss of a padded batch is not that of its clips")
+    scored = trial.hold(trial.scores("whole"), "the scores of a batch are not those of its clips")
+    model.scores_by, not_scored = "whole", []
+    quicker: tuple[Way, ...] = ("cache",) if is_flash(model.llm_config) else ("tree", "cache")
+    for way in quicker:
+        found, why = trial.attempt(partial(trial.scores, way))
+        if not why:
+            model.scores_by, scored = way, found
+            break
+        not_scored.append(f"not by its {way}: {why}")
+    return Checked(
+        max(difference, scored),
+        model.scores_by,
+        packing,
+        llm.config._attn_implementation,
+        "; ".join(not_scored),
+        "; ".join(reasons),
+    )
+
+
+def _no_rows(llm: PreTrainedModel) -> str:
+    """Why an LLM is given no packed rows, whatever two clips of noise say; empty if nothing is known against it."""
+    kinds = getattr(llm.config.get_text_config(), "layer_types", None) or ()
+    for kind in kinds:
+        if any(name in kind for name in _RECURRENT):
+            return f"its layers of type {kind} go on from clip to clip"
+    # GPT-Neo's looks up which place sees which, and a row may have more places than that knows.
+    tables = [
+        b.shape[-1] for b in llm.buffers() if b.dtype == torch.bool and b.dim() > 2 and b.shape[-1] == b.shape[-2]
+    ]
+    return f"its attention is by a table of {min(tables)} places, fewer than a row may have" if tables else ""
 
 
 def _emotion_tokens(speech: SpeechModel, device: str) -> tuple[Tensor, Tensor]:

@@ -3,30 +3,28 @@
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mser_dist.errors import UserError
+from mser_dist.models.likelihood import Way
 from mser_dist.models.llm import base_of
+from mser_dist.models.packed import IGNORE, SPEECH, keep_apart
 from mser_dist.models.speech import SpeechModel
-
-SPEECH = -200  # stands in `input_ids` where a speech token goes
-IGNORE = -100  # stands in `labels` where there is no loss
 
 
 class SpeechLLM(nn.Module):
     """Encoder → Q-Former → projector → embeddings in the prompt of the LLM.
 
-    The LLM is called as a whole, whatever it does between embeddings and logits. `shares_cache` says whether the keys
-    and values of a prompt may be read by many answers: not until `self_check` has found that they may.
+    The LLM is called as a whole, whatever it does between embeddings and logits. `scores_by` says how answers are
+    scored (`models/likelihood.py`): by whole passes until `self_check` has found a quicker way that is as right.
     """
 
     def __init__(self, speech: SpeechModel, llm: PreTrainedModel) -> None:
         super().__init__()
         self.speech = speech
         self.llm = llm
-        self.shares_cache = False
+        self.scores_by: Way = "whole"
         causal_lm = base_of(llm)
         self._keeps_logits = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
         text = causal_lm.config.get_text_config()
@@ -36,9 +34,22 @@ class SpeechLLM(nn.Module):
         width = _embedding_width(llm)
         self.projector = nn.Sequential(nn.Linear(speech.width, width), nn.GELU(), nn.Linear(width, width))
 
+    @property
+    def llm_config(self) -> PreTrainedConfig:
+        """The config of the LLM, without an adapter around it."""
+        return base_of(self.llm).config
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(…) ids of words → (…, D) LLM inputs."""
+        words: Tensor = self.llm.get_input_embeddings()(ids)
+        return words
+
     def embed_prompt(self, input_ids: Tensor, speech: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T) ids with SPEECH where speech goes, speech and lengths of `SpeechModel` → (B, T, D) LLM inputs."""
-        words = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (B, T, D)
+        """(B, T) ids with SPEECH where speech goes, speech and lengths of `SpeechModel` → (B, T, D) LLM inputs.
+
+        Of a packed row (1, T) likewise: speech tokens go to the places of SPEECH in the order of the clips.
+        """
+        words = self.embed(input_ids.clamp(min=0))  # (B, T, D)
         tokens = self.projector(self.speech(speech, lengths).to(self.projector[0].weight.dtype))  # (B, Q, D)
         place = (input_ids == SPEECH).unsqueeze(-1)  # (B, T, 1)
         return words.masked_scatter(place, tokens.to(words.dtype))
@@ -59,76 +70,21 @@ class SpeechLLM(nn.Module):
         out = base_of(self.llm)(inputs_embeds=inputs, **given)
         return (out.logits if at is None or self._keeps_logits else out.logits[:, at]), out
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on the answers only, and its telemetry.
 
-        batch: speech (B, n_mels, F) or (B, S), lengths (B,), input_ids, labels and attention_mask (B, T), padded on the
-        right, and `normalizer`: answer tokens of the whole optimizer step over all ranks and micro-batches, divided by
-        the number of losses that will be averaged. It makes the step's loss the mean over *tokens*, however they are
-        spread.
+        batch: speech (B, n_mels, F) or (B, S), lengths (B,), what `packed.batch_of` makes of prompts and answers, and
+        `normalizer`: answer tokens of the whole optimizer step over all ranks and micro-batches, divided by the number
+        of losses that will be averaged. It makes the step's loss the mean over *tokens*, however they are spread.
         """
         inputs = self.embed_prompt(batch["input_ids"], batch["speech"], batch["lengths"])
-        target = batch["labels"][:, 1:]
-        at = (target != IGNORE).any(0).nonzero().squeeze(1)  # (n,): the places where some row has an answer
-        target = target[:, at]
-        wanted = target != IGNORE  # (B, n)
-        logits, _ = self.logits(inputs, batch["input_ids"], at, attention_mask=batch["attention_mask"])
-        logits = logits[wanted].float()  # (tokens, V)
-        target = target[wanted]
-        loss = nn.functional.cross_entropy(logits, target, reduction="sum") / batch["normalizer"]
+        at = batch["at"]
+        target = batch["labels"][:, at + 1].flatten()
+        apart = keep_apart(self.llm_config, batch, inputs.dtype)
+        logits = self.logits(inputs, batch["input_ids"], at, **apart)[0].flatten(0, 1).float()  # (B · n, V)
+        loss = nn.functional.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / batch["normalizer"]
         correct = (logits.argmax(-1) == target).sum() / batch["normalizer"]
         return loss, {"loss": loss.detach(), "token_accuracy": correct.detach()}
-
-    @torch.no_grad()
-    def score(self, speech: Tensor, lengths: Tensor, prompt: Tensor, answers: list[Tensor]) -> Tensor:
-        """Log-likelihood of every answer after the prompt: (B, K), the sum over an answer's tokens, EOS included.
-
-        speech (B, n_mels, F) or (B, S); lengths (B,); prompt (T,) ids with SPEECH in it; answers: K tensors of ids up
-        to EOS.
-        """
-        inputs = self.embed_prompt(prompt.expand(len(speech), -1), speech, lengths)  # (B, T, D)
-        score = self.score_shared if self.shares_cache else self.score_whole
-        return score(inputs, prompt, answers)
-
-    @torch.no_grad()
-    def score_whole(self, inputs: Tensor, prompt: Tensor, answers: list[Tensor]) -> Tensor:
-        """Scores (B, K) of answers behind embedded prompts (B, T, D), each by a forward pass over prompt and answer.
-
-        prompt: (T,), the ids of all of them.
-        """
-        columns = []
-        for answer in answers:
-            rest = self.llm.get_input_embeddings()(answer[:-1]).expand(len(inputs), -1, -1)  # (B, L-1, D)
-            at = torch.arange(inputs.shape[1] - 1, inputs.shape[1] + len(answer) - 1, device=inputs.device)
-            ids = torch.cat([prompt, answer[:-1]]).expand(len(inputs), -1)
-            log_p = self.logits(torch.cat([inputs, rest], 1), ids, at)[0].float().log_softmax(-1)  # (B, L, V)
-            columns.append(log_p[:, torch.arange(len(answer)), answer].sum(1))
-        return torch.stack(columns, 1)
-
-    @torch.no_grad()
-    def score_shared(self, inputs: Tensor, prompt: Tensor, answers: list[Tensor]) -> Tensor:
-        """The same as `score_whole` in two passes: a prompt is read once, its keys and values serve all answers."""
-        batch, count = len(inputs), len(answers)
-        last = torch.tensor([inputs.shape[1] - 1], device=inputs.device)
-        logits, seen = self.logits(inputs, prompt.expand(batch, -1), last, use_cache=True)
-        first = logits[:, 0].float().log_softmax(-1)  # (B, V)
-        longest = max(len(a) for a in answers)
-        ids = torch.zeros(count, longest, dtype=torch.long, device=inputs.device)
-        real = torch.zeros(count, longest, dtype=torch.bool, device=inputs.device)
-        for row, answer in enumerate(answers):
-            ids[row, : len(answer)] = answer
-            real[row, : len(answer)] = True
-        total = first[:, ids[:, 0]]  # (B, K)
-        if longest > 1:
-            cache = seen.past_key_values
-            cache.batch_repeat_interleave(count)  # rows: clip 0 answer 0, clip 0 answer 1, …
-            behind = ids[:, :-1].repeat(batch, 1)  # (B·K, L-1)
-            rest = self.llm.get_input_embeddings()(behind)
-            logits, _ = self.logits(rest, behind, past_key_values=cache, use_cache=True)
-            log_p = logits.float().log_softmax(-1)  # (B·K, L-1, V)
-            picked = log_p.gather(2, ids[:, 1:].repeat(batch, 1).unsqueeze(-1)).squeeze(-1)
-            total = total + (picked * real[:, 1:].repeat(batch, 1)).sum(-1).view(batch, count)
-        return total
 
 
 def _embedding_width(llm: PreTrainedModel) -> int:

@@ -205,6 +205,7 @@ class Run:
             "parameters.trained": str(sum(deepspeed_parts.numel(p) for p in parameters if p.requires_grad)),
             "parameters.all": str(sum(map(deepspeed_parts.numel, parameters)) + frozen),
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+            **self.stage.facts(),
         }
 
 

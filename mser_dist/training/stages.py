@@ -7,7 +7,7 @@ if any.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from mser_dist.models.attention import Attention
 from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.llm import build_llm
 from mser_dist.models.lora import adapted
-from mser_dist.models.self_check import check_llm, check_speech
+from mser_dist.models.packed import IGNORE, SPEECH, Packing, batch_of
+from mser_dist.models.self_check import Checked, check_llm, check_speech
 from mser_dist.models.speech import build_speech
-from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
+from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.text import TextTower
 from mser_dist.ranks import distributed
 from mser_dist.stream.examples import pad_speech
@@ -102,6 +103,10 @@ class Align:
         """Raise `UserError` if a clip's tokens depend on its batch. Collective."""
         check_speech(self.model.speech, self.device)
         return ""
+
+    def facts(self) -> dict[str, str]:
+        """What the tracker records beside the config."""
+        return {}
 
     def card(self) -> dict[str, Any]:
         return {"text": self.tower.name, "text_width": self.tower.width, **exported.aligner_card(self.model)}
@@ -182,6 +187,7 @@ class Instruct:
         self.prompt = kept_prompt(Path(config.out), config.llm, self.tokenizer)
         self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
         self.collate.check_length(llm.config)
+        self.checked: Checked | None = None
 
     def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
         """Accumulate over the micro-batches the mean loss of all ranks' answer tokens. Collective.
@@ -207,10 +213,31 @@ class Instruct:
         return AnswerScorer(self.model, self.tokenizer, self.prompt, self.labels)
 
     def check(self) -> str:
-        """Raise `UserError` if the model cannot be trained or scored rightly; what was found. Collective."""
-        checked = check_llm(self.model, self.collate.prompts, self.collate.answers, self.device)
+        """Raise `UserError` if the model cannot be trained or scored rightly; what was found. Collective.
+
+        Sets how micro-batches are packed: as the config asks for, or the next way that this LLM can take.
+        """
+        wanted, why = self.config.llm.packing, ""
+        if wanted == "prefix" and self.prompt.order == "speech_first":
+            wanted, why = "rows", "not prefix: with llm.order=speech_first clips share none"
+        checked = check_llm(self.model, self.collate.prompts, self.collate.answers, self.device, wanted)
+        if why:
+            checked = replace(checked, not_packed="; ".join(filter(None, [why, checked.not_packed])))
+        self.collate.packing, self.checked = checked.packing, checked
         lora = adapted(self.model.llm)
-        return str(checked) + (f"\nLoRA adapts {', '.join(f'{n} {name}' for name, n in lora.items())}" if lora else "")
+        adapters = [f"LoRA adapts {', '.join(f'{n} {name}' for name, n in lora.items())}"] if lora else []
+        return "\n".join([str(checked), checked.packed, *adapters])
+
+    def facts(self) -> dict[str, str]:
+        """What the tracker records beside the config, once `check` has found it."""
+        checked = self.checked
+        assert checked is not None
+        return {
+            "packing": checked.packing,
+            "packing.reason": checked.not_packed or "asked for",
+            "attention.kernel.llm": checked.kernel,
+            "scores_by": checked.scores_by,
+        }
 
     def card(self) -> dict[str, Any]:
         card = exported.speech_llm_card(self.model, self.config.llm.pretrained)
@@ -237,12 +264,17 @@ def kept_prompt(out: Path, llm: cfg.LLMConfig, tokenizer: Any) -> ChatPrompt:
 
 
 class InstructCollate:
-    """Clips → padded speech and chat prompts with the answer behind them; only the answer has labels."""
+    """Clips → padded speech and chat prompts with the answer behind them, packed or padded; only the answer has labels.
+
+    Where instructions are shared, clips that are asked the same come to stand together: so may the order of a batch be
+    another one than that of its clips.
+    """
 
     def __init__(self, tokenizer: Any, prompt: ChatPrompt, labels: list[str], queries: int) -> None:
         self.prompts = [prompt.ids(tokenizer, text, queries, SPEECH) for text in prompt.instructions(labels)]
         self.answers = chat.answers(tokenizer, labels)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.packing: Packing = "off"
 
     def check_length(self, llm: PreTrainedConfig) -> None:
         """Raise `UserError` if the LLM has fewer positions than the longest prompt and answer have tokens."""
@@ -255,20 +287,12 @@ class InstructCollate:
             )
 
     def __call__(self, clips: list[Example]) -> Batch:
-        rows = []
-        for clip in clips:
-            prompt = self.prompts[int(clip.draw.integers(len(self.prompts)))]
-            rows.append((prompt, self.answers[clip.label]))
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.full((len(rows), width), self.pad)  # (B, T)
-        labels = torch.full((len(rows), width), IGNORE)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            ids[i, :end] = torch.tensor([*prompt, *answer])
-            labels[i, len(prompt) : end] = torch.tensor(answer)
-            mask[i, :end] = 1
-        return {**pad_speech(clips), "input_ids": ids, "labels": labels, "attention_mask": mask}
+        asked = [int(clip.draw.integers(len(self.prompts))) for clip in clips]
+        if self.packing == "prefix":
+            together = sorted(range(len(clips)), key=asked.__getitem__)
+            clips, asked = [clips[i] for i in together], [asked[i] for i in together]
+        samples = [(self.prompts[i], self.answers[clip.label]) for i, clip in zip(asked, clips, strict=True)]
+        return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad)}
 
 
 def build(

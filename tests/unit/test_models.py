@@ -30,12 +30,13 @@ from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm
 from mser_dist.models.lora import adapted
+from mser_dist.models.packed import IGNORE, SPEECH, batch_of
 from mser_dist.models.small_llm import small_tokenizer
 from mser_dist.models.speech import SpeechModel, build_speech
-from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
+from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.text import TextTower
 from mser_dist.models.whisper import SpeechEncoder
-from mser_dist.training.stages import Align, AlignCollate, InstructCollate
+from mser_dist.training.stages import Align, AlignCollate
 
 SDPA = Attention("sdpa", "test")
 ARCH = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 80}
@@ -150,15 +151,7 @@ def instruct_batch(tokenizer: Any, mel: Tensor, lengths: Tensor) -> dict[str, Te
         )
         for i, label in enumerate(LABELS)
     ]
-    collate = InstructCollate(tokenizer, chat.render(tokenizer, "instruction_first"), LABELS, 3)
-    width = max(len(p) + len(a) for p, a in rows)
-    ids, labels = torch.full((3, width), collate.pad), torch.full((3, width), IGNORE)
-    mask = torch.zeros(3, width, dtype=torch.long)
-    for i, (p, a) in enumerate(rows):
-        ids[i, : len(p) + len(a)] = torch.tensor([*p, *a])
-        labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
-        mask[i, : len(p) + len(a)] = 1
-    return {"speech": mel, "lengths": lengths, "input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {"speech": mel, "lengths": lengths, **batch_of(rows, "off", tokenizer.eos_token_id)}
 
 
 def test_the_loss_is_transformers_own_on_the_answers(speech_llm: tuple[SpeechLLM, Any]) -> None:
