@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import yaml
 
 from mser_dist import __version__
+from mser_dist.audio import SAMPLE_RATE, encode
 from mser_dist.cli import main as cli
 from mser_dist.config.file import PRESETS, load_any, load_baseline, load_evaluation, load_training, to_yaml
 from mser_dist.evaluation.report import zero_shot_table
@@ -206,7 +208,10 @@ def test_the_readmes_python_runs(tiny_set: Path, prepared: Path) -> None:
     Path("my_stage1.yaml").write_text(to_yaml(load_training(preset, words)))
     Path("my_eval.yaml").write_text("stage1: runs/x\ndata: {sets: [shards/mine], workers: 0}\nout: runs/evaluation\n")
     script = "\n".join(block for block in python_blocks() if "submit" not in block)
-    for offered in ("load_config", "train", "evaluate", "open_set", "contrastive_loss"):
+    for name in ("x.wav", "y.flac"):
+        wave = np.random.default_rng(0).integers(-2000, 2000, SAMPLE_RATE, dtype=np.int16)
+        Path(name).write_bytes(encode(wave, SAMPLE_RATE, name.split(".")[1]))
+    for offered in ("load_config", "train", "evaluate", "load_model", "open_set", "contrastive_loss"):
         assert f"mser_dist.{offered}(" in script
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
