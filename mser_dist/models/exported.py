@@ -5,18 +5,23 @@
 - ``export/statistics.safetensors``: of the features by corpus, where these are normalised
 - ``export/heads.safetensors``: stage 1: projections and scales; stage 2: the projector
 - ``export/llm/``: stage 2: the LLM and its tokenizer as `from_pretrained` reads them (LoRA: the adapter)
+- ``export/README.md``: the card that people, and a model hub, read
+
+What is larger than a shard is several files with an index (`weights`).
 """
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from mser_dist import __version__
 from mser_dist import config as cfg
@@ -30,10 +35,12 @@ from mser_dist.models.llm import build_llm, load_llm
 from mser_dist.models.normalize import Statistics
 from mser_dist.models.speech import SpeechModel, speech_card, speech_from_card
 from mser_dist.models.speech_llm import SpeechLLM
+from mser_dist.models.weights import SHARD_BYTES, Weights, read_part, write_part
 from mser_dist.stream.features import Features
 
 STATISTICS = "statistics.safetensors"
-FORMAT = 2  # of an export: raised where an older version could not read what this one writes
+FORMAT = 3  # of an export: raised where an older version could not read what this one writes
+WHOLE_FORMAT = 2  # of one whose speech and heads are a file each
 
 
 def find(run: str, stage: int, key: str = "") -> Path:
@@ -83,59 +90,113 @@ def features_of(card: dict[str, Any]) -> Features:
 
 
 def write(
-    export: Path, model: nn.Module, state: dict[str, Tensor], card: dict[str, Any], tokenizer: Any = None
+    export: Path,
+    model: nn.Module,
+    weights: Weights | Mapping[str, Tensor],
+    card: dict[str, Any],
+    tokenizer: Any = None,
+    *,
+    main: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+    readme: str = "",
+    check: Callable[[Path], None] = lambda export: None,
 ) -> None:
-    """Publish an export at once: all files under a staging name, then one rename.
+    """Publish an export at once: all files under a staging name, then one rename. Collective where the weights are.
 
-    `state` is the whole trained model's state by name, on the CPU; `model` gives shapes and LLM config, its own weights
-    may be partitioned, and its frozen encoder, which is not in `state`.
+    Args:
+        model: gives shapes and LLM config, and its frozen encoder; its own weights may be partitioned.
+        weights: the trained model's, without a frozen encoder's; or its state by name. One file of at most
+            `shard_bytes` of them is in memory at a time.
+        main: whether this rank writes; the others take part in what is collective.
+        readme: the model card that people read.
+        check: is given the whole export before it is published, and raises where it is not what it should be.
+
+    Raises `UserError` for a disk that is full, and what `check` raises; then an earlier export is as it was.
     """
+    if not isinstance(weights, Weights):
+        weights = Weights.of(weights)
     speech: Any = model.speech
     frozen: FrozenEncoder | None = speech.frozen
     if frozen is not None:
-        kept = {name: t.detach().cpu().contiguous() for name, t in frozen.encoder.state_dict().items()}
-        state = {**state, **{f"speech.encoder.{name}": tensor for name, tensor in kept.items()}}
+        weights = weights.beside({f"speech.encoder.{n}": t for n, t in frozen.encoder.state_dict().items()})
     staging = export.with_name(export.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
-        parts: dict[str, dict[str, Tensor]] = {"speech": {}, "heads": {}, "llm": {}}
-        for name, tensor in state.items():
-            head, _, rest = name.partition(".")
-            if head in ("speech", "llm"):
-                parts[head][rest] = tensor
-            else:
-                parts["heads"][name] = tensor
+        if main:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        folder = staging if main else None
+        heads = weights.part(lambda name: not name.startswith(("speech.", "llm.")))
+        write_part(folder, "speech", _below(weights, "speech."), shard_bytes)
+        write_part(folder, "heads", heads, shard_bytes)
+        if isinstance(model, SpeechLLM):
+            _write_llm(folder and folder / "llm", model.llm, _below(weights, "llm."), shard_bytes)
+        if not main:
+            return
+        if isinstance(model, SpeechLLM):
+            tokenizer.save_pretrained(staging / "llm")
         if speech.statistics is not None:
             speech.statistics.without_speakers().save(staging / STATISTICS)
-        for part in ("speech", "heads"):
-            save_file(parts[part], staging / f"{part}.safetensors")
-        if isinstance(model, SpeechLLM):
-            _write_llm(staging / "llm", model.llm, parts["llm"])
-            tokenizer.save_pretrained(staging / "llm")
-        files = {str(p.relative_to(staging)): file_sha256(p) for p in sorted(staging.rglob("*")) if p.is_file()}
-        write_json(staging / "card.json", {"format": FORMAT, "version": __version__, **card, "files": files})
+        if readme:
+            (staging / "README.md").write_text(readme, encoding="utf-8")
+        parts = [path for path in sorted(staging.rglob("*")) if path.is_file() and path.name != "README.md"]
+        files = {str(path.relative_to(staging)): file_sha256(path) for path in parts}
+        sharded = any((staging / f"{part}.safetensors.index.json").is_file() for part in ("speech", "heads"))
+        known = {"format": FORMAT if sharded else WHOLE_FORMAT, "version": __version__}
+        write_json(staging / "card.json", {**known, **card, "files": files})
+        check(staging)
         fsync_tree(staging)
         shutil.rmtree(export, ignore_errors=True)
         staging.rename(export)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"cannot write the export to {export}: {error}; free space and start again") from error
+    except UserError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
-def _write_llm(folder: Path, llm: Any, state: dict[str, Tensor]) -> None:
+def _below(weights: Weights, prefix: str) -> Weights:
+    return weights.part(lambda name: name.startswith(prefix), lambda name: name.removeprefix(prefix))
+
+
+def _write_llm(folder: Path | None, llm: Any, weights: Weights, shard_bytes: int) -> None:
     if hasattr(llm, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        folder.mkdir()
-        llm.peft_config["default"].save_pretrained(str(folder))
-        adapter = get_peft_model_state_dict(llm, state_dict=state)
-        save_file({k: v.contiguous() for k, v in adapter.items()}, folder / "adapter_model.safetensors")
-    else:
-        llm.save_pretrained(folder, state_dict=state)
+        # peft's own choice and names, looked for by what each tensor is: their values are gathered afterwards.
+        origin = {id(fact): name for name, fact in weights.facts.items()}
+        chosen = {new: origin[id(fact)] for new, fact in get_peft_model_state_dict(llm, dict(weights.facts)).items()}
+        if folder is not None:
+            folder.mkdir()
+            llm.peft_config["default"].save_pretrained(str(folder))
+        names = {old: new for new, old in chosen.items()}
+        adapter = weights.part(names.__contains__, names.__getitem__)
+        write_part(folder, "adapter_model", adapter, shard_bytes=2**63)  # peft reads one file
+        return
+    ignored = set(getattr(llm, "_keys_to_ignore_on_save", None) or ())
+    weights = weights.part(lambda name: name not in ignored)
+    if _renamed(llm, weights):  # by transformers, for classes whose checkpoints have other tensors: needs them all
+        state = {name: weights.get(name) for name in weights.facts}
+        if folder is not None:
+            llm.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes)
+        return
+    if folder is not None:
+        llm.config.dtype = next(fact.dtype for fact in weights.facts.values() if fact.is_floating_point())
+        llm.config.architectures = [type(llm).__name__]
+        llm.config.save_pretrained(folder)
+        if llm.can_generate():
+            llm.generation_config.save_pretrained(folder)
+    write_part(folder, "model", weights, shard_bytes)
 
 
-def _checked(export: Path, card: dict[str, Any]) -> None:
+def _renamed(llm: Any, weights: Weights) -> bool:
+    """Whether the checkpoints of an LLM's class have other tensors than the model has."""
+    found = revert_weight_conversion(llm, dict(weights.facts))
+    return {name: fact.shape for name, fact in found.items()} != {n: f.shape for n, f in weights.facts.items()}
+
+
+def check_files(export: Path, card: dict[str, Any]) -> None:
+    """Raise `UserError` unless every file of an export is as its card says."""
     for name, digest in card["files"].items():
         path = export / name
         if not path.is_file() or file_sha256(path) != digest:
@@ -146,10 +207,10 @@ def _checked(export: Path, card: dict[str, Any]) -> None:
 def load_speech(export: Path, attention: Attention) -> SpeechModel:
     """Encoder and Q-Former of an export of either stage; the encoder is a part of the model, frozen or not."""
     card = read_card(export)
-    _checked(export, card)
+    check_files(export, card)
     features_of(card)
     speech = speech_from_card(card["speech"], attention)
-    _fill(speech, export / "speech.safetensors", set(speech.state_dict()))
+    _fill(speech, export, "speech", set(speech.state_dict()))
     if speech.normalize != "none":
         speech.statistics = Statistics.load(export / STATISTICS)
     return speech
@@ -191,18 +252,18 @@ def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = tor
 
 def _with_heads(model: Any, export: Path) -> Any:
     heads = {name for name in model.state_dict() if not name.startswith(("speech.", "llm."))}
-    _fill(model, export / "heads.safetensors", heads)
+    _fill(model, export, "heads", heads)
     return model
 
 
-def _fill(model: nn.Module, file: Path, wanted: set[str]) -> None:
-    """Load a file that holds just the tensors `wanted` of a model, each of its shape."""
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}): train or copy the run again") from error
-    pretrained.check_tensors(tensors, {name: t for name, t in model.state_dict().items() if name in wanted}, str(file))
-    model.load_state_dict(tensors, strict=False)
+def _fill(model: nn.Module, export: Path, part: str, wanted: set[str]) -> None:
+    """Load a part that holds just the tensors `wanted` of a model, each of its shape."""
+    there: dict[str, Tensor] = {}
+    for _, tensors in read_part(export, part):
+        there |= tensors  # mapped, not read
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
+    pretrained.check_tensors(there, state, str(export / f"{part}.safetensors"))
+    model.load_state_dict(there, strict=False)
 
 
 def _ready(model: Any, card: dict[str, Any], dtype: torch.dtype) -> Any:

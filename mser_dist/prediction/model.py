@@ -256,7 +256,7 @@ class Model:
         self, pieces: Iterable[Piece], labels: Sequence[str], batch: int = 8
     ) -> Iterator[NDArray[np.float64]]:
         """(b, K) of each batch of windows, in order: a softmax over the labels' scores, calibrated if the export is."""
-        scorer = self._scorer(labels)
+        scorer = self.scorer(labels)
         scale = float(self.network.scale()[0][0]) if self.stage == 1 else 1.0
         for inputs in self._batches(pieces, batch):
             scores: Tensor = scorer(inputs).double().cpu() * scale / self.temperature
@@ -272,7 +272,8 @@ class Model:
         names = list(self.speech.statistics.clips)
         return names.index(next(name for name in (ADAPTED, corpus, OVERALL) if name in names))
 
-    def _scorer(self, labels: Sequence[str]) -> Any:
+    def scorer(self, labels: Sequence[str]) -> Any:
+        """What scores these labels: one of `evaluation.scoring`."""
         key = tuple(labels)
         if key not in self._scorers:
             self._scorers.clear()  # who asks for other words at each call does not fill the memory

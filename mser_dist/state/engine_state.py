@@ -9,7 +9,7 @@ files of one world size or ZeRO stage are read under another.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,23 @@ def restore(engine: Any, files: Sequence[Path]) -> None:
             saved.copy("frozen", part, part.owner)
         _restore_buffers(engine.module, buffers, saved)
     _restore_small(engine, saved.description)
+
+
+def weights(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter (float32 masters; a frozen one in its own dtype) and buffer (rank 0's) of a checkpoint, whole.
+
+    One at a time is in memory. Raises `UserError` where a rank's file is missing.
+    """
+    saved = _Saved(files)
+    trained = {name for group in saved.description["groups"] for name in group["parameters"]}
+    for name, entry in saved.description["parameters"].items():
+        kind = "master" if name in trained else "frozen"
+        pieces = [saved.tensor(f"{kind}/{name}", rank)[:] for _, _, rank in saved.pieces(name)]
+        if pieces:
+            yield name, torch.cat(pieces).view(entry["shape"])
+    for name, shape in saved.description["buffers"].items():
+        if 0 not in shape:
+            yield name, saved.tensor(f"buffer/{name}", 0)[:].view(shape)
 
 
 class _Saved:

@@ -13,6 +13,7 @@ from mser_dist import config as cfg
 from mser_dist import deepspeed_parts
 from mser_dist.contrastive import bounds
 from mser_dist.errors import UserError
+from mser_dist.models.weights import Weights
 from mser_dist.ranks.distributed import World
 from mser_dist.state import engine_state
 from mser_dist.training.groups import assign, parameter_groups, rates
@@ -248,18 +249,25 @@ class Engine:
         """Bytes that this rank's part of a checkpoint takes."""
         return sum(tensor.nbytes for tensor in self.collect()[0].values())
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name, whole, on rank 0's CPU; an empty dict elsewhere. Collective."""
+    def weights(self) -> Weights:
+        """Parameters and persistent buffers, each given whole on rank 0's CPU when it is asked for. Collective."""
         from deepspeed import zero
 
         main = self._engine.global_rank == 0
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            gathered = zero.GatheredParameters([parameter], enabled=self.zero_stage == 3)
-            with gathered:
-                if main:
-                    state[name] = parameter.detach().cpu().clone().contiguous()
-        if main:
-            persistent = self.module.state_dict().keys()
-            state |= {n: b.detach().cpu().clone() for n, b in self.module.named_buffers() if n in persistent}
-        return state
+        parameters = dict(self.module.named_parameters())
+        persistent = self.module.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+        facts = {
+            name: torch.empty(shape, dtype=parameters[name].dtype, device="meta") for name, shape in shapes.items()
+        }
+        facts |= {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
+
+        def get(name: str) -> Tensor | None:
+            if name in buffers:
+                return buffers[name].detach().cpu().clone() if main else None
+            parameter = parameters[name]
+            with zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                return parameter.detach().cpu().clone() if main else None
+
+        return Weights(facts, get)

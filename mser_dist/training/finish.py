@@ -4,19 +4,24 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from mser_dist.files import write_json
 from mser_dist.models import exported
 from mser_dist.ranks import distributed
 from mser_dist.runs.plots import curves
 from mser_dist.runs.tracking import Tracker
+from mser_dist.training import rescore
+from mser_dist.training.facts import facts_of
+from mser_dist.training.model_card import render
 from mser_dist.training.setup import Run
 
 
 def finish(run: Run, validation: dict[str, float], tracker: Tracker | None) -> dict[str, Any]:
     """Export the model and write the summary, which means that the run is over. Collective."""
     run.watchdog.tick("exporting")
-    weights = run.engine.full_state()
     out = run.setup.out
+    export_model(run, validation)
     summary = {
         "stage": run.config.stage,
         "out": str(out),
@@ -29,8 +34,6 @@ def finish(run: Run, validation: dict[str, float], tracker: Tracker | None) -> d
         "skipped_steps": run.engine.skipped_steps,
     }
     if tracker:
-        tokenizer = getattr(run.stage, "tokenizer", None)
-        exported.write(out / "export", run.stage.model, weights, _card(run), tokenizer)
         curves(tracker.rows(), out / "curves.png")
         tracker.artifact(out / "curves.png")
         tracker.artifact(out / "export" / "card.json")
@@ -39,17 +42,18 @@ def finish(run: Run, validation: dict[str, float], tracker: Tracker | None) -> d
     return distributed.agree(summary)
 
 
-def _card(run: Run) -> dict[str, Any]:
-    """What the exported model is."""
-    data, source, shards = run.config.data, run.stage.source or {}, run.setup.shards
-    return {
-        "stage": run.config.stage,
-        "labels": data.labels,
-        # What was heard in training: here, and in the run that this one builds on.
-        "languages": sorted({*shards.coded["language"].names, *source.get("languages", [])}),
-        "corpora": sorted({*shards.coded["corpus"].names, *source.get("corpora", [])}),
-        "clips": len(run.examples),
-        "max_seconds": data.max_seconds,
-        "shuffled_labels": data.shuffle_labels,
-        **run.stage.card(),
-    }
+def export_model(run: Run, validation: dict[str, float]) -> None:
+    """Write ``<out>/export`` file by file; it has to answer as the model that was trained. Collective."""
+    stage, main = run.stage, run.world.is_main
+    expected = rescore.heard_by(stage.model, stage.scorer(), run.device)
+    card = {**facts_of(run), **stage.card(), "rescored": rescore.record(expected)}
+    exported.write(
+        run.setup.out / "export",
+        stage.model,
+        run.engine.weights(),
+        card,
+        getattr(stage, "tokenizer", None),
+        main=main,
+        readme=render(card, run.setup.out.resolve().name, validation, run.setup.out) if main else "",
+        check=lambda export: rescore.check(export, expected, getattr(torch, run.config.engine.dtype)),
+    )

@@ -32,6 +32,7 @@ from mser_dist.ranks import distributed, preempt
 from mser_dist.runs import folder
 from mser_dist.runs.tracking import tracked
 from mser_dist.stream.plan import START, Position
+from mser_dist.training import facts
 from mser_dist.training.finish import finish
 from mser_dist.training.setup import Run, load, look_ahead, started
 from mser_dist.training.step_log import StepLog, bad_everywhere
@@ -76,6 +77,8 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
         setup = look_ahead(config, world)
         with started(setup):
             run = load(setup, flag)
+            if world.is_main:
+                facts.keep(run)
             state = RunState.from_json(run.resumed) if run.resumed else RunState(order=run.order)
             if noted := run.checkpoints.noted(state.step):  # validated behind the save, by the start before this one
                 state.validation, state.validated = noted, state.step

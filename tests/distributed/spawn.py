@@ -22,6 +22,13 @@ def run(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
+def whole_state(engine: Any) -> dict[str, torch.Tensor]:
+    """An engine's weights by name on rank 0, nothing elsewhere. Collective."""
+    weights = engine.weights()
+    found = {name: weights.get(name) for name in weights.facts}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
 def _entry(
     rank: int, function: Callable[..., Any], ranks: int, port: int, folder: str, arguments: tuple[Any, ...]
 ) -> None:

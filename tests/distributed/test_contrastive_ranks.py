@@ -21,7 +21,7 @@ from mser_dist.models.speech import build_speech
 from mser_dist.ranks.distributed import World
 from mser_dist.training.engine import Engine
 from tests.distributed.contrastive_towers import LABEL, RELATIVE, SOURCE, TEXT, D, N, Towers, Wrapped, inputs, loss_of
-from tests.distributed.spawn import run
+from tests.distributed.spawn import run, whole_state
 
 pytestmark = pytest.mark.distributed
 
@@ -283,7 +283,7 @@ def zero3_steps(rank: int, ranks: int, chunks: int) -> dict[str, Tensor]:
                 batches, engine.forward, contrast(model, part), backward=engine.backward, no_sync=engine.no_sync
             )
         engine.step()
-    return engine.full_state() | {"norm": torch.tensor(engine.grad_norm)}
+    return whole_state(engine) | {"norm": torch.tensor(engine.grad_norm)}
 
 
 def both_ways(rank: int, ranks: int) -> list[dict[str, Tensor]]:

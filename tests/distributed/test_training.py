@@ -21,7 +21,7 @@ from mser_dist.models.speech import build_speech
 from mser_dist.ranks.distributed import World
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.training.engine import Engine, find_json, resolve_json
-from tests.distributed.spawn import run
+from tests.distributed.spawn import run, whole_state
 from tests.tiny_runs import LLM, lines, mser, stage1, stage2, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -223,7 +223,7 @@ def steps_of_kind(rank: int, ranks: int, kind: str, deepspeed: str) -> dict[str,
         loss, _ = model.contrast(embedded, {name: tensor[part] for name, tensor in ids.items()}, 1.0, 0.25)
         engine.backward(loss)
         engine.step()
-    return engine.full_state()
+    return whole_state(engine)
 
 
 @pytest.fixture(scope="module")

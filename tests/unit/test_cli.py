@@ -18,7 +18,20 @@ from mser_dist.errors import UserError
 from mser_dist.ranks import distributed
 from tests.unit.made_up_set import write_set
 
-VERBS = ["demo", "train", "eval", "features", "config", "predict", "synth", "pack", "inspect", "verify"]
+VERBS = [
+    "demo",
+    "train",
+    "eval",
+    "features",
+    "config",
+    "predict",
+    "export",
+    "push",
+    "synth",
+    "pack",
+    "inspect",
+    "verify",
+]
 ROOT = Path(__file__).resolve().parents[2]
 # Stage 1 asks for little: a tiny encoder, the labels that the made-up set has, and no tracking.
 SMALL = ["data.labels=[happy, sad]", "data.workers=0", "train.global_batch=4", "tracking.enabled=false"]

@@ -31,6 +31,7 @@ COMMANDS = [
     ["eval", "demo_eval", *RUN, *EVAL, "out=eval"],
     ["predict", "stage1", "c0.wav", "--labels", "радость,грусть", "--json", "ответ.json"],
     ["predict", "stage1", "c0.wav", "--labels", "радость,грусть"],
+    ["export", "stage1", "вывод"],
     ["submit", "demo_stage1", *RUN, "out=Опыт", "--dry-run"],
     ["sweep", "demo_stage1", *RUN, "out=Опыт", "seed=1,2", "--dry-run"],
     ["doctor", "--no-ranks"],
@@ -87,9 +88,9 @@ def verbs() -> list[str]:
 
 
 def test_every_verb_is_walked_through_or_has_its_help_shown(tmp_path: Path) -> None:
-    # demo is synth, train and eval, and so is folds; requeue needs a SLURM, sync an MLflow, synth eSpeak, features and
-    # baseline a frozen encoder: they take long or say little.
-    shown = {"baseline", "demo", "features", "folds", "requeue", "sync", "synth"}
+    # demo is synth, train and eval, and so is folds; requeue needs a SLURM, sync an MLflow, push a hub, synth eSpeak,
+    # features and baseline a frozen encoder: they take long or say little.
+    shown = {"baseline", "demo", "features", "folds", "push", "requeue", "sync", "synth"}
     assert {*verbs()} - {words[0] for words in COMMANDS} == shown
     code = (
         "import sys\nfrom mser_dist.cli.main import main\nfor words in [[], *([verb] for verb in sys.argv[1:])]:\n"

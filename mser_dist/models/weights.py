@@ -1,0 +1,109 @@
+"""A model's weights written as safetensors of a bounded size, and so that no more than one file of them is in memory.
+
+A part of a model is one file, ``stem.safetensors``, or, where it is larger than a shard, several with an index, as
+Hugging Face names them: ``stem-00001-of-00003.safetensors`` and ``stem.safetensors.index.json``.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mser_dist.errors import UserError
+
+SHARD_BYTES = 5 * 10**9  # of a file at most, but for a tensor that alone is larger; transformers' own default was so
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's tensors by name, given one at a time.
+
+    facts: each one's shape and dtype, as a tensor on the meta device. get: the tensor itself on the CPU; None on ranks
+    that do not write. It may be collective: all ranks ask for the same names in the same order.
+    """
+
+    facts: Mapping[str, Tensor]
+    get: Callable[[str], Tensor | None]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> "Weights":
+        """Those of a state that is there, without a copy on the CPU."""
+        facts = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+        return cls(facts, lambda name: state[name].detach().cpu())
+
+    def beside(self, state: Mapping[str, Tensor]) -> "Weights":
+        """These, and those of a state that is there."""
+        more = Weights.of(state)
+        return Weights({**self.facts, **more.facts}, lambda name: (more if name in more.facts else self).get(name))
+
+    def part(self, wanted: Callable[[str], bool], rename: Callable[[str], str] = lambda name: name) -> "Weights":
+        """Those whose names are wanted, under other names."""
+        names = {rename(name): name for name in self.facts if wanted(name)}
+        return Weights({new: self.facts[old] for new, old in names.items()}, lambda name: self.get(names[name]))
+
+
+def plan(facts: Mapping[str, Tensor], stem: str, shard_bytes: int) -> list[tuple[str, list[str]]]:
+    """The files of a part and the names in each, in order; a tensor larger than a shard has a file of its own."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, fact in facts.items():
+        if files[-1] and filled + fact.nbytes > shard_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += fact.nbytes
+    if len(files) == 1:
+        return [(f"{stem}.safetensors", files[0])]
+    return [(f"{stem}-{i:05d}-of-{len(files):05d}.safetensors", names) for i, names in enumerate(files, 1)]
+
+
+def write_part(folder: Path | None, stem: str, weights: Weights, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a part's files into `folder`; on ranks that do not write, None. Collective where the weights are.
+
+    Where writing fails, the others' collectives are gone through all the same, and the error is raised behind them.
+    """
+    failure: Exception | None = None
+    files = plan(weights.facts, stem, shard_bytes)
+    for file, names in files:
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensor = weights.get(name)
+            if folder is not None and failure is None and tensor is not None:
+                tensors[name] = tensor.contiguous()
+            del tensor  # or it would live on beside the next file
+        if folder is not None and failure is None:
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+                failure = error
+    if failure is not None:
+        raise failure
+    if folder is not None and len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(fact.nbytes for fact in weights.facts.values())},
+            "weight_map": {name: file for file, names in files for name in names},
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def files_of(folder: Path, stem: str) -> list[Path]:
+    """The files of a part that was written."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return [folder / f"{stem}.safetensors"]
+    names: Sequence[str] = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return [folder / name for name in names]
+
+
+def read_part(folder: Path, stem: str) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+    """Each file of a part with its tensors, which are mapped and not yet read. `UserError` for a damaged one."""
+    for file in files_of(folder, stem):
+        try:
+            yield file, load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}): train or copy the run again") from error
