@@ -29,7 +29,7 @@ def end_bars() -> None:
 
 
 class Clock:
-    """Clips per second, and the share of time spent waiting for data, since the last reading."""
+    """Clips per second, and the share of time spent waiting for data, since the last reading; without time aside."""
 
     def __init__(self) -> None:
         self._reset()
@@ -43,8 +43,16 @@ class Clock:
         yield
         self.waited += time.monotonic() - began
 
-    def read(self) -> dict[str, float]:
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is none of the steps' time."""
+        began = time.monotonic()
+        yield
+        self.start += time.monotonic() - began
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the last reading, and the rates."""
         passed = max(time.monotonic() - self.start, 1e-9)
         rates = {"clips_per_second": self.clips / passed, "data_wait": self.waited / passed}
         self._reset()
-        return rates
+        return passed, rates

@@ -55,13 +55,15 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_stage1(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the small set in ``shards`` and an undisturbed stage 1 in ``runs/whole``. Copy it before use.
 
-    Six steps on two ranks, saved every two steps and validated every three.
+    Six steps on two ranks, saved every two steps and validated every three; steps 2 and 3 are traced.
     """
     from tests.tiny_runs import TWO, mser, stage1
 
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(tiny_set, folder / "shards")
-    mser(*stage1("runs/whole", "train.save_every=2", "train.val_every=3", "train.keep=9"), *TWO, cwd=folder)
+    traced = ["train.profile_steps=2-3", "engine.peak_tflops=0.001"]
+    saved = ["train.save_every=2", "train.val_every=3", "train.keep=9"]
+    mser(*stage1("runs/whole", *saved, *traced), *TWO, cwd=folder)
     return folder
 
 

@@ -9,7 +9,9 @@ Nothing here imports torch, so that a config typo answers at once.
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from mser_dist.config.data_keys import DataConfig, TrainingDataConfig
 from mser_dist.config.fields import (
@@ -66,6 +68,23 @@ class GroupConfig(Section):
     freeze: Bool = opt(False, "do not train them")
 
 
+def _span(value: Any) -> Any:
+    """`10-12` is [10, 12], and `10` is [10, 10]."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(-\d+)?", value):
+        value = [int(number) for number in value.split("-")]
+    ends = value if isinstance(value, list) else [value]
+    return 2 * ends if len(ends) == 1 else ends
+
+
+def _is_span(ends: list[int]) -> bool:
+    return not ends or (len(ends) == 2 and ends[0] <= ends[1])
+
+
+Span = Annotated[
+    list[PositiveInt], BeforeValidator(_span), must("is a first and a last step, e.g. 10-12, or []", _is_span)
+]
+
+
 @dataclass(kw_only=True)
 class TrainConfig(Section):
     global_batch: PositiveInt = opt(
@@ -108,6 +127,7 @@ class TrainConfig(Section):
     keep: PositiveInt = opt(2, "newest checkpoints kept; the one with the best validation UA is kept besides")
     background_save: Bool = opt(True, "write checkpoints while training goes on; takes memory for a copy of the state")
     trust_checkpoints: Bool = opt(False, "resume also from a folder that others own or may write to")
+    profile_steps: Span = opt([], "first and last step of a torch profiler's trace of rank 0, e.g. 10-12; []: none")
     max_skipped: NonNegativeInt = opt(
         10, "steps in a row with a loss or gradient that is not finite, before the run ends"
     )
@@ -118,6 +138,9 @@ class EngineConfig(Section):
     deepspeed: str = opt("cpu", "DeepSpeed JSON: a path, or a name in ds_configs/")
     dtype: Dtype = opt("float32", "number format that the models compute in")
     attention: Kernel = opt("auto", "attention kernel; auto: the fastest that runs here")
+    peak_tflops: PositiveFloat | None = opt(
+        None, "dense TFLOP/s of a GPU in this dtype, for MFU and HFU; null: by its name, where it is known"
+    )
     timeout_minutes: PositiveFloat = opt(30.0, "a collective that takes longer ends the job: a peer is stuck")
     peer_seconds: PositiveFloat = opt(
         120.0, "a rank without a sign of life for so long is dead or frozen: the job ends"

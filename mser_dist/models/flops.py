@@ -22,6 +22,7 @@ from mser_dist.models.aligner import Aligner
 from mser_dist.models.encoder import Encoder
 from mser_dist.models.encoders import encoder_config
 from mser_dist.models.llm import base_of
+from mser_dist.models.packed import IGNORE
 from mser_dist.models.speech import SpeechModel
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.waveform import WaveformEncoder
@@ -52,6 +53,25 @@ class Work(NamedTuple):
     tokens: float
     pairs: float
     answers: float
+
+
+def work_of(batch: dict[str, Any], flash: bool) -> tuple[Work, Work]:
+    """What the clips of a batch (`packed.batch_of`) ask of an LLM, and what it computes.
+
+    A token sees those before it in its sample: as many as its position says. flash: packed rows are kept apart by a
+    kernel that computes each by itself, else by a mask.
+    """
+    rows, width = batch["input_ids"].shape
+    if "attention_mask" in batch:
+        own = batch["attention_mask"].sum(1).double()
+        tokens, seen = float(own.sum()), float((own * (own + 1) / 2).sum())
+    else:
+        tokens, seen = float(width), float((batch["position_ids"] + 1).sum())
+    pairs = float(rows * width**2)
+    if flash and "ends" in batch:
+        pairs = float((batch["ends"].diff().double() ** 2).sum())
+    answers = float((batch["labels"][:, 1:] != IGNORE).sum())
+    return Work(tokens, seen, answers), Work(float(rows * width), pairs, float(rows * len(batch["at"])))
 
 
 class Heard(NamedTuple):

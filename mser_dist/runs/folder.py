@@ -20,6 +20,7 @@ from mser_dist.runs.record import status_of
 
 # Keys that may change between two starts of a run: they do not touch what is learned.
 _FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.timeout_minutes", "engine.peer_seconds")
+_FREE_TELEMETRY = ("engine.peak_tflops", "train.profile_steps")
 _FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_", "train.keep", "train.background_save")
 _FREE_SAFETY = ("train.trust_", "train.max_skipped")
 
@@ -34,7 +35,11 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
     if not saved.is_file() or not (summary.is_file() or _has_checkpoint(out)):
         return None  # nothing to lose
     old, new = flatten(read_yaml(saved)), flatten(config)
-    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE + _FREE_TRAIN + _FREE_SAFETY)]
+    keys = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if not key.startswith(_FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY)
+    ]
     changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:
         differ = ", ".join(f"{key}={old.get(key)}, now {new.get(key)}" for key in changed[:8])

@@ -17,7 +17,9 @@ SEEN, UNSEEN = PALETTE[:2]
 
 
 def curves(rows: list[dict[str, float]], path: Path) -> None:
-    """Every logged number against the step, one small plot each; the shares of an encoder's layers in one."""
+    """Every logged number against the step, one small plot each; the shares of an encoder's layers in one, and the
+    parts of a step's time in another.
+    """
     hidden = {"step", "seconds"}
     names = sorted({name for row in rows for name in row} - hidden, key=_train_first)
     panels: dict[str, list[str]] = {}
@@ -41,13 +43,17 @@ def curves(rows: list[dict[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
-_SHARE = re.compile(r"(?<=layer_share)_\d+$")
+_SHARE = re.compile(r"(?<=layer_share)_\d+$|(?<=/time)_[a-z]+$")
 
 
 def _train_first(name: str) -> tuple[Any, ...]:
     """Order of the plots: of the training first; layers by their numbers."""
     number = _SHARE.search(name)
-    return not name.startswith(("train/", "val/")), _SHARE.sub("", name), int(number[0][1:]) if number else 0
+    return (
+        not name.startswith(("train/", "val/")),
+        _SHARE.sub("", name),
+        int(number[0][1:]) if number and number[0][1:].isdigit() else 0,
+    )
 
 
 def confusions(tables: dict[str, NDArray[np.int64]], labels: list[str], title: str, path: Path) -> None:

@@ -17,6 +17,7 @@ from mser_dist.models.weights import Weights
 from mser_dist.ranks.distributed import World
 from mser_dist.state import engine_state
 from mser_dist.training.groups import assign, parameter_groups, rates
+from mser_dist.training.timing import Timer
 
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")
 
@@ -142,6 +143,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: cfg.Common, world: World, total: int, device: str) -> None:
         import deepspeed
 
+        self.timer = Timer(device == "cuda")
         self.json = resolve_json(config, world.world_size)
         zero = self.json.get("zero_optimization", {})
         self.zero_stage = int(zero.get("stage", 0))
@@ -172,7 +174,8 @@ class Engine:
         return self._engine.module
 
     def forward(self, batch: dict[str, Any]) -> Any:
-        return self._engine(batch)
+        with self.timer.part("forward"):
+            return self._engine(batch)
 
     @contextmanager
     def one_reduction(self) -> Iterator[None]:
@@ -203,12 +206,14 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; DeepSpeed divides by the accumulation steps."""
-        self._engine.backward(loss)
+        with self.timer.part("backward"):
+            self._engine.backward(loss)
 
     def step(self) -> None:
         """Close a micro-batch; at the accumulation boundary, clip, update and move the schedule."""
-        self._engine.step()
-        self._hold_bounds()
+        with self.timer.part("step"):
+            self._engine.step()
+            self._hold_bounds()
 
     @torch.no_grad()
     def _hold_bounds(self) -> None:

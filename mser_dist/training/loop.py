@@ -166,7 +166,8 @@ def validate_if_due(run: Run, state: RunState, log: StepLog) -> bool:
 
     assert run.validation is not None
     batch, workers = max(run.micro, 8), run.config.data.workers
-    found = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
+    with log.aside():
+        found = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
     if found is None:
         return False
     best = found["ua"] > state.best_ua

@@ -87,6 +87,10 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
         wish = [] if config.contrastive.loss == "infonce" else ["label", "language"]
     shards = open_training_clips(config.data)
     order = steps.plan_of(shards, config.data, config.train.global_batch, parallel, config.seed, pad_seconds, wish)
+    total = config.train.steps or max(1, round(config.train.epochs * order.steps()))
+    if config.train.profile_steps and config.train.profile_steps[0] > total:
+        traced = config.train.profile_steps
+        raise UserError(f"train.profile_steps={traced}: the training has {total} steps: name some of them")
     return Setup(
         config,
         world,
@@ -98,7 +102,7 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
         shards,
         _held_out(config.data),
         order,
-        total=config.train.steps or max(1, round(config.train.epochs * order.steps())),
+        total=total,
         ends=distributed.job_end() if world.is_main else None,
         watchdog=Watchdog(world, config.engine.peer_seconds, config.engine.timeout_minutes * 60),
     )

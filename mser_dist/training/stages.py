@@ -3,11 +3,12 @@
 Each has `model`; `features`, what its encoder is fed; `collate`, which makes a batch of clips in a worker; `check`, of
 the model before the first step; `step`, one optimizer step over its micro-batches; `scorer`, which scores the labels of
 a batch for validation; `card`, what the exported model is; and `source`, the card of the run that this one builds on,
-if any.
+if any; `loads`, what its micro-batches cost.
 """
 
 import json
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from mser_dist.models import chat, exported, prompts
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.chat import ChatPrompt
+from mser_dist.models.flops import Heard, Load, StepCount, work_of
 from mser_dist.models.llm import build_llm
 from mser_dist.models.lora import adapted
-from mser_dist.models.packed import IGNORE, SPEECH, Packing, batch_of
+from mser_dist.models.packed import IGNORE, SPEECH, Packing, batch_of, is_flash
 from mser_dist.models.self_check import Checked, check_llm, check_speech
 from mser_dist.models.speech import build_speech
 from mser_dist.models.speech_llm import SpeechLLM
@@ -87,6 +89,18 @@ class Align:
             _, stats = cached_backward(batches, embed, loss, backward=engine.backward, no_sync=engine.no_sync)
         engine.step()
         return stats | self.model.speech.layer_shares(), [float(stats["loss"])]
+
+    @cached_property
+    def _count(self) -> StepCount:
+        return StepCount(self.model)
+
+    def loads(self, batches: list[Batch]) -> list[Load]:
+        """What each micro-batch of a step costs; all but the last are computed forward twice."""
+        last = len(batches) - 1
+        return [
+            self._count(Heard(batch["lengths"], bool(batch.get("encoded")), again=number < last))
+            for number, batch in enumerate(batches)
+        ]
 
     def describe(self, world_size: int) -> str:
         """What is contrasted, and the memory that it takes, for the person who starts a run."""
@@ -208,6 +222,18 @@ class Instruct:
                 sums[name] = sums.get(name, 0) + value.float() / len(batches)
         sums |= self.model.speech.layer_shares()
         return sums, torch.stack(losses).tolist()  # DeepSpeed has waited for the device already, for the gradient norm
+
+    @cached_property
+    def _count(self) -> StepCount:
+        return StepCount(self.model)
+
+    def loads(self, batches: list[Batch]) -> list[Load]:
+        """What each micro-batch of a step costs."""
+        flash = is_flash(self.model.llm_config)
+        return [
+            self._count(Heard(batch["lengths"], bool(batch.get("encoded"))), *work_of(batch, flash))
+            for batch in batches
+        ]
 
     def scorer(self) -> AnswerScorer:
         return AnswerScorer(self.model, self.tokenizer, self.prompt, self.labels)

@@ -1,8 +1,8 @@
 """What a person sees of the steps: a progress bar, numbers in the log, clips that could not be read."""
 
 import math
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from mser_dist.stream.examples import Examples
 from mser_dist.stream.steps import Step
 from mser_dist.tables import count
 from mser_dist.training.setup import Run
+from mser_dist.training.telemetry import Telemetry
+from mser_dist.training.timing import Trace
 
 
 class StepLog:
@@ -22,7 +24,9 @@ class StepLog:
 
     def __init__(self, run: Run, done: int, tracker: Tracker | None) -> None:
         self._run, self._done, self._tracker = run, done, tracker
-        self._clock = Clock()
+        self._clock, self._telemetry, self._read = Clock(), Telemetry(run), done
+        steps = run.config.train.profile_steps if run.world.is_main else []
+        self._trace = Trace(steps, run.setup.out / "profile")
         title = f"stage {run.config.stage}"
         self._bar = bar(title=title, unit="step", total=run.total, initial=done, disable=not run.world.is_main)
 
@@ -31,6 +35,7 @@ class StepLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        self._trace.write(self._done)
 
     def waiting(self, batches: Iterator[Step]) -> Iterator[Step]:
         """The same batches; the time spent waiting for them is counted."""
@@ -40,6 +45,7 @@ class StepLog:
                 with self._clock.waiting():
                     data = next(batches)
                 self._clock.clips += data.clips
+                self._trace.before(number)
                 yield data
 
     def step(self, step: int, stats: dict[str, torch.Tensor], bad: set[int], data: Step) -> set[int]:
@@ -47,10 +53,17 @@ class StepLog:
 
         bad: the clips that could not be read, as the ranks agreed on the last time; returns those of now.
         """
-        run = self._run
+        run, self._done = self._run, step
+        self._trace.after(step)
+        self._telemetry.step(data.batches)
         if step % run.config.train.log_every == 0 or step == run.total:
-            numbers = _mean_over_ranks(stats, run.device)
-            numbers |= {**run.engine.rates, "grad_norm": run.engine.grad_norm, **self._clock.read()}
+            own = self._telemetry.sums()
+            means = _mean_over_ranks(stats | own, run.device)
+            numbers = {name: means[name] for name in stats}
+            seconds, rates = self._clock.read()  # behind the sum over the ranks, which has waited for the device
+            numbers |= {**run.engine.rates, "grad_norm": run.engine.grad_norm, **rates}
+            numbers |= self._telemetry.read({name: means[name] for name in own}, rates, seconds, step - self._read)
+            self._read = step
             bad = bad_everywhere(data.bad, bad, run.examples, run.world.is_main)
             numbers |= {"bad_clips": float(len(bad)), "skipped_steps": float(run.engine.skipped_steps)}
             if self._tracker:
@@ -59,6 +72,10 @@ class StepLog:
             self._bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
         self._bar.update()
         return bad
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Around what is none of the steps' time, such as a validation."""
+        return self._clock.aside()
 
     def validation(self, step: int, found: dict[str, float]) -> None:
         """The validation behind a step."""
@@ -84,7 +101,7 @@ def bad_everywhere(own: frozenset[int], known: set[int], clips: Examples, is_mai
     return everywhere
 
 
-def _mean_over_ranks(stats: dict[str, Any], device: str) -> dict[str, float]:
+def _mean_over_ranks(stats: Mapping[str, Any], device: str) -> dict[str, float]:
     names = sorted(stats)
     *sums, ranks = distributed.all_sum([float(stats[name]) for name in names] + [1.0], device)
     return {name: value / ranks for name, value in zip(names, sums, strict=True)}

@@ -67,6 +67,24 @@ def test_the_best_validation_is_saved_also_where_no_save_is_due(trained: Path) -
     assert {int(step): found["ua"] for step, found in noted.items()} == scores
 
 
+def test_what_a_step_costs_is_logged_and_traced(trained: Path) -> None:
+    run = trained / "runs/whole"
+    rows = [row for row in lines(run) if "train/loss" in row]
+    for row in rows:
+        found = {name.removeprefix("train/"): value for name, value in row.items()}
+        assert 0 < found["padding"] < 1 and 0 < found["peak_memory_gib"] < 64 and found["audio_seconds_per_second"] > 0
+        assert 0 < found["mfu"] < found["hfu"] == pytest.approx(found["tflops"] / 0.001)
+        # Of a rank's two micro-batches one is computed twice: gradient caching, which no clip needs.
+        assert found["mfu"] < 0.9 * found["hfu"]
+        parts = {name: value for name, value in found.items() if name.startswith("time_")}
+        assert parts.keys() == {"time_data", "time_forward", "time_backward", "time_step", "time_rest"}
+        assert sum(parts.values()) == pytest.approx(8 / found["clips_per_second"], rel=1e-3)
+    [trace] = (run / "profile").iterdir()
+    events = json.loads(trace.read_text())["traceEvents"]
+    named = [event["name"] for event in events if str(event.get("name")).startswith("mser ") and event.get("ph") == "X"]
+    assert trace.name == "steps_2-3.json" and named.count("mser step") == 2 and named.count("mser backward") == 4
+
+
 def in_process(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cwd: Path
 ) -> tuple[int, str]:

@@ -15,10 +15,11 @@ from transformers import (
 from mser_dist import config as cfg
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
-from mser_dist.models.flops import Heard, StepCount, Work
+from mser_dist.models.flops import Heard, StepCount, work_of
 from mser_dist.models.lora import with_lora
+from mser_dist.models.packed import SPEECH, Packing, batch_of
 from mser_dist.models.speech import SpeechModel, build_speech
-from mser_dist.models.speech_llm import IGNORE, SPEECH, SpeechLLM
+from mser_dist.models.speech_llm import SpeechLLM
 
 WHISPER = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 80}
 WAVE = {
@@ -108,29 +109,47 @@ def test_the_operations_of_a_speech_model(
 
 
 @pytest.mark.parametrize(
-    "kind, kernel, trained, checkpointing",
+    "kind, kernel, trained, checkpointing, packing",
     [
-        *[(kind, "sdpa", "all", c) for kind in ("llama", "gemma", "qwen2", "qwen3", "gpt2") for c in (False, True)],
-        *[("llama", "eager", trained, c) for trained in ("lora", "projector", "lora alone") for c in (False, True)],
-        ("gemma2", "eager", "all", True),
-        ("mistral", "eager", "lora", True),
+        *[
+            (kind, "sdpa", "all", c, "prefix" if c else "off")
+            for kind in ("llama", "gemma", "qwen2", "qwen3", "gpt2")
+            for c in (False, True)
+        ],
+        *[
+            ("llama", "eager", trained, c, "rows" if c else "prefix")
+            for trained in ("lora", "projector", "lora alone")
+            for c in (False, True)
+        ],
+        ("gemma2", "eager", "all", True, "off"),
+        ("mistral", "eager", "lora", True, "prefix"),
     ],
 )
-def test_the_operations_of_a_speech_llm(kind: str, kernel: str, trained: str, checkpointing: bool) -> None:
+def test_the_operations_of_a_speech_llm(
+    kind: str, kernel: str, trained: str, checkpointing: bool, packing: Packing
+) -> None:
     model = SpeechLLM(speech(kernel, WHISPER, freeze=True), llm(kind, kernel, checkpointing, trained)).train()
     if trained == "lora alone":
         model.speech.requires_grad_(False)
         model.projector.requires_grad_(False)
-    batch = {**heard(model.speech, torch.tensor([40, 33])), "normalizer": torch.tensor(1.0)}
-    batch["input_ids"] = torch.tensor([[5, SPEECH, SPEECH, SPEECH, 6, 7, 8], [5, SPEECH, SPEECH, SPEECH, 6, 9, 0]])
-    batch["labels"] = torch.tensor([[IGNORE] * 5 + [7, 8], [IGNORE] * 5 + [9, IGNORE]])
-    batch["attention_mask"] = (batch["input_ids"] != 0).long()
-    needed, computed = Work(13, 28 + 21, 3), Work(14, 2 * 49, 4)
+    batch: dict[str, Any] = {**heard(model.speech, torch.tensor([40, 33])), "normalizer": torch.tensor(1.0)}
+    prompts = [[5, 9, SPEECH, SPEECH, SPEECH, 6], [5, 9, SPEECH, SPEECH, SPEECH, 6]]
+    batch |= batch_of(list(zip(prompts, [[7, 8, 2], [9, 2]], strict=True)), packing)
+    needed, computed = work_of(batch, flash=False)
+    expected: Any = {
+        "off": ((17, 45 + 36, 5), (18, 2 * 81, 6)),
+        "rows": ((17, 45 + 36, 5), (17, 17**2, 5)),
+        "prefix": ((15, 45 + 36 - 3, 5), (15, 15**2, 5)),
+    }[packing]
+    assert (needed, computed) == expected
     count = StepCount(model)(Heard(batch["lengths"], encoded=True), needed, computed)
     found = measured(lambda: model(batch)[0])
     # Which of the first layer's adapters gradients flow into is not looked at.
     assert count.flops.hardware == pytest.approx(found, rel=0.03 if trained == "lora alone" else 0)
-    assert count.flops.model < count.flops.hardware and (count.tokens, count.computed) == (13, 14)
+    assert count.flops.model < count.flops.hardware and (count.tokens, count.computed) == (
+        needed.tokens,
+        computed.tokens,
+    )
 
 
 def llm(kind: str, kernel: str, checkpointing: bool, trained: str) -> Any:
