@@ -126,6 +126,11 @@ class TrainConfig(Section):
     save_best: Bool = opt(True, "save also where the validation UA is the best so far, so that it can be kept")
     keep: PositiveInt = opt(2, "newest checkpoints kept; the one with the best validation UA is kept besides")
     background_save: Bool = opt(True, "write checkpoints while training goes on; takes memory for a copy of the state")
+    fork: str | None = opt(
+        None,
+        "RUN@STEP, RUN@best or RUN (its newest): a new run begins with weights, optimizer and position of a checkpoint "
+        "of another one; steps and epochs count from that one's first step",
+    )
     trust_checkpoints: Bool = opt(False, "resume also from a folder that others own or may write to")
     profile_steps: Span = opt([], "first and last step of a torch profiler's trace of rank 0, e.g. 10-12; []: none")
     max_skipped: NonNegativeInt = opt(
@@ -243,6 +248,11 @@ class Stage2(Common):
 
     stage: Int = opt(2, "2: instruct")
     stage1: str = opt("", "run folder of the stage 1 to build on")
+    init_from: str | None = opt(
+        None,
+        "run folder of another stage 2 to start from, its speech model, projector and LLM or adapters; or a folder of "
+        "peft's adapters, with llm.lora",
+    )
     freeze_encoder: Bool = opt(True, "do not train the speech encoder")
     encoder: CacheConfig = opt(CacheConfig, "where the features of stage 1's encoder are kept; all else it brings")
     freeze_qformer: Bool = opt(False, "do not train the Q-Former")

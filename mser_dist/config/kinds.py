@@ -34,6 +34,7 @@ def check_kind(cls: type, tree: Mapping[str, Any], where: Callable[[str], str]) 
 def check_paths(config: Any, where: Callable[[str], str]) -> None:
     """Raise `UserError` for ~ and $VARIABLE in a path, which nobody fills in: `out` would be a folder of that name."""
     named = [(key, getattr(config, key, None)) for key in _PATHS]
+    named.append(("train.fork", getattr(getattr(config, "train", None), "fork", None)))
     for key, value in [*named, *(("data.sets", path) for path in config.data.sets)]:
         if isinstance(value, str) and re.match(r"~|.*\$[{\w]", value):
             raise UserError(

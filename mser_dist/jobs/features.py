@@ -15,7 +15,7 @@ from mser_dist.encoded.encode import STOPPED, Outlook, encode_once, in_bytes, ou
 from mser_dist.encoded.place import Node, disk_folder
 from mser_dist.errors import Stopped, UserError
 from mser_dist.evaluation import evaluate
-from mser_dist.models import exported
+from mser_dist.models import exported, initial
 from mser_dist.models.attention import choose
 from mser_dist.models.frozen import FrozenEncoder
 from mser_dist.ranks import distributed, preempt
@@ -103,7 +103,7 @@ def _of_training(config: cfg.Stage1 | cfg.Stage2) -> Iterator[Read]:
         frozen = stages.Align(config, plan.attention, plan.device).model.speech.frozen
         assert frozen is not None
     else:
-        frozen = exported.load_frozen(exported.find(config.stage1, 1), plan.attention)
+        frozen = exported.load_frozen(initial.find(config).speech, plan.attention)
     frozen.to(plan.device, getattr(torch, config.engine.dtype))
     examples, validation = setup.clips_of(plan, frozen.encoder.features)
     yield Read("training", examples, frozen, setup.wanted(plan))

@@ -30,6 +30,7 @@ from mser_dist.files import file_sha256, fsync_tree, write_json
 from mser_dist.models import pretrained
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
+from mser_dist.models.bases import Base
 from mser_dist.models.frozen import FrozenEncoder
 from mser_dist.models.llm import build_llm, load_llm
 from mser_dist.models.normalize import Statistics
@@ -76,6 +77,12 @@ def read_card(export: Path) -> dict[str, Any]:
             "version, or a later one"
         )
     return card
+
+
+def base_of(export: Path, *beginnings: str) -> Base:
+    """The files of an export that begin so, as what frozen parameters are loaded from. Loading it checks their sums."""
+    files = read_card(export)["files"]
+    return Base(str(export.parent), sums={name: sha for name, sha in files.items() if name.startswith(beginnings)})
 
 
 def features_of(card: dict[str, Any]) -> Features:
@@ -228,7 +235,7 @@ def load_aligner(export: Path, attention: Attention, dtype: torch.dtype = torch.
     """The whole stage-1 model (without its text tower, which `card["text"]` names)."""
     card = read_card(export)
     model = Aligner(load_speech(export, attention), card["text_width"], cfg.ContrastiveConfig(**card["contrastive"]))
-    return _ready(_with_heads(model, export), card, dtype)
+    return _ready(with_heads(model, export), card, dtype)
 
 
 def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = torch.float32) -> tuple[SpeechLLM, Any]:
@@ -246,11 +253,12 @@ def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = tor
         pretrained.check_tensors(adapter, get_peft_model_state_dict(llm), str(folder / "adapter_model.safetensors"))
     else:
         llm = load_llm(folder, attention, dtype)
-    model = _with_heads(SpeechLLM(speech, llm), export)
+    model = with_heads(SpeechLLM(speech, llm), export)
     return _ready(model, card, dtype), tokenizer
 
 
-def _with_heads(model: Any, export: Path) -> Any:
+def with_heads(model: Any, export: Path) -> Any:
+    """A model with what an export holds of it beside speech model and LLM: the projector, say."""
     heads = {name for name in model.state_dict() if not name.startswith(("speech.", "llm."))}
     _fill(model, export, "heads", heads)
     return model

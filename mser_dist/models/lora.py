@@ -3,10 +3,12 @@
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from mser_dist import config as cfg
+from mser_dist import deepspeed_parts
 from mser_dist.errors import UserError
 
 
@@ -35,6 +37,19 @@ def with_lora(model: PreTrainedModel, lora: cfg.LoraConfig) -> Any:
         ),
     )
     return wrapped
+
+
+def merged(model: Any) -> Any:
+    """The LLM itself, its adapters added to its weights; those that ZeRO-3 has partitioned are gathered by layer."""
+    from deepspeed import zero
+    from peft.tuners.lora import LoraLayer
+
+    for layer in [part for part in model.modules() if isinstance(part, LoraLayer)]:
+        parameters = list(layer.parameters())
+        partitioned = [p for p in parameters if deepspeed_parts.is_partitioned(p)]
+        with zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)), torch.no_grad():
+            layer.merge()
+    return model.unload()
 
 
 def adapted(model: nn.Module) -> dict[str, int]:

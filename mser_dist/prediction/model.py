@@ -285,8 +285,8 @@ class Model:
             self._tower = self._tower or TextTower(self.card["text"], self.device)
             return PromptScorer(self.network, self._tower, labels)
         scorer = AnswerScorer(self.network, self._tokenizer, self._prompt, labels)
-        if not self.network.shares_cache:  # the check finds whether a prompt need be read once only, for all labels
-            check_llm(self.network, [scorer.prompt.tolist()], [a.tolist() for a in scorer.answers], self.device)
+        if self.network.scores_by == "whole":  # the check finds whether a prompt need be read once only, for all labels
+            check_llm(self.network, [scorer.prompt], scorer.answers, self.device)
         return scorer
 
     def _padded(self, pieces: Iterable[Piece], batch: int) -> Iterator[dict[str, Any]]:

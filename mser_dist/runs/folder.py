@@ -23,6 +23,7 @@ _FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.tim
 _FREE_TELEMETRY = ("engine.peak_tflops", "train.profile_steps")
 _FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_", "train.keep", "train.background_save")
 _FREE_SAFETY = ("train.trust_", "train.max_skipped")
+_LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a run can be lengthened
 
 
 def _has_checkpoint(out: Path) -> bool:
@@ -30,16 +31,16 @@ def _has_checkpoint(out: Path) -> bool:
 
 
 def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
-    """The summary of a run that has ended already, or None; `UserError` if the folder holds another config's run."""
+    """The summary of a run that has ended already, or None: also where it is to be longer now.
+
+    Raises `UserError` if the folder holds another config's run, or a longer one.
+    """
     saved, summary = out / "config.yaml", out / "summary.json"
     if not saved.is_file() or not (summary.is_file() or _has_checkpoint(out)):
         return None  # nothing to lose
     old, new = flatten(read_yaml(saved)), flatten(config)
-    keys = [
-        key
-        for key in sorted(old.keys() | new.keys())
-        if not key.startswith(_FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY)
-    ]
+    free = _FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY + _LENGTH
+    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(free)]
     changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:
         differ = ", ".join(f"{key}={old.get(key)}, now {new.get(key)}" for key in changed[:8])
@@ -49,7 +50,26 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
         raise UserError(
             f"{out} holds a run with another config ({differ}{more}){other}: choose another run folder, or delete it"
         )
-    return read_json(summary) if summary.is_file() else None
+    before, now = _length(old), _length(new)
+    if before[0] == now[0] and now[1] < before[1]:
+        key = before[0]
+        raise UserError(
+            f"{out} holds a run of {key}={before[1]:g}, and {key}={now[1]:g} is shorter: a run can only be lengthened; "
+            "choose another run folder"
+        )
+    return read_json(summary) if summary.is_file() and before == now else None
+
+
+def _length(flat: dict[str, str]) -> tuple[str, float]:
+    """The key that says how long a run is, and its value."""
+    key = next(key for key in _LENGTH if flat.get(key, "None") != "None")
+    return key, float(flat[key])
+
+
+def steps_done(out: Path) -> int:
+    """Of the newest checkpoint in a run folder; 0 where there is none."""
+    names = [path.name[5:] for path in (out / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def written_by(out: Path) -> str:
@@ -75,6 +95,7 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
             for name in ("log.jsonl", "mlflow.json", "validations.json", "prompt.json"):
                 (out / name).unlink(missing_ok=True)
         if not same:
+            (out / "summary.json").unlink(missing_ok=True)  # of a run that is to be longer now: it is not over
             write_text(saved, config_text)
     except OSError as error:
         raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error

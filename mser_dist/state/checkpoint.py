@@ -26,9 +26,13 @@ from mser_dist.ranks import distributed
 from mser_dist.state import engine_state
 from mser_dist.state.seal import Sealed, folder_fault, read_seal, seal_fault
 
-FORMAT = 2  # of state.json and the ranks' files: raised where an older version could not read what this one writes
+FORMAT = 3  # of state.json and the ranks' files: raised where an older version could not read what this one writes
+_READ = (2, FORMAT)  # formats that can be read: 2 held frozen weights too
 _LATE = 30.0  # seconds that a shared file system may take to show another node's files
 _FULL = re.compile(r"no space left|disk quota|os error (28|122)\b", re.IGNORECASE)
+
+
+Check = Callable[[dict[str, Any]], None]
 
 
 class Engine(Protocol):
@@ -36,7 +40,7 @@ class Engine(Protocol):
 
     def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
 
-    def restore(self, files: list[Path]) -> None: ...
+    def restore(self, files: list[Path], fork: bool = False) -> None: ...
 
 
 class Checkpoints:
@@ -53,7 +57,7 @@ class Checkpoints:
         self.background = background
         self.seconds = 0.0  # how long the last save took until it was durable
         self._notes_file = run / "validations.json"
-        self._notes: dict[int, dict[str, float]] = _read_notes(self._notes_file)
+        self._notes: dict[int, dict[str, float]] = read_notes(self._notes_file)
         self._pruned_with: dict[int, dict[str, float]] | None = None  # the notes of the last pruning
         self._damaged: set[str] = set()  # by the last `choose`: they must not be kept instead of whole ones
         self._buffers: dict[str, torch.Tensor] = {}
@@ -212,14 +216,15 @@ class Checkpoints:
 
     # ---- loading -----------------------------------------------------------------------------------------------------
 
-    def resume(self, engine: Engine, trust: bool = False) -> dict[str, Any] | None:
+    def resume(self, engine: Engine, trust: bool = False, check: Check | None = None) -> dict[str, Any] | None:
         """Load the newest checkpoint whose seal holds and return its state, or None in a fresh run.
 
+        check: raises where its state says that it must not be loaded.
         Another number of processes may have written it: then each rank's random state is left as it is. Raises
         `UserError` where checkpoints are there and none is whole, or, without `trust`, others could have written them.
         """
         folder = self.choose(trust)
-        return self._load(folder, engine) if folder else None
+        return load(folder, engine, self.world, check=check) if folder else None
 
     def choose(self, trust: bool = False) -> Path | None:
         """The newest checkpoint whose seal holds, or None where there is no checkpoint."""
@@ -244,18 +249,6 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, folder: Path, engine: Engine) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.get("format") != FORMAT:
-            raise UserError(
-                f"{folder} was written by mser_dist {state.get('version', '0.1.0')}, and this is "
-                f"{__version__}, which cannot read it: go on with that version, or train anew with another out="
-            )
-        engine.restore(sorted(folder.glob("rank-*.safetensors")))
-        if state["world_size"] == self.world.world_size:
-            _set_random_state(load_file(folder / f"random-{self.world.rank:05d}.safetensors"))
-        return state
-
     def _look(self, trust: bool) -> tuple[list[Path], str | None]:
         """(published checkpoints, what forbids to use them). What an earlier start left half-written is removed."""
         found = self.published()
@@ -270,6 +263,24 @@ class Checkpoints:
             distributed.warn(f"removing {staging.name}, half written or half removed{why}")
             shutil.rmtree(staging, ignore_errors=True)
         return found, None
+
+
+def load(
+    folder: Path, engine: Engine, world: distributed.World, fork: bool = False, check: Check | None = None
+) -> dict[str, Any]:
+    """Put a checkpoint, whose seal was checked, into an engine; its state. `fork`: it is of another run. Collective."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") not in _READ:
+        raise UserError(
+            f"{folder} was written by mser_dist {state.get('version', '0.1.0')}, and this is "
+            f"{__version__}, which cannot read it: go on with that version, or train anew with another out="
+        )
+    if check:
+        check(state)
+    engine.restore(sorted(folder.glob("rank-*.safetensors")), fork)
+    if state["world_size"] == world.world_size:
+        _set_random_state(load_file(folder / f"random-{world.rank:05d}.safetensors"))
+    return state
 
 
 class _Background:
@@ -348,7 +359,8 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def _read_notes(file: Path) -> dict[int, dict[str, float]]:
+def read_notes(file: Path) -> dict[int, dict[str, float]]:
+    """The validation of each step that was validated, by ``validations.json`` of a run folder."""
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
         return {int(step): {str(k): float(v) for k, v in found.items()} for step, found in plain.items()}

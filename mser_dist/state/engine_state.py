@@ -9,7 +9,7 @@ files of one world size or ZeRO stage are read under another.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ _NOT_HYPER = {"params", "foreach", "fused", "capturable", "differentiable"}
 Description = dict[str, Any]
 
 
-def collect(engine: Any) -> tuple[dict[str, Tensor], Description]:
+def collect(engine: Any, reloaded: Set[str] = frozenset()) -> tuple[dict[str, Tensor], Description]:
     """This rank's part of the state of a `deepspeed.DeepSpeedEngine`, between two optimizer steps. Collective.
 
+    reloaded: frozen parameters that are left out, as every start loads them from somewhere else.
     The tensors are 1-D and mostly views of live state, on its device: copy them before the next step.
     The description is JSON.
     """
@@ -58,7 +59,11 @@ def collect(engine: Any) -> tuple[dict[str, Tensor], Description]:
             slots |= kept.keys()
             add(part, steps.get(id(part.owner)), {"master": part.owner, **kept})
     for part in deepspeed_parts.frozen(engine):
-        add(part, None, {"frozen": part.owner})
+        if part.name in reloaded:
+            shape = list(part.shape)
+            parameters[part.name] = {"shape": shape, "start": 0, "count": 0, "step": None, "reloaded": True}
+        else:
+            add(part, None, {"frozen": part.owner})
     buffers = _own_buffers(engine, rank)
     tensors |= {f"buffer/{name}": buffer.reshape(-1) for name, buffer in buffers.items() if buffer.numel()}
     description = {
@@ -83,10 +88,13 @@ def write(path: Path, tensors: dict[str, Tensor], description: Description) -> N
     save_file(tensors, path, metadata={"mser": json.dumps(description)})
 
 
-def restore(engine: Any, files: Sequence[Path]) -> None:
+def restore(engine: Any, files: Sequence[Path], fork: bool = False) -> set[str]:
     """Put what all ranks wrote into a fresh engine with any number of ranks, under any ZeRO stage. Collective.
 
     Same world size: bit for bit. Another one: the same, but for the buffers, which are rank 0's on every rank.
+    fork: the engine's own groups, hyper-parameters and schedule stay, of which that takes the number of steps; what is
+    trained here and was frozen there begins with moments of zero.
+    Parameters that were left out stay as they are. Returns the frozen ones that were not.
     Raises `UserError` on every rank, with nothing changed, if the files are not of this model and optimizer.
     """
     saved = _Saved(files)
@@ -94,7 +102,7 @@ def restore(engine: Any, files: Sequence[Path]) -> None:
     optimizer = deepspeed_parts.optimizer(engine)
     buffers = dict(engine.module.named_buffers())
     persistent = set(engine.module.state_dict()) & set(buffers)
-    problems = [*saved.faults(groups, frozen), *saved.buffer_faults(buffers, persistent)]
+    problems = [*saved.faults(groups, frozen, fork), *saved.buffer_faults(buffers, persistent)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
@@ -104,24 +112,26 @@ def restore(engine: Any, files: Sequence[Path]) -> None:
     with deepspeed_parts.rewriting(engine):
         for parts, group in zip(groups, optimizer.param_groups, strict=True):
             for part in parts:
-                saved.copy("master", part, part.owner)
+                if part.name not in saved.reloaded:
+                    saved.copy(saved.kind(part.name), part, part.owner)
             _restore_optimizer(optimizer, group, parts, saved)
-        for part in frozen:
-            saved.copy("frozen", part, part.owner)
+        held = [part for part in frozen if part.name not in saved.reloaded]
+        for part in held:
+            saved.copy(saved.kind(part.name), part, part.owner)
         _restore_buffers(engine.module, buffers, saved)
-    _restore_small(engine, saved.description)
+    _restore_small(engine, saved.description, fork)
+    return {part.name for part in held}
 
 
 def weights(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """Each parameter (float32 masters; a frozen one in its own dtype) and buffer (rank 0's) of a checkpoint, whole.
 
-    One at a time is in memory. Raises `UserError` where a rank's file is missing.
+    One at a time is in memory; those that were left out are not among them. Raises `UserError` where a rank's file is
+    missing.
     """
     saved = _Saved(files)
-    trained = {name for group in saved.description["groups"] for name in group["parameters"]}
     for name, entry in saved.description["parameters"].items():
-        kind = "master" if name in trained else "frozen"
-        pieces = [saved.tensor(f"{kind}/{name}", rank)[:] for _, _, rank in saved.pieces(name)]
+        pieces = [saved.tensor(f"{saved.kind(name)}/{name}", rank)[:] for _, _, rank in saved.pieces(name)]
         if pieces:
             yield name, torch.cat(pieces).view(entry["shape"])
     for name, shape in saved.description["buffers"].items():
@@ -145,6 +155,9 @@ class _Saved:
         self.steps = {
             name: entry["step"] for rank in self.ranks for name, entry in rank["parameters"].items() if entry["count"]
         }
+        entries = self.description["parameters"]
+        self.reloaded = {name for name, entry in entries.items() if entry.get("reloaded")}
+        self.stepped = {name for group in self.description["groups"] for name in group["parameters"]}
         self._open: dict[int, Any] = {}
         if [rank["rank"] for rank in self.ranks] != list(range(self.description["world_size"])):
             raise UserError(
@@ -163,6 +176,10 @@ class _Saved:
             self._open[rank] = safe_open(self.paths[rank], "pt")
         return self._open[rank].get_slice(key)
 
+    def kind(self, name: str) -> str:
+        """What a parameter's weights were saved as."""
+        return "master" if name in self.stepped else "frozen"
+
     def copy(self, kind: str, part: Part, target: Tensor) -> None:
         """Read the elements of `part` of ``kind/name`` into their place in `target`."""
         if not part.count:
@@ -176,8 +193,8 @@ class _Saved:
         view = part.view(target)
         view.copy_((torch.cat(found) if len(found) > 1 else found[0]).view(view.shape))
 
-    def faults(self, groups: list[list[Part]], frozen: list[Part]) -> Iterable[str]:
-        """How the parameters differ from the model's."""
+    def faults(self, groups: list[list[Part]], frozen: list[Part], fork: bool) -> Iterable[str]:
+        """How the parameters differ from the model's; in a fork they may be grouped otherwise."""
         here: dict[str, tuple[Part, int | None]]
         here = {part.name: (part, index) for index, parts in enumerate(groups) for part in parts}
         here |= {part.name: (part, None) for part in frozen}
@@ -193,9 +210,11 @@ class _Saved:
             elif list(here[name][0].shape) != there[name]["shape"]:
                 shapes = f"{there[name]['shape']} there and {list(here[name][0].shape)} in the model"
                 yield f"parameter {name} has the shape {shapes}"
-            elif here[name][1] != index_there.get(name):
+            elif not fork and here[name][1] != index_there.get(name):
                 groups_said = [_group_said(index) for index in (index_there.get(name), here[name][1])]
                 yield f"parameter {name} is {groups_said[0]} there and {groups_said[1]} in the model"
+            elif name in self.reloaded:
+                continue
             elif sum(count for _, count, _ in self.pieces(name)) != math.prod(there[name]["shape"]):
                 yield f"parameter {name} is incomplete"
 
@@ -245,21 +264,34 @@ def _restore_optimizer(
 ) -> None:
     """The optimizer's state of one group, as torch.optim.AdamW and DeepSpeedCPUAdam make it in their first step."""
     on_device = group.get("fused") or group.get("capturable")
+    for owner, held in _by_owner(parts):
+        # None: saved before the first step (but some wrappers step once when they are made), or frozen there.
+        steps = {part.name: saved.steps.get(part.name) for part in held}
+        step = max((step for step in steps.values() if step is not None), default=None)
+        if step is None:
+            optimizer.state.pop(owner, None)
+            continue
+        if not any(part.count for part in held):
+            continue
+        state = optimizer.state[owner]
+        if isinstance(optimizer, torch.optim.AdamW):
+            state["step"] = torch.tensor(step, dtype=torch.float32, device=owner.device if on_device else "cpu")
+        else:
+            state["step"] = int(step)
+        for slot in saved.slots:
+            if slot not in state:
+                state[slot] = torch.zeros_like(owner)
+            for part in held:
+                if steps[part.name] is not None:
+                    saved.copy(slot, part, state[slot])
+
+
+def _by_owner(parts: list[Part]) -> list[tuple[Tensor, list[Part]]]:
+    """The parts by the tensor that holds them."""
+    held: dict[int, tuple[Tensor, list[Part]]] = {}
     for part in parts:
-        step = saved.steps[part.name]
-        if step is None:  # saved before the first step; but some wrappers step once when they are made
-            optimizer.state.pop(part.owner, None)
-        elif part.count:
-            state = optimizer.state[part.owner]
-            if isinstance(optimizer, torch.optim.AdamW):
-                device = part.owner.device if on_device else "cpu"
-                state["step"] = torch.tensor(step, dtype=torch.float32, device=device)
-            else:
-                state["step"] = int(step)
-            for slot in saved.slots:
-                if slot not in state:
-                    state[slot] = torch.zeros_like(part.owner)
-                saved.copy(slot, part, state[slot])
+        held.setdefault(id(part.owner), (part.owner, []))[1].append(part)
+    return list(held.values())
 
 
 def _restore_buffers(module: torch.nn.Module, buffers: dict[str, Tensor], saved: _Saved) -> None:
@@ -279,13 +311,18 @@ def _restore_buffers(module: torch.nn.Module, buffers: dict[str, Tensor], saved:
             buffer.copy_(value)
 
 
-def _restore_small(engine: Any, description: Description) -> None:
+def _restore_small(engine: Any, description: Description, fork: bool) -> None:
     """Hyper-parameters, schedule, loss scale and counters."""
-    for group, saved in zip(deepspeed_parts.optimizer(engine).param_groups, description["groups"], strict=True):
-        for key in _hyper(group).keys() & saved["hyper"].keys():
-            value = saved["hyper"][key]
-            group[key] = tuple(value) if isinstance(group[key], tuple) else value
-    if engine.lr_scheduler is not None and description["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(description["scheduler"])
+    schedule = description["scheduler"]
+    if fork:
+        counts = ("last_epoch", "_step_count")
+        schedule = {**engine.lr_scheduler.state_dict(), **{name: schedule[name] for name in counts}}
+    else:
+        for group, saved in zip(deepspeed_parts.optimizer(engine).param_groups, description["groups"], strict=True):
+            for key in _hyper(group).keys() & saved["hyper"].keys():
+                value = saved["hyper"][key]
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value
+    if engine.lr_scheduler is not None and schedule is not None:
+        engine.lr_scheduler.load_state_dict(schedule)
     deepspeed_parts.set_scale(engine, description["loss_scaler"])
     deepspeed_parts.set_counters(engine, description["counters"])

@@ -149,6 +149,7 @@ class Engine:
         self.zero_stage = int(zero.get("stage", 0))
         _cast(model, getattr(torch, config.engine.dtype))
         self.assigned = assign(model, config.train.groups)
+        self.reloaded: set[str] = set()  # frozen parameters that every start loads anew: no checkpoint holds them
         groups = parameter_groups(model, config.train, self.assigned)
         betas = (config.train.betas[0], config.train.betas[1])
         optimizer: torch.optim.Optimizer
@@ -244,11 +245,16 @@ class Engine:
 
     def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """This rank's slices of the training state and their description, see `engine_state`. Collective."""
-        return engine_state.collect(self._engine)
+        return engine_state.collect(self._engine, self.reloaded)
 
-    def restore(self, files: list[Path]) -> None:
-        """Go back to what `collect` gave, from the files of any number of ranks. Collective."""
-        engine_state.restore(self._engine, files)
+    def restore(self, files: list[Path], fork: bool = False) -> None:
+        """Go back to what `collect` gave, from the files of any number of ranks; see `engine_state`. Collective."""
+        self.reloaded -= engine_state.restore(self._engine, files, fork)
+        # By this run's schedule: the one that wrote the files may have been shorter.
+        schedule = self._engine.lr_scheduler
+        groups = deepspeed_parts.optimizer(self._engine).param_groups
+        for group, peak, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = peak * share(schedule.last_epoch)
 
     def state_bytes(self) -> int:
         """Bytes that this rank's part of a checkpoint takes."""

@@ -9,7 +9,7 @@ import torch
 from mser_dist.config.file import load_training
 from mser_dist.errors import UserError
 from mser_dist.files import read_json
-from mser_dist.models import exported
+from mser_dist.models import bases, exported
 from mser_dist.models.attention import choose
 from mser_dist.models.llm import base_of
 from mser_dist.models.weights import SHARD_BYTES
@@ -45,6 +45,9 @@ def export(
         raise UserError(f"{folder} was written by mser_dist {state.get('version')}: export it with that version")
     dtype = getattr(torch, config.engine.dtype)
     stage = stages.build(config, choose("sdpa", dtype, "cpu"), "cpu", {})
+    if held := state.get("bases"):  # what no checkpoint holds, and the model was built with just now
+        remedy = "the checkpoint does not hold them: put the former ones back"
+        bases.check_same(held, bases.digests(stage.bases), remedy)
     model: Any = exported.cast(stage.model, dtype).eval()
     _fill(model, folder)
     facts, statistics = kept(run, model.speech.normalize)

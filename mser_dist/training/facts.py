@@ -23,6 +23,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "clips": len(run.examples),
         "max_seconds": data.max_seconds,
         "shuffled_labels": data.shuffle_labels,
+        "bases": run.bases,
     }
 
 

@@ -51,6 +51,8 @@ class RunState:
     best_ua: float = -1.0  # of all validations
     skipped_in_a_row: int = 0  # steps that were not finite
     save_seconds: float = 0.0  # that the last save took
+    bases: dict[str, Any] = field(default_factory=dict)  # frozen weights that the checkpoint does not hold
+    total: int = 0  # steps of the whole run, as it was then; 0: unknown
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"position": list(self.position), "bad": sorted(self.bad)}
@@ -58,7 +60,7 @@ class RunState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":
         """The state that a checkpoint keeps; whether it may be used here was checked when it was loaded."""
-        known = {name: values[name] for name in cls.__dataclass_fields__}
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         return cls(**known | {"position": Position(*known["position"]), "bad": set(known["bad"])})
 
 
@@ -80,6 +82,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             if world.is_main:
                 facts.keep(run)
             state = RunState.from_json(run.resumed) if run.resumed else RunState(order=run.order)
+            state.total, state.bases = run.total, run.bases
             if noted := run.checkpoints.noted(state.step):  # validated behind the save, by the start before this one
                 state.validation, state.validated = noted, state.step
                 state.best_ua = max(state.best_ua, noted["ua"])

@@ -21,13 +21,14 @@ from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import STOPPED, encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped, UserError
-from mser_dist.models import exported
+from mser_dist.models import bases, exported, initial
 from mser_dist.models.attention import Attention, choose
 from mser_dist.ranks import distributed, preempt
 from mser_dist.ranks.boundary import Boundary, time_to_save
 from mser_dist.ranks.watchdog import Watchdog
 from mser_dist.runs import folder
 from mser_dist.shards.shard_set import ShardSet
+from mser_dist.state import fork
 from mser_dist.state.checkpoint import Checkpoints
 from mser_dist.stream import steps
 from mser_dist.stream.examples import Examples, open_clips, open_training_clips
@@ -38,6 +39,7 @@ from mser_dist.training import stages
 from mser_dist.training.engine import Engine, resolve_json
 from mser_dist.training.groups import describe as describe_groups
 from mser_dist.training.nonfinite import NotFinite
+from mser_dist.training.resume import check_length, forked, lengthened
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,12 @@ class Setup:
         return Path(self.config.out)
 
     @property
-    def links(self) -> dict[str, Path] | None:
-        """Tags whose value is the MLflow run id of the run that this one builds on."""
-        return {"mser.stage1_run_id": Path(self.config.stage1)} if isinstance(self.config, cfg.Stage2) else None
+    def links(self) -> dict[str, Path]:
+        """Tags whose value is the MLflow run id of a run that this one builds on."""
+        config = self.config
+        links = {"mser.stage1_run_id": Path(config.stage1)} if isinstance(config, cfg.Stage2) else {}
+        links |= {"mser.init_from_run_id": Path(config.init_from)} if config.init_from else {}
+        return links | ({"mser.fork_run_id": fork.run_of(config.train.fork)} if config.train.fork else {})
 
 
 def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Setup:
@@ -78,7 +83,7 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
         raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
     attention = choose(config.engine.attention, getattr(torch, config.engine.dtype), device)
     if isinstance(config, cfg.Stage2):
-        pad_seconds = exported.features_of(exported.read_card(exported.find(config.stage1, stage=1))).pad_seconds
+        pad_seconds = exported.features_of(exported.read_card(initial.find(config).speech)).pad_seconds
         parallel, wish = 1, []
     else:  # its loss is of pairs of clips, so the plan keeps parallel ones together and all emotions in each batch
         if config.init_from:
@@ -91,6 +96,7 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
     if config.train.profile_steps and config.train.profile_steps[0] > total:
         traced = config.train.profile_steps
         raise UserError(f"train.profile_steps={traced}: the training has {total} steps: name some of them")
+    check_length(config, total)
     return Setup(
         config,
         world,
@@ -102,7 +108,7 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
         shards,
         _held_out(config.data),
         order,
-        total=total,
+        total,
         ends=distributed.job_end() if world.is_main else None,
         watchdog=Watchdog(world, config.engine.peer_seconds, config.engine.timeout_minutes * 60),
     )
@@ -145,6 +151,7 @@ class Run:
     boundary: Boundary
     not_finite: NotFinite
     order: dict[str, Any]  # what set, seed and batch a position of the stream counts in
+    bases: dict[str, Any]  # of what the frozen parameters are loaded from that no checkpoint holds, see `models.bases`
     resumed: dict[str, Any] | None  # the state that the newest checkpoint holds
     saved: int = 0  # step of the last save
 
@@ -213,6 +220,9 @@ class Run:
         }
 
 
+_CHANGED = "no checkpoint holds them: put the former ones back, or train anew with another out="
+
+
 def load(setup: Setup, flag: preempt.Flag) -> Run:
     """Build the model and its engine, and go back to the newest checkpoint. Collective."""
     config, world = setup.config, setup.world
@@ -225,13 +235,26 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing
     setup.watchdog.tick("loading a checkpoint")
     checkpoints = Checkpoints(setup.out, world, config.train.keep, config.train.background_save)
-    resumed = checkpoints.resume(engine, config.train.trust_checkpoints)
+    engine.reloaded = bases.reloaded(stage.model, stage.bases)
+    sums = bases.digests(stage.bases) if engine.reloaded or config.train.fork else {}
+
+    def same_bases(state: dict[str, Any]) -> None:
+        bases.check_same(state.get("bases", {}), sums, _CHANGED)
+
+    bases.check_same(stage.began_with if sums else {}, sums, "the adapters of init_from are of the former ones")
+
+    resumed = checkpoints.resume(engine, config.train.trust_checkpoints, same_bases)
     order = steps.identity(examples, setup.order)
     if (frozen := stage.model.speech.frozen) is not None:
         order["frozen_encoder"] = frozen.sha256()
     step = 0
     if resumed:
         steps.check_identity(resumed["order"], order)
+        told += lengthened(setup, stage, resumed)
+    elif config.train.fork:
+        resumed, line = forked(setup, engine, order, same_bases)
+        told.append(line)
+    if resumed:
         step = int(resumed["step"])
         checkpoints.seconds = float(resumed["save_seconds"])
     setup.watchdog.tick("the self-check")
@@ -248,6 +271,7 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
         Boundary(flag, checkpoints, config.train.save_minutes, setup.ends, world.is_main),
         NotFinite(stage.model, setup.out, setup.shards, config.train.max_skipped, config.engine.dtype, world.is_main),
         order,
+        sums,
         resumed,
         saved=step,
     )

@@ -2,8 +2,9 @@
 
 Each has `model`; `features`, what its encoder is fed; `collate`, which makes a batch of clips in a worker; `check`, of
 the model before the first step; `step`, one optimizer step over its micro-batches; `scorer`, which scores the labels of
-a batch for validation; `card`, what the exported model is; and `source`, the card of the run that this one builds on,
-if any; `loads`, what its micro-batches cost.
+a batch for validation; `card`, what the exported model is; `loads`, what its micro-batches cost; `bases`, where weights
+come from that every start loads (and `began_with`, what these were where a run's adapters were trained); and `source`,
+the card of the run that this one builds on, if any.
 """
 
 import json
@@ -22,17 +23,16 @@ from mser_dist.contrastive import Embedded, cached_backward, peak_bytes
 from mser_dist.errors import UserError
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
 from mser_dist.files import write_json
-from mser_dist.models import chat, exported, prompts
+from mser_dist.models import bases, chat, exported, initial, prompts, sources
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
+from mser_dist.models.bases import Base
 from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.flops import Heard, Load, StepCount, work_of
-from mser_dist.models.llm import build_llm
 from mser_dist.models.lora import adapted
 from mser_dist.models.packed import IGNORE, SPEECH, Packing, batch_of, is_flash
 from mser_dist.models.self_check import Checked, check_llm, check_speech
 from mser_dist.models.speech import build_speech
-from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.text import TextTower
 from mser_dist.ranks import distributed
 from mser_dist.stream.examples import pad_speech
@@ -65,6 +65,8 @@ class Align:
         self.model = Aligner(speech, self.tower.width, config.contrastive)
         self.features = speech.any_encoder.features
         self.collate = AlignCollate(self.labels)
+        self.bases = self._bases()
+        self.began_with: dict[str, Any] = {}
         self.captions = self.tower.embed([c for label in self.labels for c in prompts.captions(label)])  # (C, width)
 
     def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
@@ -109,6 +111,16 @@ class Align:
         gather = config.gather
         one = peak_bytes(batch // world_size, config.width, ranks=world_size, gather=gather, tile=config.tile)
         return f"contrasts {batch} clips a step by {config.loss}: about {terms * one / 2**20:.1f} MiB a rank"
+
+    def _bases(self) -> dict[str, Base]:
+        """Where weights come from that every start loads, by the beginnings of parameters' names."""
+        encoder, init_from = self.config.encoder, self.config.init_from
+        if init_from:
+            return {"speech.": exported.base_of(exported.find(init_from, 1, "init_from"), "speech.safetensors")}
+        if encoder.pretrained and not encoder.allow_missing:
+            files = bases.files_of(sources.resolve(encoder.pretrained))
+            return {"speech.encoder.": bases.Base(encoder.pretrained, files)}
+        return {}
 
     def scorer(self) -> PromptScorer:
         return PromptScorer(self.model, self.tower, self.labels)
@@ -182,9 +194,12 @@ class Instruct:
         self.config = config
         self.device = device
         self.labels = config.data.labels
-        export = exported.find(config.stage1, stage=1)
-        self.source: dict[str, Any] | None = exported.read_card(export)
-        speech = exported.load_speech(export, attention)
+        begin = initial.find(config)
+        self.source: dict[str, Any] | None = exported.read_card(begin.speech)
+        self.model, self.tokenizer, self.base = initial.build(config, begin, attention, ds_json)
+        self.bases = initial.bases_of(config, begin)
+        self.began_with = initial.trained_on(begin)
+        speech, llm = self.model.speech, self.model.llm
         if config.freeze_encoder:
             speech.freeze_encoder()
         elif speech.normalize != "none":
@@ -195,8 +210,6 @@ class Instruct:
         if config.freeze_qformer:
             speech.qformer.requires_grad_(False)
             speech.queries.requires_grad_(False)
-        llm, self.tokenizer = build_llm(config.llm, self.labels, attention, ds_json)
-        self.model = SpeechLLM(speech, llm)
         self.features = speech.any_encoder.features
         self.prompt = kept_prompt(Path(config.out), config.llm, self.tokenizer)
         self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
@@ -266,7 +279,7 @@ class Instruct:
         }
 
     def card(self) -> dict[str, Any]:
-        card = exported.speech_llm_card(self.model, self.config.llm.pretrained)
+        card = exported.speech_llm_card(self.model, self.base)
         return {**card, "stage1": self.config.stage1, "prompt": asdict(self.prompt)}
 
 

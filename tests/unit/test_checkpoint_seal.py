@@ -170,7 +170,7 @@ class Unread:
     def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise AssertionError
 
-    def restore(self, files: list[Path]) -> None:
+    def restore(self, files: list[Path], fork: bool = False) -> None:
         raise AssertionError
 
 

@@ -76,7 +76,11 @@ def model_of(lora: cfg.LoraConfig | None = None, pretrained: str | None = None) 
 
 def card_of(model: SpeechLLM, tokenizer: Any, llm: str | None = None) -> dict[str, Any]:
     card = {"stage": 2, "labels": LABELS, "languages": ["de"], "corpora": ["made-up"], "clips": 4, "max_seconds": 20.0}
-    return {**card, **exported.speech_llm_card(model, llm), "prompt": asdict(chat.render(tokenizer))}
+    return {
+        **card,
+        **exported.speech_llm_card(model, llm),
+        "prompt": asdict(chat.render(tokenizer, "instruction_first")),
+    }
 
 
 @torch.no_grad()

@@ -21,14 +21,13 @@ ALWAYS = {
     "freeze_qformer", "text.pretrained", "train.global_batch", "train.micro_batch", "train.steps", "train.lr",
     "train.weight_decay", "train.groups", "train.betas", "train.warmup", "train.grad_clip", "train.log_every",
     "train.save_every", "train.save_minutes", "train.save_best", "train.keep", "train.background_save",
-    "train.trust_checkpoints",
-    "train.max_skipped", "data.sets", "data.split", "data.val_split", "data.languages", "data.labels",
-    "data.keep", "data.drop", "data.max_seconds", "data.workers", "data.max_bad", "data.batching", "data.balance",
-    "data.shuffle_labels", "encoder.arch", "encoder.freeze", "encoder.pad_seconds", "encoder.layers",
-    "encoder.normalize", "encoder.stride", "native_labels", "qformer.pool", "qformer.queries",
-    "qformer.layers", "qformer.width", "qformer.heads", "contrastive.width", "contrastive.loss",
-    "contrastive.alpha", "contrastive.temperature", "contrastive.max_scale", "llm.pretrained", "llm.arch",
-    "llm.freeze", "llm.gradient_checkpointing", "llm.order", "llm.packing", "train.profile_steps",
+    "train.trust_checkpoints", "train.fork", "train.max_skipped", "data.sets", "data.split", "data.val_split",
+    "data.languages", "data.labels", "data.keep", "data.drop", "data.max_seconds", "data.workers", "data.max_bad",
+    "data.batching", "data.balance", "data.shuffle_labels", "encoder.arch", "encoder.freeze", "encoder.pad_seconds",
+    "encoder.layers", "encoder.normalize", "encoder.stride", "native_labels", "qformer.pool", "qformer.queries",
+    "qformer.layers", "qformer.width", "qformer.heads", "contrastive.width", "contrastive.loss", "contrastive.alpha",
+    "contrastive.temperature", "contrastive.max_scale", "llm.pretrained", "llm.arch", "llm.freeze",
+    "llm.gradient_checkpointing", "llm.order", "llm.packing", "train.profile_steps",
 }  # fmt: skip
 SECTIONS = ("engine.", "tracking.", "llm.lora")  # whose keys have an effect where the section has; `mser sync` reads it
 
