@@ -103,6 +103,21 @@ def test_an_export_in_many_files_is_the_same_model(tmp_path: Path) -> None:
         assert torch.equal(plain(ids).logits, model.llm(ids).logits), "an ordinary Hugging Face folder"
 
 
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    """`mser export` gives a state dict, which has them twice; SmolLM2, small Llamas and Qwens, and Gemmas tie theirs."""
+    torch.manual_seed(0)
+    llm, tokenizer = build_llm(cfg.LLMConfig(arch={**LLM, "tie_word_embeddings": True}), LABELS, SDPA)
+    model = SpeechLLM(tiny_exports.speech(), llm).eval()
+    assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
+    exported.write(tmp_path / "export", model, model.state_dict(), card_of(model, tokenizer), tokenizer)
+    with safe_open(tmp_path / "export/llm/model.safetensors", "pt") as opened:
+        names = set(opened.keys())
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    again, _ = exported.load_speech_llm(tmp_path / "export", SDPA)
+    assert again.llm.lm_head.weight is again.llm.model.embed_tokens.weight
+    assert torch.equal(again.llm.lm_head.weight, model.llm.lm_head.weight)
+
+
 def test_an_adapter_is_pefts_own(tmp_path: Path) -> None:
     from peft import PeftModel
 
