@@ -28,9 +28,10 @@ class Partial:
     @classmethod
     @contextmanager
     def beside(cls, out: Path | None, identity: dict[str, Any]) -> Iterator["Partial"]:
-        """That of the file `out`, or one in memory alone; what another model or question left there is not used.
+        """That of the file `out`, or one in memory alone.
 
-        Raises `UserError` where another command is at work on the same file.
+        Raises `UserError` where another command is at work on the same file, or was stopped that asked another model or
+        something else: it may have worked for hours.
         """
         partial = cls()
         if out is None:
@@ -55,14 +56,19 @@ class Partial:
             unlock_file(lock)
 
     def _read(self, identity: dict[str, Any]) -> bool:
-        """Take what is there, if it is of the same model and question."""
+        """Take what is there; False where there is nothing."""
         assert self.path is not None
         first, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        try:
-            if json.loads(first) != identity:
-                return False
-        except ValueError:
+        if not any(lines):
             return False
+        known = None
+        with suppress(ValueError):
+            known = json.loads(first)
+        if known != identity:
+            raise UserError(
+                f"{self.path} is of a command that was stopped and asked another model, for other labels or windows, "
+                "or adapted to other recordings: give that command again to end it, or name another file"
+            )
         for line in lines:
             with suppress(ValueError, TypeError, KeyError, AttributeError):
                 row = json.loads(line)

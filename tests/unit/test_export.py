@@ -104,7 +104,7 @@ def test_an_export_in_many_files_is_the_same_model(tmp_path: Path) -> None:
 
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
-    """`mser export` gives a state dict, which has them twice; SmolLM2, small Llamas and Qwens, and Gemmas tie theirs."""
+    """`mser export` gives a state dict, which has them twice; SmolLM2, small Llamas and Gemmas tie theirs."""
     torch.manual_seed(0)
     llm, tokenizer = build_llm(cfg.LLMConfig(arch={**LLM, "tie_word_embeddings": True}), LABELS, SDPA)
     model = SpeechLLM(tiny_exports.speech(), llm).eval()

@@ -219,6 +219,10 @@ def test_what_was_stopped_goes_on(here: Path, tmp_path: Path) -> None:
     assert not cut.exists() and sum(heard) == 10
     with (tmp_path / "cut.json.partial").open("a") as file:
         file.write('{"recording": "half a li')  # what a kill leaves
+    kept = (tmp_path / "cut.json.partial").read_bytes()
+    with pytest.raises(UserError, match=r"cut.json.partial is of a command that was stopped .* other labels"):
+        job.predict(stopped, recordings, job.Asked(["calm", "sad"], asked.windows), [cut])
+    assert (tmp_path / "cut.json.partial").read_bytes() == kept, "nothing of it is lost"
     heard.clear()
     Interrupted.limit = 99
     job.predict(stopped, recordings, asked, [cut])
