@@ -36,7 +36,13 @@ class BeyondFullScaleError(UserError):
 
 
 def decode(
-    data: bytes, where: str, rate: int = SAMPLE_RATE, max_seconds: float | None = None, *, scale: bool = False
+    data: bytes,
+    where: str,
+    rate: int = SAMPLE_RATE,
+    max_seconds: float | None = None,
+    *,
+    scale: bool = False,
+    max_rate: int = MAX_RATE,
 ) -> np.ndarray:
     """Decode an audio file held in memory (wav, flac, ogg, opus, mp3 …; by content, not by name) to one channel.
 
@@ -57,7 +63,9 @@ def decode(
             forgot to divide, or `CODEC_PEAK` in a lossy one.
     """
     limit = MAX_SECONDS if max_seconds is None else max_seconds
-    wave, native_rate = _read_wav(data, where, limit) or _read_any(data, where, limit, scale)  # [samples, channels]
+    wave, native_rate = _read_wav(data, where, limit, max_rate) or _read_any(
+        data, where, limit, scale, max_rate
+    )  # [samples, channels]
     if wave.shape[1] == 2:
         mono = (wave[:, 0] + wave[:, 1]) * np.float32(0.5)  # 20 times as fast as mean over so short an axis
     else:
@@ -77,7 +85,7 @@ def seconds(data: bytes, where: str) -> float:
     UserError naming `where` when it is not audio, or truncated or damaged as far as `containers` can tell.
     """
     with _open(data, where) as file:
-        _check_claim(file.frames, file.samplerate, file.channels, where, math.inf)
+        _check_claim(file.frames, file.samplerate, file.channels, where, math.inf, MAX_RATE)
         return file.frames / file.samplerate
 
 
@@ -86,7 +94,7 @@ def _peak(wave: np.ndarray) -> float:
     return float(max(wave.max(), -wave.min()))
 
 
-def _read_wav(data: bytes, where: str, limit: float) -> tuple[np.ndarray, int] | None:
+def _read_wav(data: bytes, where: str, limit: float, max_rate: int = MAX_RATE) -> tuple[np.ndarray, int] | None:
     """float32 [samples, channels] and Hz of a plain wav. None: another format, or anything odd, left to libsndfile.
 
     Plain: 16-bit PCM in one or two channels, every size as it should be, and no chunks but those in `_PLAIN_CHUNKS`.
@@ -112,7 +120,7 @@ def _read_wav(data: bytes, where: str, limit: float) -> tuple[np.ndarray, int] |
             pcm = np.frombuffer(data, "<i2", size // 2, begin).reshape(-1, channels)
     if pcm is None:
         return None
-    _check_claim(len(pcm), rate, channels, where, limit)
+    _check_claim(len(pcm), rate, channels, where, limit, max_rate)
     wave = pcm.astype(np.float32)
     wave *= np.float32(1 / 32768)
     return wave, rate
@@ -137,10 +145,10 @@ def _plain_format(chunk: bytes) -> tuple[int, int] | None:
     return (channels, rate) if pcm and whole and rate and channels in (1, 2) else None
 
 
-def _read_any(data: bytes, where: str, limit: float, scale: bool) -> tuple[np.ndarray, int]:
+def _read_any(data: bytes, where: str, limit: float, scale: bool, max_rate: int = MAX_RATE) -> tuple[np.ndarray, int]:
     """float32 [samples, channels] and Hz of whatever libsndfile reads."""
     with _open(data, where) as file:
-        _check_claim(file.frames, file.samplerate, file.channels, where, limit)
+        _check_claim(file.frames, file.samplerate, file.channels, where, limit, max_rate)
         bits = {"PCM_S8": 8, "PCM_16": 16, "PCM_24": 24}[file.subtype] if file.format == "FLAC" else 0
         # The count must be given: files that cannot seek (GSM, G.721 …) have no other end. FLAC's MD5 is of integers.
         dtype = {0: "float32", 8: "int16", 16: "int16", 24: "int32"}[bits]
@@ -166,7 +174,7 @@ def _read_any(data: bytes, where: str, limit: float, scale: bool) -> tuple[np.nd
     return wave, file.samplerate
 
 
-def _check_claim(frames: int, rate: int, channels: int, where: str, limit: float) -> None:
+def _check_claim(frames: int, rate: int, channels: int, where: str, limit: float, max_rate: int) -> None:
     """Refuse by what the header claims, before memory is taken for it."""
     if frames >= 1 << 62:  # libsndfile's "unknown"
         raise UserError(f"{where}: its header does not say how long it is; encode it to a file, not to a pipe")
@@ -177,7 +185,7 @@ def _check_claim(frames: int, rate: int, channels: int, where: str, limit: float
         )
     if channels > MAX_CHANNELS:
         raise UserError(f"{where}: {channels} channels, at most {MAX_CHANNELS} can be read; convert it to mono")
-    if frames * channels > limit * MAX_RATE:
+    if frames * channels > limit * max_rate:
         raise UserError(f"{where}: {channels} channels at {rate} Hz; resample it to {SAMPLE_RATE} Hz")
 
 

@@ -55,13 +55,16 @@ class Recording:
         return shards.refs([number])[0].audio_size
 
 
-def decode(data: bytes, longest: float = LONGEST) -> np.ndarray:
-    """float32 [samples] at 16 kHz of an audio file, divided if beyond full scale. Raises `UserError` without a name."""
+def decode(data: bytes, longest: float = LONGEST, max_rate: int = audio.MAX_RATE) -> np.ndarray:
+    """float32 [samples] at 16 kHz of an audio file, divided if beyond full scale. Raises `UserError` without a name.
+
+    max_rate: samples of all channels in a second, as of `audio.decode`.
+    """
     try:
         found = audio.seconds(data, "")
         if found > longest:
             raise UserError(f": {found:.1f} s of audio, the limit is {longest:g} s; cut it")
-        return audio.decode(data, "", max_seconds=longest, scale=True)
+        return audio.decode(data, "", max_seconds=longest, scale=True, max_rate=max_rate)
     except UserError as error:
         raise UserError(str(error).removeprefix(": ").partition(";")[0]) from None
 

@@ -197,6 +197,15 @@ def test_decode_takes_no_memory_for_silence_at_a_rate_that_nobody_records() -> N
         audio.decode(data, "clip", max_seconds=3)
 
 
+def test_a_small_file_of_silence_cannot_take_any_memory() -> None:
+    silence = file_of(np.zeros((96_000, 8), np.float32), 96_000, "FLAC")
+    assert len(silence) < 2000 and len(audio.decode(silence, "clip")) == 16_000
+    for data in (silence, file_of(np.zeros((60_000, 2), np.float32), 60_000)):
+        with pytest.raises(UserError, match=r"clip: [28] channels at \d+ Hz; resample it to 16000 Hz"):
+            audio.decode(data, "clip", max_seconds=1, max_rate=96_000)
+    assert len(audio.decode(file_of(np.zeros((48_000, 2), np.float32), 48_000), "clip", max_seconds=1, max_rate=96_000))
+
+
 def test_seconds_goes_by_the_header() -> None:
     assert audio.seconds(WAV, "clip") == audio.seconds(FLAC, "clip") == 0.5
     for data, says in [(b"no audio", "not readable"), (claiming(0), "does not say how long")]:
