@@ -149,7 +149,7 @@ class LLMConfig(Section):
     order: Literal["instruction_first", "speech_first"] = opt(
         "instruction_first", "of the prompt: instruction_first (clips share it, see `packing`) | speech_first"
     )
-    packing: Literal["prefix", "rows", "off"] = opt(
+    packing: Annotated[Literal["prefix", "rows", "off"], BeforeValidator(_off)] = opt(
         "prefix", "prefix (a micro-batch in one row, each instruction once) | rows (whole samples in one row) | off"
     )
     freeze: Bool = opt(False, "do not train the LLM (false: all its weights are trained)")

@@ -24,6 +24,8 @@ _FREE_TELEMETRY = ("engine.peak_tflops", "train.profile_steps")
 _FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_", "train.keep", "train.background_save")
 _FREE_SAFETY = ("train.trust_", "train.max_skipped")
 _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a run can be lengthened
+# What a run of stage 2 did whose config has no such key yet.
+_UNSAID = {"llm.order": "speech_first", "llm.packing": "off"}
 
 
 def _has_checkpoint(out: Path) -> bool:
@@ -39,6 +41,7 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
     if not saved.is_file() or not (summary.is_file() or _has_checkpoint(out)):
         return None  # nothing to lose
     old, new = flatten(read_yaml(saved)), flatten(config)
+    old = {key: value for key, value in _UNSAID.items() if key in new} | old
     free = _FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY + _LENGTH
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(free)]
     changed = [key for key in keys if old.get(key) != new.get(key)]

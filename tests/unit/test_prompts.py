@@ -9,9 +9,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mser_dist.config import SIX_EMOTIONS, LLMConfig
+from mser_dist.config.file import load_training, to_yaml
 from mser_dist.errors import UserError
 from mser_dist.models import chat, prompts
 from mser_dist.models.small_llm import small_tokenizer
+from mser_dist.runs.folder import finished
 from mser_dist.training.stages import kept_prompt
 
 SPEECH_ID = -1
@@ -198,3 +200,15 @@ def test_a_run_keeps_the_prompt_that_it_began_with(tmp_path: Path) -> None:
         (tmp_path / "prompt.json").write_text(damaged, encoding="utf-8")
         with pytest.raises(UserError, match=r"prompt\.json is damaged"):
             kept_prompt(tmp_path, llama, later)
+
+
+def test_a_run_of_before_that_is_not_finished_goes_on_as_it_began(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000005").mkdir(parents=True)
+    began = load_training("demo_stage2", [f"out={run}", "llm.order=speech_first", "llm.packing=off"])
+    text = to_yaml(began)
+    assert text.count("order:") == text.count("packing:") == 1
+    (run / "config.yaml").write_text(re.sub(r"(?m)^ *(order|packing): .*\n", "", text), encoding="utf-8")
+    assert finished(run, began) is None
+    with pytest.raises(UserError, match=r"llm.order=speech_first, now instruction_first, llm.packing=off, now prefix"):
+        finished(run, load_training("demo_stage2", [f"out={run}"]))
