@@ -20,7 +20,7 @@ from mser_dist.audio import encode
 from mser_dist.cli import main as cli
 from tests.tiny_runs import ENCODER, QFORMER
 from tests.unit.made_up_set import write_set
-from tools import bench_encoder, bench_plan
+from tools import bench_encoder, bench_plan, bench_stage2
 from tools.bench_packing import BATCHINGS, DURATIONS, RANKS
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -196,6 +196,20 @@ def test_bench_contrastive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert row["time_ratio"] == pytest.approx(row["ours_s"] / row["clip_s"])
     assert result["caching"]["time_ratio"] > 0 and result["memory"][0]["predicted_mib"] > 0
     assert "full matrix" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(300)
+def test_bench_stage2(tmp_path: Path) -> None:
+    out = tmp_path / "stage2.json"
+    words = ["--small", "--layers", 1, "--batch", 4, "--rounds", 1, "--steps", 1, "--rows", "hf-trainer,prefix"]
+    done = run_tool("bench_stage2", *words, "--json", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["hf-trainer", "prefix"] and rows[0]["ratio"] == 1
+    assert all(row["clips_per_s"] > 0 and row["peak_mib"] > 100 for row in rows)
+    assert rows[1]["ratio"] == pytest.approx(rows[1]["clips_per_s"] / rows[0]["clips_per_s"])
+    task = bench_stage2.Task("tree", layers=1, batch=4, steps=1, small=True, **bench_stage2.texts(True))  # type: ignore[arg-type]
+    assert len(bench_stage2.scoring(task, "tree")) == len(bench_stage2.scoring(task, "whole")) == 2
 
 
 def test_compare_losses(
