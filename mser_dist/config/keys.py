@@ -161,8 +161,21 @@ class TrackingConfig(Section):
     parent: str | None = opt(
         None, "id of the MLflow run that this one is a part of, e.g. a sweep's (`mser sweep` sets it)"
     )
+    model: Literal["link", "copy", "off"] = opt(
+        "link",
+        "what MLflow gets of a trained model, for `mlflow models serve` and models:/name@alias: where its export is "
+        "(link), the export itself (copy), or nothing",
+    )
+    register: str | None = opt(
+        None, "register the trained model in MLflow, as NAME or NAME@ALIAS; the alias then is of this run's"
+    )
 
     def check(self) -> None:
+        if self.register is not None:
+            if not re.fullmatch(r"[^@/:]+(@[^@/:]+)?", self.register):
+                raise UserError(f"tracking.register={self.register}: give it as NAME or NAME@ALIAS, without / and :")
+            if self.model == "off":
+                raise UserError("tracking.register needs a model to register: set tracking.model to link or copy")
         if self.uri and re.search(r"//[^/]*:[^/]*@|(?i:[?&;](?:password|passwd|pwd|token|secret)=)", self.uri):
             raise UserError(
                 "tracking.uri holds a password, and config.yaml keeps every key: leave it out, and export "

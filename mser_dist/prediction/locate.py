@@ -52,7 +52,7 @@ def linked_export(folder: Path, name: str) -> Path:
     """The export of a model in MLflow's format: a copy in it, or the one that it names by path."""
     from mlflow.models import Model
 
-    kept = folder / "artifacts" / "export"
+    kept = folder / "data" / "export"
     if (kept / "card.json").is_file():
         return kept
     flavor = Model.load(str(folder)).flavors.get("python_function", {})

@@ -88,6 +88,7 @@ class Record:
     links: dict[str, str] = field(default_factory=dict)  # tags whose value is the run id of another run folder
     params: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)  # path in MLflow → file, folder, sent
+    model: dict[str, Any] | None = None  # folder in the run folder, register (name@alias or None), id, registered
 
     def __post_init__(self) -> None:
         self._lock = threading.RLock()  # the trainer's thread and the sender's both change and save it
@@ -113,6 +114,8 @@ class Record:
             self.run_id = None
             for entry in self.artifacts.values():
                 entry["sent"] = False
+            if self.model is not None:
+                self.model |= {"id": None, "registered": False}
 
     def save(self, run: Path, **changes: Any) -> None:
         """Set fields, and replace ``mlflow.json``."""

@@ -17,6 +17,7 @@ from mser_dist import config as cfg
 from mser_dist.config.file import build, flatten, read_yaml
 from mser_dist.errors import UserError
 from mser_dist.files import unlock_file
+from mser_dist.runs import logged_model
 from mser_dist.runs.record import Record, lock, now_ms, numbers_of, redact, tracking_uri
 from mser_dist.tables import count
 
@@ -113,7 +114,7 @@ class Sender:
         try:
             self._send_tags_and_params()
             self._send_numbers()
-            failure = self._send_artifacts()
+            failure = self._send_artifacts() or self._send_model()
             if status not in ("RUNNING", self._status):
                 self._client.set_terminated(self._run_id, status, self.record.ended)
                 self._status = status
@@ -191,6 +192,23 @@ class Sender:
             self.files += sent
             if sent:
                 self.record.save(self.run)
+        return None
+
+    def _send_model(self) -> Exception | None:
+        """Send the model that waits; the failure, if any."""
+        model = self.record.model
+        if model is None:
+            return None
+        try:
+            if model["id"] is None:
+                model["id"] = logged_model.log(self._client, self._run_id, self.run / model["folder"])
+                self.record.save(self.run)
+            if model["register"] and not model["registered"]:
+                logged_model.register(self._client, model["register"], model["id"], self._run_id)
+                model["registered"] = True
+                self.record.save(self.run)
+        except Exception as error:
+            return error
         return None
 
     def send_live(self, values: dict[str, float], step: int) -> None:

@@ -105,6 +105,12 @@ class Tracker:
         self._record.add_artifact(self.out, path, folder)
         self._record.save(self.out)
 
+    def model(self, folder: Path, register: str | None) -> None:
+        """Give the run a model in MLflow's format, a folder of the run folder; register: ``name@alias``."""
+        self._record.save(
+            self.out, model={"folder": folder.name, "register": register, "id": None, "registered": False}
+        )
+
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Write a table into the run folder and attach it; MLflow's pages show and compare it."""
         # What MlflowClient.log_table uploads; that call would append the rows again at every sending.

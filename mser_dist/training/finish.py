@@ -8,6 +8,7 @@ import torch
 
 from mser_dist.files import write_json
 from mser_dist.models import exported
+from mser_dist.prediction import mlflow_model
 from mser_dist.ranks import distributed
 from mser_dist.runs.plots import curves
 from mser_dist.runs.tracking import Tracker
@@ -37,6 +38,9 @@ def finish(run: Run, validation: dict[str, float], tracker: Tracker | None) -> d
         curves(tracker.rows(), out / "curves.png")
         tracker.artifact(out / "curves.png")
         tracker.artifact(out / "export" / "card.json")
+        if run.config.tracking.enabled and run.config.tracking.model != "off":
+            mlflow_model.save(out / "mlflow_model", out / "export", copy=run.config.tracking.model == "copy")
+            tracker.model(out / "mlflow_model", run.config.tracking.register)
         summary |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
         write_json(out / "summary.json", summary)
     return distributed.agree(summary)
