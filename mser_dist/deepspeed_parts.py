@@ -75,7 +75,7 @@ INNER: dict[str, dict[str, str]] = {
     "a parameter of stage 3": {
         "ds_id": "is_partitioned: marks a parameter of which each rank holds a part",
         "ds_numel": "numel: of the whole parameter",
-        "ds_shape": "trained, frozen, dimensions: of the whole parameter",
+        "ds_shape": "trained, frozen, shape: of the whole parameter",
         "ds_tensor": "frozen, clamp: this rank's part",
         "ds_secondary_tensor": "rewriting: a second copy within the node, made anew",
         "partition_numel": "trained, frozen: elements of a rank's part, with the padding",
@@ -345,9 +345,14 @@ def numel(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of a parameter as a whole, which ZeRO-3 may have in parts."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def dimensions(parameter: Tensor) -> int:
     """Dimensions of the whole parameter."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return len(shape(parameter))
 
 
 @contextmanager

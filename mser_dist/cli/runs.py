@@ -201,6 +201,8 @@ def _train(options: argparse.Namespace) -> int:
         val = ", ".join(f"{name} {value:.3f}" for name, value in summary["validation"].items()) or "none"
         steps = tables.count(summary["steps"], "step")
         print(f"stage {summary['stage']}: {steps} in {summary['seconds']:.0f} s; validation: {val}")
+        if summary.get("exported_step", summary["steps"]) != summary["steps"]:
+            print(f"exported: step {summary['exported_step']}, the best validated one")
         print(f"  model: {config.out}/export   curves: {config.out}/curves.png   log: {config.out}/log.jsonl")
     distributed.shutdown()
     return 0

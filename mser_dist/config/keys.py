@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from mser_dist.config.data_keys import DataConfig, TrainingDataConfig
 from mser_dist.config.fields import (
@@ -131,6 +131,21 @@ class TrainConfig(Section):
         "RUN@STEP, RUN@best or RUN (its newest): a new run begins with weights, optimizer and position of a checkpoint "
         "of another one; steps and epochs count from that one's first step",
     )
+    class_weights: Literal["none", "balanced"] | dict[str, PositiveFloat] = opt(
+        "none",
+        "stage 2: weights of the clips' answer tokens in the loss by label: none | balanced (a rare label counts as "
+        "much as a frequent one) | {label: weight}, 1 for those not named",
+    )
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = opt(
+        0.0, "stage 2: share of a token's probability that is wanted of the whole vocabulary, in equal parts; 0: off"
+    )
+    ema: Annotated[Float, Field(ge=0, lt=1)] = opt(
+        0.0, "validate and export an exponential average of the weights with this decay, e.g. 0.999; 0: off"
+    )
+    patience: NonNegativeInt = opt(0, "validations in a row without a better UA, before the run ends by itself; 0: off")
+    export: Literal["best", "last"] = opt(
+        "best", "the step whose weights are exported: best (of the validated ones that are kept) | last"
+    )
     trust_checkpoints: Bool = opt(False, "resume also from a folder that others own or may write to")
     profile_steps: Span = opt([], "first and last step of a torch profiler's trace of rank 0, e.g. 10-12; []: none")
     max_skipped: NonNegativeInt = opt(
@@ -209,6 +224,15 @@ class Common(Section):
             raise UserError(
                 f"train.warmup={train.warmup:g} and train.decay={train.decay:g} are more than all steps together: "
                 "lower one of them"
+            )
+        if train.patience and not (train.val_every and self.data.val_split):
+            raise UserError(
+                f"train.patience={train.patience} counts validations: set train.val_every and data.val_split"
+            )
+        named = train.class_weights if isinstance(train.class_weights, dict) else {}
+        if strange := sorted(set(named) - set(self.data.labels)):
+            raise UserError(
+                f"train.class_weights names {strange[0]}, which is none of data.labels ({', '.join(self.data.labels)})"
             )
         self.tracking.check()
 

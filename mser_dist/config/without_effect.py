@@ -61,6 +61,7 @@ _NO_PARALLEL = "no two clips of the set share a source_id"
 _TRAINED = "the encoder is trained, so that its features change"
 _ONE_LAYER = "encoder.layers names one layer"
 _NO_DISK = "encoder.cache is neither auto nor disk"
+_STAGE_2 = "the loss of stage 2 alone knows it"
 _INIT = "init_from brings the encoder and the Q-Former"
 RULES = (
     Rule("data.cache_dir", lambda c, f: any("://" in name for name in c.data.sets), _LOCAL),
@@ -85,6 +86,9 @@ RULES = (
     Rule("train.min_lr", lambda c, f: c.train.schedule != "constant", "train.schedule=constant stays at the peak"),
     Rule("train.schedule", lambda c, f: c.train.min_lr < 1, "with train.min_lr=1 the learning rate stays at its peak"),
     Rule("train.val_every", lambda c, f: c.data.val_split is not None, "data.val_split=null: there is no validation"),
+    Rule("train.export", lambda c, f: c.data.val_split is not None, "data.val_split=null: the last step is exported"),
+    Rule("train.class_weights", lambda c, f: c.stage == 2, _STAGE_2),
+    Rule("train.label_smoothing", lambda c, f: c.stage == 2, _STAGE_2),
     Rule("encoder.cache", _frozen, _TRAINED),
     Rule("encoder.cache_dir", _frozen, _TRAINED),
     Rule("encoder.cache_dir", _on_disk, _NO_DISK),

@@ -180,10 +180,9 @@ def _write_llm(folder: Path | None, llm: Any, weights: Weights, shard_bytes: int
         adapter = weights.part(names.__contains__, names.__getitem__)
         write_part(folder, "adapter_model", adapter, shard_bytes=2**63)  # peft reads one file
         return
-    ignored = set(getattr(llm, "_keys_to_ignore_on_save", None) or ())
     # A state dict has tied weights under all of their names; transformers ties them again as it loads.
     tied = getattr(llm, "all_tied_weights_keys", None) or {}
-    ignored |= {name for name, source in tied.items() if source in weights.facts}
+    ignored = {name for name, source in tied.items() if source in weights.facts}
     weights = weights.part(lambda name: name not in ignored)
     if _renamed(llm, weights):  # by transformers, for classes whose checkpoints have other tensors: needs them all
         state = {name: weights.get(name) for name in weights.facts}

@@ -123,24 +123,26 @@ def _lora_of(there: dict[str, Any]) -> cfg.LoraConfig:
     """The section that makes such adapters."""
     targets = there["target_modules"]
     listed = [targets] if isinstance(targets, str) else sorted(targets)
-    return cfg.LoraConfig(rank=there["r"], alpha=there["lora_alpha"], targets=listed, allow_partial=True)
+    how = {"rslora": bool(there.get("use_rslora")), "dora": bool(there.get("use_dora"))}
+    return cfg.LoraConfig(rank=there["r"], alpha=there["lora_alpha"], targets=listed, allow_partial=True, **how)
 
 
 def _check_adapter(config: cfg.Stage2, there: dict[str, Any], begin: Initial, lora: cfg.LoraConfig) -> None:
     """Raise `UserError` for adapters of another base, or of another kind than the config makes."""
-    for key, found in {"rank": there["r"], "alpha": there["lora_alpha"]}.items():
-        if getattr(lora, key) != found:
+    brought = _lora_of(there)
+    for key in ("rank", "alpha", "rslora", "dora"):
+        wanted, found = (str(getattr(section, key)).lower() for section in (lora, brought))
+        if wanted != found:
             raise UserError(
-                f"llm.lora.{key}={getattr(lora, key)}, but init_from={config.init_from} brings {found}: set "
-                f"llm.lora.{key}={found}"
+                f"llm.lora.{key}={wanted}, but init_from={config.init_from} brings {found}: set llm.lora.{key}={found}"
             )
-    base, wanted = there.get("base_model_name_or_path"), config.llm.pretrained
-    if begin.run or not base or wanted is None:  # a run's was compared by its card
+    base, name = there.get("base_model_name_or_path"), config.llm.pretrained
+    if begin.run or not base or name is None:  # a run's was compared by its card
         return
-    names = {wanted, sources.resolve(wanted).path}
+    names = {name, sources.resolve(name).path}
     if base not in names and Path(base).name.lower() not in {Path(name).name.lower() for name in names}:
         raise UserError(
-            f"init_from={config.init_from} has adapters of {base}, and llm.pretrained={wanted} is another model: set "
+            f"init_from={config.init_from} has adapters of {base}, and llm.pretrained={name} is another model: set "
             f"llm.pretrained={base}, or, where it is the same, its name as base_model_name_or_path in {_ADAPTER}"
         )
 

@@ -32,6 +32,8 @@ def with_lora(model: PreTrainedModel, lora: cfg.LoraConfig) -> Any:
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
             target_modules=targets,
             task_type="CAUSAL_LM",
         ),

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mser_dist.errors import UserError
+from mser_dist.models.answer_loss import answer_loss, answers_right
 from mser_dist.models.likelihood import Way
 from mser_dist.models.llm import base_of
-from mser_dist.models.packed import IGNORE, SPEECH, keep_apart
+from mser_dist.models.packed import SPEECH, keep_apart
 from mser_dist.models.speech import SpeechModel
 
 
@@ -25,6 +26,7 @@ class SpeechLLM(nn.Module):
         self.speech = speech
         self.llm = llm
         self.scores_by: Way = "whole"
+        self.label_smoothing = 0.0
         causal_lm = base_of(llm)
         self._keeps_logits = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
         text = causal_lm.config.get_text_config()
@@ -73,17 +75,18 @@ class SpeechLLM(nn.Module):
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on the answers only, and its telemetry.
 
-        batch: speech (B, n_mels, F) or (B, S), lengths (B,), what `packed.batch_of` makes of prompts and answers, and
+        batch: speech (B, n_mels, F) or (B, S), lengths (B,), what `packed.batch_of` makes of prompts and answers,
         `normalizer`: answer tokens of the whole optimizer step over all ranks and micro-batches, divided by the number
-        of losses that will be averaged. It makes the step's loss the mean over *tokens*, however they are spread.
+        of losses that will be averaged, and, where tokens count differently, their `weights`, of which the normalizer
+        is the sum then. It makes the step's loss the mean over *tokens*, however they are spread.
         """
         inputs = self.embed_prompt(batch["input_ids"], batch["speech"], batch["lengths"])
         at = batch["at"]
         target = batch["labels"][:, at + 1].flatten()
         apart = keep_apart(self.llm_config, batch, inputs.dtype)
         logits = self.logits(inputs, batch["input_ids"], at, **apart)[0].flatten(0, 1).float()  # (B · n, V)
-        loss = nn.functional.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / batch["normalizer"]
-        correct = (logits.argmax(-1) == target).sum() / batch["normalizer"]
+        loss = answer_loss(logits, target, batch.get("weights"), self.label_smoothing) / batch["normalizer"]
+        correct = answers_right(logits, target, batch.get("weights")) / batch["normalizer"]
         return loss, {"loss": loss.detach(), "token_accuracy": correct.detach()}
 
 

@@ -23,6 +23,7 @@ _FREE = ("data.workers", "data.max_bad", "data.cache_", "tracking.", "engine.tim
 _FREE_TELEMETRY = ("engine.peak_tflops", "train.profile_steps")
 _FREE_TRAIN = ("train.log_every", "train.val_every", "train.save_", "train.keep", "train.background_save")
 _FREE_SAFETY = ("train.trust_", "train.max_skipped")
+_ENDS = ("train.patience", "train.export")  # when it ends, and what of it is exported then
 _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a run can be lengthened
 # What a run of stage 2 did whose config has no such key yet.
 _UNSAID = {"llm.order": "speech_first", "llm.packing": "off"}
@@ -33,7 +34,7 @@ def _has_checkpoint(out: Path) -> bool:
 
 
 def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
-    """The summary of a run that has ended already, or None: also where it is to be longer now.
+    """The summary of a run that has ended already, or None: also where it is to be longer now, or to end otherwise.
 
     Raises `UserError` if the folder holds another config's run, or a longer one.
     """
@@ -42,7 +43,7 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
         return None  # nothing to lose
     old, new = flatten(read_yaml(saved)), flatten(config)
     old = {key: value for key, value in _UNSAID.items() if key in new} | old
-    free = _FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY + _LENGTH
+    free = _FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY + _LENGTH + _ENDS
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(free)]
     changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:
@@ -60,7 +61,8 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
             f"{out} holds a run of {key}={before[1]:g}, and {key}={now[1]:g} is shorter: a run can only be lengthened; "
             "choose another run folder"
         )
-    return read_json(summary) if summary.is_file() and before == now else None
+    ends = [key for key in _ENDS if old.get(key, new.get(key)) != new.get(key)]  # older versions wrote none of them
+    return read_json(summary) if summary.is_file() and before == now and not ends else None
 
 
 def _length(flat: dict[str, str]) -> tuple[str, float]:

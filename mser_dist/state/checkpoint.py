@@ -209,6 +209,11 @@ class Checkpoints:
             except OSError as error:  # a resume then validates this step again
                 distributed.warn(f"{self._notes_file} could not be written ({error})")
 
+    @property
+    def notes(self) -> dict[int, dict[str, float]]:
+        """All that `note` was told, by step."""
+        return self._notes
+
     def noted(self, step: int) -> dict[str, float] | None:
         """What `note` was told of a step, by this start or an earlier one. Collective."""
         found: dict[str, float] | None = distributed.agree(self._notes.get(step) if self.world.is_main else None)

@@ -26,6 +26,8 @@ from mser_dist.ranks import distributed
 # How a group is stepped, not what the step is: it follows the device, not the checkpoint.
 _NOT_HYPER = {"params", "foreach", "fused", "capturable", "differentiable"}
 
+AVERAGE = "ema"  # the slot of an exponential average of the weights, see `training.average`
+
 Description = dict[str, Any]
 
 
@@ -284,6 +286,8 @@ def _restore_optimizer(
             for part in held:
                 if steps[part.name] is not None:
                     saved.copy(slot, part, state[slot])
+                elif slot == AVERAGE:
+                    part.view(state[slot]).copy_(part.view(owner))
 
 
 def _by_owner(parts: list[Part]) -> list[tuple[Tensor, list[Part]]]:

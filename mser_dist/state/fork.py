@@ -49,13 +49,25 @@ def load_fork(
     have written it.
     """
     folder = Path(distributed.agree(str(find(fork)) if world.is_main else ""))
+    _check_whole(folder, world, trust, f"train.fork={fork}")
+    return load(folder, engine, world, fork=True, check=check)
+
+
+def load_step(run: Path, step: int, engine: Engine, world: distributed.World) -> None:
+    """Put an earlier step of a run into its own engine. Collective. Raises `UserError` where it is not whole."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    _check_whole(folder, world, True, f"train.export=best, step {step}")
+    load(folder, engine, world)
+
+
+def _check_whole(folder: Path, world: distributed.World, trust: bool, named: str) -> None:
+    """Raise `UserError`, on every rank, for a checkpoint that is damaged or, without `trust`, others could write."""
     sealed, fault = distributed.agree(read_seal(folder) if world.is_main else None)
     if not trust and world.is_main and (found := folder_fault(folder)):
         fault = f"{found}: make sure of what is in it, then set train.trust_checkpoints=true"
     fault = fault or seal_fault(folder, sealed, world.rank, world.world_size)
     if faults := [found for found in distributed.gather(fault) if found]:
-        raise UserError(f"train.fork={fork}: {faults[0]}")
-    return load(folder, engine, world, fork=True, check=check)
+        raise UserError(f"{named}: {faults[0]}")
 
 
 def _parts(fork: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from mser_dist.errors import UserError
 from mser_dist.models.weights import Weights
 from mser_dist.ranks.distributed import World
 from mser_dist.state import engine_state
+from mser_dist.training import average
 from mser_dist.training.groups import assign, parameter_groups, rates
 from mser_dist.training.timing import Timer
 
@@ -149,6 +150,7 @@ class Engine:
         self.zero_stage = int(zero.get("stage", 0))
         _cast(model, getattr(torch, config.engine.dtype))
         self.assigned = assign(model, config.train.groups)
+        self._decay = config.train.ema
         self.reloaded: set[str] = set()  # frozen parameters that every start loads anew: no checkpoint holds them
         groups = parameter_groups(model, config.train, self.assigned)
         betas = (config.train.betas[0], config.train.betas[1])
@@ -212,9 +214,26 @@ class Engine:
 
     def step(self) -> None:
         """Close a micro-batch; at the accumulation boundary, clip, update and move the schedule."""
+        before = deepspeed_parts.counters(self._engine)["global_steps"]
         with self.timer.part("step"):
             self._engine.step()
             self._hold_bounds()
+            if self._decay and deepspeed_parts.counters(self._engine)["global_steps"] > before and self.step_applied:
+                average.update(self._engine, self._decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the average of its weights (`train.ema`) for the block, if it keeps one. Collective."""
+        if self._decay:
+            average.swap(self._engine)
+        yield  # not in a try: after an error on one rank the others would wait for it here
+        if self._decay:
+            average.swap(self._engine)
+
+    def use_average(self) -> None:
+        """The model has the average of its weights from now on, to be exported. Collective."""
+        if self._decay:
+            average.swap(self._engine)
 
     @torch.no_grad()
     def _hold_bounds(self) -> None:
@@ -268,7 +287,7 @@ class Engine:
         parameters = dict(self.module.named_parameters())
         persistent = self.module.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
-        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+        shapes = {name: deepspeed_parts.shape(p) for name, p in parameters.items()}
         facts = {
             name: torch.empty(shape, dtype=parameters[name].dtype, device="meta") for name, shape in shapes.items()
         }

@@ -77,7 +77,10 @@ def export(
 def _notes(run: Path) -> dict[int, dict[str, float]]:
     """The validations of a run by step."""
     try:
-        return {int(step): found for step, found in json.loads((run / "validations.json").read_text("utf-8")).items()}
+        return {
+            int(step): found
+            for step, found in json.loads((run / "validations.json").read_text(encoding="utf-8")).items()
+        }
     except (OSError, ValueError, AttributeError):
         return {}
 

@@ -22,7 +22,7 @@ def finish(run: Run, validation: dict[str, float], tracker: Tracker | None) -> d
     """Export the model and write the summary, which means that the run is over. Collective."""
     run.watchdog.tick("exporting")
     out = run.setup.out
-    export_model(run, validation)
+    export_model(run, run.ended.get("validation", validation))
     summary = {
         "stage": run.config.stage,
         "out": str(out),
@@ -33,6 +33,7 @@ def finish(run: Run, validation: dict[str, float], tracker: Tracker | None) -> d
         "attention": asdict(run.setup.attention),
         "validation": validation,
         "skipped_steps": run.engine.skipped_steps,
+        **run.ended,
     }
     if tracker:
         curves(tracker.rows(), out / "curves.png")
@@ -50,7 +51,7 @@ def export_model(run: Run, validation: dict[str, float]) -> None:
     """Write ``<out>/export`` file by file; it has to answer as the model that was trained. Collective."""
     stage, main = run.stage, run.world.is_main
     expected = rescore.heard_by(stage.model, stage.scorer(), run.device)
-    card = {**facts_of(run), **stage.card(), "rescored": rescore.record(expected)}
+    card = {**facts_of(run), "step": run.ended["exported_step"], **stage.card(), "rescored": rescore.record(expected)}
     exported.write(
         run.setup.out / "export",
         stage.model,

@@ -33,6 +33,7 @@ from mser_dist.runs import folder
 from mser_dist.runs.tracking import tracked
 from mser_dist.stream.plan import START, Position
 from mser_dist.training import facts
+from mser_dist.training.best import out_of_patience, settle
 from mser_dist.training.finish import finish
 from mser_dist.training.setup import Run, load, look_ahead, started
 from mser_dist.training.step_log import StepLog, bad_everywhere
@@ -86,6 +87,8 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             if noted := run.checkpoints.noted(state.step):  # validated behind the save, by the start before this one
                 state.validation, state.validated = noted, state.step
                 state.best_ua = max(state.best_ua, noted["ua"])
+            if state.validated and state.validated not in run.checkpoints.notes:  # a checkpoint that was copied alone
+                run.checkpoints.note(state.validated, state.validation)
             tags, links = {"mser.stage": str(config.stage)}, setup.links
             params = flatten(config) | run.facts()
             with tracked(config.tracking, setup.out, tags, params, world.is_main, links=links) as tracker:
@@ -95,6 +98,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
                     tracker.artifact(setup.out / "groups.txt")
                 with StepLog(run, state.step, tracker) as log:
                     train_steps(run, state, log)
+                run.ended = settle(run, state)
                 summary = finish(run, state.validation, tracker)
             distributed.barrier()
     return summary
@@ -105,6 +109,8 @@ def train_steps(run: Run, state: RunState, log: StepLog) -> None:
     validate_if_due(run, state, log)  # the last start ended before it, or in the middle of it
     run.boundary.poll()
     stop_if_asked(run, state)
+    if out_of_patience(run, state):  # the last start ended before it had exported
+        return
     for data in log.waiting(run.batches(state.step, state.position, state.bad)):
         # Forward and backward, step.
         run.watchdog.tick(f"step {state.step + 1}")
@@ -124,11 +130,14 @@ def train_steps(run: Run, state: RunState, log: StepLog) -> None:
             run.checkpoints.finish()
         # Validate; save the best, and what a stop in the middle of it would lose.
         best = validate_if_due(run, state, log)
-        if run.saved != state.step and (run.boundary.stop or (best and run.config.train.save_best)):
+        over = out_of_patience(run, state)
+        if run.saved != state.step and (run.boundary.stop or over or (best and run.config.train.save_best)):
             save(run, state, data.bad)
         # Stop, where a rank was asked to. Behind the last step there is nothing left to stop.
         if state.step < run.total or validation_due(run, state):
             stop_if_asked(run, state)
+        if over:
+            break
     run.watchdog.tick("the last save")
     run.checkpoints.finish()
 
@@ -169,14 +178,14 @@ def validate_if_due(run: Run, state: RunState, log: StepLog) -> bool:
 
     assert run.validation is not None
     batch, workers = max(run.micro, 8), run.config.data.workers
-    with log.aside():
+    with log.aside(), run.engine.averaged():
         found = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
     if found is None:
         return False
     best = found["ua"] > state.best_ua
     state.validation, state.validated, state.best_ua = found, state.step, max(state.best_ua, found["ua"])
     run.checkpoints.note(state.step, found)
-    log.validation(state.step, found)
+    log.validation(state.step, found, found["ua"] == state.best_ua)  # of equal ones the last is exported
     return best
 
 

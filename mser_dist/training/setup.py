@@ -154,6 +154,7 @@ class Run:
     bases: dict[str, Any]  # of what the frozen parameters are loaded from that no checkpoint holds, see `models.bases`
     resumed: dict[str, Any] | None  # the state that the newest checkpoint holds
     saved: int = 0  # step of the last save
+    ended: dict[str, Any] = field(default_factory=dict)  # how, see `best.settle`
 
     @property
     def config(self) -> cfg.Stage1 | cfg.Stage2:
@@ -230,6 +231,8 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     stage = stages.build(config, setup.attention, setup.device, setup.ds_json)
     examples, validation = clips_of(setup, stage.features)
     told = _hear(setup, stage, examples, validation, flag)
+    if weights := stage.weigh(np.bincount(examples.label, minlength=len(stage.labels)).tolist()):
+        told.append(weights)
     setup.watchdog.tick("starting DeepSpeed")
     engine = Engine(stage.model, config, world, setup.total, setup.device)
     stage.model.train()  # a pretrained LLM comes in eval mode, without gradient checkpointing

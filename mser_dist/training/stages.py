@@ -37,6 +37,7 @@ from mser_dist.models.text import TextTower
 from mser_dist.ranks import distributed
 from mser_dist.stream.examples import pad_speech
 from mser_dist.stream.loader import Example
+from mser_dist.training.class_weights import class_weights, weights_of
 from mser_dist.training.engine import Engine
 from mser_dist.training.nonfinite import poison
 
@@ -121,6 +122,10 @@ class Align:
             files = bases.files_of(sources.resolve(encoder.pretrained))
             return {"speech.encoder.": bases.Base(encoder.pretrained, files)}
         return {}
+
+    def weigh(self, counts: list[int]) -> str:
+        """Nothing: the contrastive loss is of pairs of clips, whose labels `data.balance` can balance."""
+        return ""
 
     def scorer(self) -> PromptScorer:
         return PromptScorer(self.model, self.tower, self.labels)
@@ -221,8 +226,11 @@ class Instruct:
 
         Returns the mean telemetry and each micro-batch's loss.
         """
-        tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
-        [everywhere, count] = distributed.all_sum([float(tokens), float(len(batches))], self.device)
+        tokens = sum(
+            float(batch["weights"].sum() if "weights" in batch else (batch["labels"] != IGNORE).sum())
+            for batch in batches
+        )
+        [everywhere, count] = distributed.all_sum([tokens, float(len(batches))], self.device)
         sums: Stats = {}
         losses = []
         for batch in batches:
@@ -248,6 +256,14 @@ class Instruct:
             for batch in batches
         ]
 
+    def weigh(self, counts: list[int]) -> str:
+        """Weight the training clips by `train.class_weights`; counts: of each label. What to tell of it."""
+        self.collate.weights = class_weights(self.config.train.class_weights, self.labels, counts)
+        if self.collate.weights is None:
+            return ""
+        shown = [f"{label} {weight:.3g}" for label, weight in zip(self.labels, self.collate.weights, strict=True)]
+        return f"class weights: {', '.join(shown)}"
+
     def scorer(self) -> AnswerScorer:
         return AnswerScorer(self.model, self.tokenizer, self.prompt, self.labels)
 
@@ -263,6 +279,7 @@ class Instruct:
         if why:
             checked = replace(checked, not_packed="; ".join(filter(None, [why, checked.not_packed])))
         self.collate.packing, self.checked = checked.packing, checked
+        self.model.label_smoothing = self.config.train.label_smoothing  # from here on: what is checked is likelihoods
         lora = adapted(self.model.llm)
         adapters = [f"LoRA adapts {', '.join(f'{n} {name}' for name, n in lora.items())}"] if lora else []
         return "\n".join([str(checked), checked.packed, *adapters])
@@ -312,6 +329,7 @@ class InstructCollate:
     def __init__(self, tokenizer: Any, prompt: ChatPrompt, labels: list[str], queries: int) -> None:
         self.prompts = [prompt.ids(tokenizer, text, queries, SPEECH) for text in prompt.instructions(labels)]
         self.answers = chat.answers(tokenizer, labels)
+        self.weights: list[float] | None = None  # of clips by label
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.packing: Packing = "off"
 
@@ -331,7 +349,8 @@ class InstructCollate:
             together = sorted(range(len(clips)), key=asked.__getitem__)
             clips, asked = [clips[i] for i in together], [asked[i] for i in together]
         samples = [(self.prompts[i], self.answers[clip.label]) for i, clip in zip(asked, clips, strict=True)]
-        return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad)}
+        weights = weights_of(self.weights, clips, self.answers)
+        return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad), **weights}
 
 
 def build(

@@ -77,10 +77,12 @@ class StepLog:
         """Around what is none of the steps' time, such as a validation."""
         return self._clock.aside()
 
-    def validation(self, step: int, found: dict[str, float]) -> None:
-        """The validation behind a step."""
+    def validation(self, step: int, found: dict[str, float], best: bool) -> None:
+        """The validation behind a step; whether none was better so far."""
         if self._tracker:
             self._tracker.metrics(step, {f"val/{name}": value for name, value in found.items()})
+            if best:
+                self._tracker.metrics(step, {"best/ua": found["ua"], "best/step": float(step)})
 
 
 def bad_everywhere(own: frozenset[int], known: set[int], clips: Examples, is_main: bool) -> set[int]:
