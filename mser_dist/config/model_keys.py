@@ -139,7 +139,9 @@ class LoraConfig(Section):
     dropout: Share = opt(0.05, "dropout in the adapters")
     targets: List[str] = opt(["q_proj", "k_proj", "v_proj", "o_proj"], "names of linear layers, or [all-linear]")
     rslora: Bool = opt(False, "scale by alpha / sqrt(rank), not alpha / rank (rsLoRA, arXiv 2312.03732)")
-    dora: Bool = opt(False, "learn each weight's magnitude apart from its direction (DoRA, arXiv 2402.09353)")
+    dora: Bool = opt(
+        False, "learn each weight's magnitude apart from its direction (DoRA, arXiv 2402.09353); under ZeRO-1 and 2"
+    )
     allow_partial: Bool = opt(False, "targets may be in some layers of the LLM alone (hybrid LLMs)")
 
 

@@ -83,6 +83,11 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
         raise UserError("engine.dtype=float16 needs a GPU: set engine.dtype=float32")
     attention = choose(config.engine.attention, getattr(torch, config.engine.dtype), device)
     if isinstance(config, cfg.Stage2):
+        if config.llm.lora and config.llm.lora.dora and ds_json["zero_optimization"]["stage"] == 3:
+            raise UserError(
+                f"llm.lora.dora needs whole weights, and engine.deepspeed={config.engine.deepspeed} is ZeRO-3, which "
+                "partitions them: set engine.deepspeed=zero2, or llm.lora.dora=false"
+            )
         pad_seconds = exported.features_of(exported.read_card(initial.find(config).speech)).pad_seconds
         parallel, wish = 1, []
     else:  # its loss is of pairs of clips, so the plan keeps parallel ones together and all emotions in each batch
