@@ -345,7 +345,7 @@ def numel(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def shape(parameter: Tensor) -> tuple[int, ...]:
     """Of a parameter as a whole, which ZeRO-3 may have in parts."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
