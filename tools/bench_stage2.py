@@ -89,7 +89,7 @@ def texts(small: bool) -> dict[str, list[list[int]]]:
     return {"prompts": asked, "answers": chat.answers(tokenizer, SIX_EMOTIONS)}
 
 
-class HalfOfTrainer(SpeechLLM):
+class ForTrainer(SpeechLLM):
     """The same model with the loss that the LLM computes of `labels`, as one writes it for the Trainer."""
 
     def forward(self, **batch: Tensor) -> Any:  # type: ignore[override]
@@ -107,7 +107,7 @@ def model_of(task: Task) -> SpeechLLM:
     speech = build_speech(cfg.EncoderConfig(arch=arch), qformer, sdpa)
     shape = {**(SMALL if task.small else SHAPE), "num_hidden_layers": task.layers}
     llm = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa"))
-    return (HalfOfTrainer if task.row == "hf-trainer" else SpeechLLM)(speech, llm)
+    return (ForTrainer if task.row == "hf-trainer" else SpeechLLM)(speech, llm)
 
 
 def collated(task: Task, numbers: list[int], packing: Packing) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Checked:
     kernel: str  # of the LLM's attention
     not_scored: str = ""  # why not by a quicker way
     not_packed: str = ""  # why not as it was asked for
+    not_chosen: str = ""  # why not by the kernel that was chosen
 
     @property
     def shares_cache(self) -> bool:
@@ -60,7 +61,8 @@ class Checked:
             "whole": "answers are scored by whole forward passes",
         }[self.scores_by]
         reason = f" ({self.not_scored})" if self.not_scored else ""
-        return f"self-check: loss and scores are the LLM's own to {self.difference:.1e}; {scored}{reason}"
+        kernel = f"; attention by {self.kernel}: {self.not_chosen}" if self.not_chosen else ""
+        return f"self-check: loss and scores are the LLM's own to {self.difference:.1e}; {scored}{reason}{kernel}"
 
     @property
     def packed(self) -> str:
@@ -232,20 +234,22 @@ def _check_llm(
     wanted: Packing | None,
 ) -> Checked:
     llm, kernel = base_of(model.llm), model.llm_config._attn_implementation
-    reasons = []
-    if is_flash(model.llm_config) and wanted in (None, "prefix"):
-        llm.set_attn_implementation("sdpa")
-        reasons.append(f"{kernel} takes no mask of blocks")
-    trial = _Trial(model, prompts, answers, speech, lengths)
-    trial.reads_as_it_should()
+    reasons, not_chosen = [], ""
     packing: Packing = wanted or "off"
     if packing != "off" and (why := _no_rows(llm)):
-        packing, reasons = "off", [why]
+        packing = "off"
+        reasons.append(why)
+    if is_flash(model.llm_config) and (packing == "prefix" or wanted is None):
+        llm.set_attn_implementation("sdpa")
+        not_chosen = f"{kernel} takes no mask of blocks"
+    trial = _Trial(model, prompts, answers, speech, lengths)
+    trial.reads_as_it_should()
     while packing != "off" and (why := trial.attempt(partial(trial.loss, packing))[1]):
         reasons.append(f"not {packing}: {why}")
         packing = "rows" if packing == "prefix" else "off"
         if llm.config._attn_implementation != kernel:  # which whole samples can be read by
             llm.set_attn_implementation(kernel)
+            not_chosen = ""
             trial = _Trial(model, prompts, answers, speech, lengths)
     difference = trial.hold(trial.loss("off"), "the loss of a padded batch is not that of its clips")
     scored = trial.hold(trial.scores("whole"), "the scores of a batch are not those of its clips")
@@ -264,6 +268,7 @@ def _check_llm(
         llm.config._attn_implementation,
         "; ".join(not_scored),
         "; ".join(reasons),
+        not_chosen,
     )
 
 

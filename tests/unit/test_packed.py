@@ -165,3 +165,6 @@ def test_whole_samples_go_to_flash_attn_as_sequences_of_their_own(monkeypatch: p
     found.backward()
     assert calls == [batch["ends"].tolist()] * 2, "one call a layer, for all samples"
     assert float(found.detach()) == pytest.approx(loss, rel=EXACT) and furthest(gradients(model), expected) < EXACT
+    checked = check_llm(model, PROMPTS, ANSWERS, "cpu", "prefix")
+    assert (checked.packing, checked.kernel) == ("prefix", "sdpa") and len(calls) == 2
+    assert "attention by sdpa: flash_attention_3 takes no mask of blocks" in str(checked)
