@@ -23,6 +23,7 @@ from mser_dist.config.model_keys import (
     EncoderConfig,
     LLMConfig,
     LoraConfig,
+    PromptConfig,
     QFormerConfig,
     TextConfig,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "GroupConfig",
     "LLMConfig",
     "LoraConfig",
+    "PromptConfig",
     "QFormerConfig",
     "Schedule",
     "Stage1",

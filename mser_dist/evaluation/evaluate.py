@@ -17,6 +17,7 @@ from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped, UserError
 from mser_dist.evaluation import report
+from mser_dist.evaluation.asking import ask
 from mser_dist.evaluation.metrics import score
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
 from mser_dist.models import chat, exported
@@ -150,6 +151,10 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         for stage, export in exports.items():
             title, card = f"evaluate stage {stage}", exported.read_card(export)
             clips = clips_of(config, shards, card)
+            if stage == 2 and card.get("prompt"):
+                without = ask(clips, ChatPrompt(**card["prompt"]))
+                for line in without if world.is_main else ():
+                    distributed.warn(line)
             scorer = _scorer(stage, export, data.labels, attention, dtype, device)
 
             def go_on(title: str = title) -> bool:
@@ -211,7 +216,8 @@ def _scorer(
     if stage == 1:
         aligner = exported.load_aligner(export, attention, dtype).to(device)
         check_speech(aligner.speech, device)
-        return PromptScorer(aligner, TextTower(exported.read_card(export)["text"], device), labels)
+        card = exported.read_card(export)
+        return PromptScorer(aligner, TextTower(card["text"], device), labels, card.get("captions"))
     model, tokenizer = exported.load_speech_llm(export, attention, dtype)
     kept = exported.read_card(export).get("prompt")  # exports of 0.1.0 keep none
     prompt = ChatPrompt(**kept) if kept else chat.render(tokenizer, "speech_first")

@@ -33,17 +33,6 @@ def captions(label: str) -> list[str]:
     return [caption.format(word) for word in _WORDS.get(label, (label,)) for caption in _CAPTIONS]
 
 
-def label_prompts(label: str) -> list[str]:
-    """The sentences whose mean embedding stands for a label in zero-shot evaluation: its captions."""
-    return captions(label)
-
-
-def instructions(labels: list[str], questions: Sequence[str] = INSTRUCTIONS) -> list[str]:
-    """Every way to ask for one of `labels`; the first is the one that evaluation uses."""
-    options = ", ".join(answer(label) for label in labels)
-    return [question.format(options) for question in questions]
-
-
-def answer(label: str) -> str:
-    """What the LLM is to say for a label."""
-    return label
+def instructions(words: Sequence[str], questions: Sequence[str] = INSTRUCTIONS) -> list[str]:
+    """Every way to ask for one of the labels, which are called by `words`; evaluation uses the first."""
+    return [question.replace("{}", ", ".join(words)) for question in questions]

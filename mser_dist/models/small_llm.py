@@ -45,7 +45,7 @@ def small_tokenizer(labels: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([*prompts.instructions(labels), *map(prompts.answer, labels)], trainer)
+    core.train_from_iterator([*prompts.instructions(labels), *labels], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<|pad|>", bos_token="<|begin|>", eos_token="<|end|>"
     )

@@ -283,7 +283,7 @@ class Model:
     def _new_scorer(self, labels: list[str]) -> PromptScorer | AnswerScorer:
         if self.stage == 1:
             self._tower = self._tower or TextTower(self.card["text"], self.device)
-            return PromptScorer(self.network, self._tower, labels)
+            return PromptScorer(self.network, self._tower, labels, self.card.get("captions"))
         scorer = AnswerScorer(self.network, self._tokenizer, self._prompt, labels)
         if self.network.scores_by == "whole":  # the check finds whether a prompt need be read once only, for all labels
             check_llm(self.network, [scorer.prompt], scorer.answers, self.device)

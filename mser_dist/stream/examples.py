@@ -1,7 +1,7 @@
 """The clips that a config asks for, opened, and what a training makes of them: labels, features, augmentation."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -136,6 +136,8 @@ class Examples:
         column = shards.coded["label"]
         self.group: NDArray[np.int64] | None = None  # (n,) whose statistics a clip's features are normalised by
         self.encoded: EncodedClips | None = None  # what a frozen encoder made of them, once it has
+        self.wording: NDArray[np.int64] | None = None  # (n,) in which wording a clip is asked about, where it matters
+        self.transcript: Callable[[bytes], str] | None = None  # of a clip's json, where prompts hold it
         self._keys = shards.content_keys()
         self.label = np.array([labels.index(name) for name in column.names], dtype=np.int16)[column.codes]  # (n,)
         if shuffle_labels:
@@ -160,13 +162,21 @@ class Examples:
                 int(self.shards.source[ref.sample]),
                 int(self._keys[ref.sample]),
                 variant,
+                0 if self.wording is None else int(self.wording[ref.sample]),
             )
             for ref in self.shards.refs(indices)
         ]
 
     def decoder(self, collate: Collate) -> Decoder:
         return Decoder(
-            self.shards.reader, self.features, self.seed, self.max_seconds, self.augment, collate, self.encoded
+            self.shards.reader,
+            self.features,
+            self.seed,
+            self.max_seconds,
+            self.augment,
+            collate,
+            self.encoded,
+            self.transcript,
         )
 
     def grouped(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -205,17 +215,19 @@ def pad_speech(clips: list[Example]) -> dict[str, Any]:
     """Stack what an encoder is fed, zeros behind the shorter ones, as "speech", (B, n_mels, F) or (B, S).
 
     Clips that a frozen encoder has heard are features, (B, T, L, D), and "encoded" is there and true.
-    "lengths" (B,) are the clips' own, without `pad_seconds`; "index" is the list of the clips' numbers in the set.
+    "lengths" (B,) are the clips' own, without `pad_seconds`; "index" is the list of the clips' numbers in the set,
+    "wording" and "text" of how they are asked about and what is said in them.
     """
     import torch
 
     index = [clip.index for clip in clips]
+    asked = {"index": index, "wording": [clip.wording for clip in clips], "text": [clip.text for clip in clips]}
     lengths = torch.tensor([clip.length for clip in clips])
     if isinstance(clips[0].speech, torch.Tensor):
         features = torch.nn.utils.rnn.pad_sequence([clip.speech for clip in clips], batch_first=True)
-        return {"speech": features, "lengths": lengths, "index": index, "encoded": True}
+        return {"speech": features, "lengths": lengths, "encoded": True, **asked}
     sizes = [clip.speech.shape[-1] for clip in clips]
     speech = torch.zeros(len(clips), *clips[0].speech.shape[:-1], max(sizes))
     for row, clip in enumerate(clips):
         speech[row, ..., : sizes[row]] = torch.from_numpy(clip.speech)
-    return {"speech": speech, "lengths": lengths, "index": index}
+    return {"speech": speech, "lengths": lengths, **asked}

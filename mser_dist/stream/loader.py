@@ -38,6 +38,8 @@ class Example:
     source: int
     index: int  # in the ShardSet
     draw: np.random.Generator
+    wording: int = 0  # of its prompt, by language or corpus
+    text: str = ""  # what is said in it, where prompts are to hold it
 
 
 Collate = Callable[[list[Example]], dict[str, Any]]
@@ -49,6 +51,7 @@ class ClipRequest(NamedTuple):
     source: int
     key: int  # of its audio: seeds its variants, so that they are the same in every set and run
     variant: int | None = None  # None: drawn
+    wording: int = 0
 
 
 class Request(NamedTuple):
@@ -91,6 +94,7 @@ class Decoder:
     augment: AugmentConfig | None
     collate: Collate
     encoded: EncodedClips | None = None  # is read in place of the audio
+    transcript: Callable[[bytes], str] | None = None  # what is said in a clip, by its json; None: nobody asks
     or_silence: bool = False
     in_hand: NDArray[np.int64] | None = None  # shared memory: the index of the clip that each worker is decoding, or -1
     worker: int = 0
@@ -142,8 +146,9 @@ class Decoder:
         if self.encoded:
             with suppress(KeyError):
                 speech = self.encoded.read(index, variant)
-                return Example(speech, len(speech), asked.label, asked.source, index, draw)
-        audio, _ = self.reader.read(asked.ref)
+                said = self.transcript(self.reader.read(asked.ref)[1]) if self.transcript else ""
+                return Example(speech, len(speech), asked.label, asked.source, index, draw, asked.wording, said)
+        audio, meta = self.reader.read(asked.ref)
         wave = decode(audio, where="", max_seconds=self.max_seconds)
         if self.encoded:
             raise UserError("it could not be read when the others were encoded, and now it can: start again")
@@ -152,7 +157,9 @@ class Decoder:
         speech = self.features(wave)
         if self.augment and self.features.n_mels:
             speech = spec_augment(speech, changes, self.augment)
-        return Example(speech, self.features.own(len(wave)), asked.label, asked.source, index, draw)
+        said = self.transcript(meta) if self.transcript else ""
+        size = self.features.own(len(wave))
+        return Example(speech, size, asked.label, asked.source, index, draw, asked.wording, said)
 
 
 def _filled(clips: list[list[Example | None]], bad: dict[int, str]) -> list[list[Example | None]]:

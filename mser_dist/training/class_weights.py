@@ -29,8 +29,9 @@ def weights_of(
 ) -> dict[str, Tensor]:
     """``{"weights": (tokens,)}`` of the answers' tokens, clip by clip; nothing where all count the same.
 
-    answers: of each label.
+    answers: of each clip.
     """
     if weights is None:
         return {}
-    return {"weights": torch.tensor([weights[clip.label] for clip in clips for _ in answers[clip.label]])}
+    each = [weights[clip.label] for clip, answer in zip(clips, answers, strict=True) for _ in answer]
+    return {"weights": torch.tensor(each)}

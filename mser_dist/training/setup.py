@@ -21,6 +21,7 @@ from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import STOPPED, encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped, UserError
+from mser_dist.evaluation.asking import ask
 from mser_dist.models import bases, exported, initial
 from mser_dist.models.attention import Attention, choose
 from mser_dist.ranks import distributed, preempt
@@ -235,6 +236,10 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
     torch.manual_seed(config.seed)  # the same weights on every rank …
     stage = stages.build(config, setup.attention, setup.device, setup.ds_json)
     examples, validation = clips_of(setup, stage.features)
+    if isinstance(stage, stages.Instruct):
+        without = {line: None for clips in (examples, validation) if clips for line in ask(clips, stage.prompt)}
+        for line in without if world.is_main else ():
+            distributed.warn(line)
     told = _hear(setup, stage, examples, validation, flag)
     if weights := stage.weigh(np.bincount(examples.label, minlength=len(stage.labels)).tolist()):
         told.append(weights)

@@ -8,6 +8,7 @@ the card of the run that this one builds on, if any.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ from mser_dist.models.packed import IGNORE, SPEECH, Packing, batch_of, is_flash
 from mser_dist.models.self_check import Checked, check_llm, check_speech
 from mser_dist.models.speech import build_speech
 from mser_dist.models.text import TextTower
+from mser_dist.models.wording import LONGEST, captions_of
 from mser_dist.ranks import distributed
 from mser_dist.stream.examples import pad_speech
 from mser_dist.stream.loader import Example
@@ -65,10 +67,12 @@ class Align:
             speech = build_speech(config.encoder, config.qformer, attention)
         self.model = Aligner(speech, self.tower.width, config.contrastive)
         self.features = speech.any_encoder.features
-        self.collate = AlignCollate(self.labels)
         self.bases = self._bases()
         self.began_with: dict[str, Any] = {}
-        self.captions = self.tower.embed([c for label in self.labels for c in prompts.captions(label)])  # (C, width)
+        self.said = kept_captions(Path(config.out), config.text, self.labels)
+        self.collate = AlignCollate(self.said)
+        texts = [caption for label in self.labels for caption in self.said[label]]
+        self.captions = self.tower.embed(texts)  # (C, width)
 
     def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
         """Contrast all micro-batches of all ranks at once, in the memory of one (gradient caching). Collective.
@@ -128,7 +132,7 @@ class Align:
         return ""
 
     def scorer(self) -> PromptScorer:
-        return PromptScorer(self.model, self.tower, self.labels)
+        return PromptScorer(self.model, self.tower, self.labels, self.said)
 
     def check(self) -> str:
         """Raise `UserError` if a clip's tokens depend on its batch. Collective."""
@@ -140,7 +144,8 @@ class Align:
         return {}
 
     def card(self) -> dict[str, Any]:
-        return {"text": self.tower.name, "text_width": self.tower.width, **exported.aligner_card(self.model)}
+        said = {"captions": self.said} if self.config.text.captions else {}
+        return {"text": self.tower.name, "text_width": self.tower.width, **said, **exported.aligner_card(self.model)}
 
 
 def _same_shape(config: cfg.Stage1, card: dict[str, Any]) -> None:
@@ -179,8 +184,8 @@ def _factor(schedule: list[list[float]], done: float) -> float:
 class AlignCollate:
     """Clips → padded speech, ids, and a caption drawn for each clip: its number among those of all labels."""
 
-    def __init__(self, labels: list[str]) -> None:
-        counts = [len(prompts.captions(label)) for label in labels]
+    def __init__(self, captions: Mapping[str, list[str]]) -> None:
+        counts = [len(texts) for texts in captions.values()]
         self.captions = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])  # by label
 
     def __call__(self, clips: list[Example]) -> Batch:
@@ -216,7 +221,7 @@ class Instruct:
             speech.qformer.requires_grad_(False)
             speech.queries.requires_grad_(False)
         self.features = speech.any_encoder.features
-        self.prompt = kept_prompt(Path(config.out), config.llm, self.tokenizer)
+        self.prompt = kept_prompt(Path(config.out), config.llm, self.tokenizer, self.labels)
         self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
         self.collate.check_length(llm.config)
         self.checked: Checked | None = None
@@ -300,7 +305,24 @@ class Instruct:
         return {**card, "stage1": self.config.stage1, "prompt": asdict(self.prompt)}
 
 
-def kept_prompt(out: Path, llm: cfg.LLMConfig, tokenizer: Any) -> ChatPrompt:
+def kept_captions(out: Path, text: cfg.TextConfig, labels: list[str]) -> dict[str, list[str]]:
+    """The captions of each label that a run began with; ``<out>/prompt.json`` keeps those of a file. Collective."""
+    kept = out / "prompt.json"
+    if text.captions is None:
+        return captions_of(text, labels)
+    found = None
+    if kept.is_file():
+        try:
+            found = {label: json.loads(kept.read_text(encoding="utf-8"))["captions"][label] for label in labels}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{kept} is damaged ({error!r}): remove it to read the captions anew") from error
+    agreed: dict[str, list[str]] = distributed.agree(found or captions_of(text, labels))
+    if distributed.discover().is_main:
+        write_json(kept, {"captions": agreed})
+    return agreed
+
+
+def kept_prompt(out: Path, llm: cfg.LLMConfig, tokenizer: Any, labels: Sequence[str]) -> ChatPrompt:
     """The prompt that a run began with; at its first start, the one that the LLM's template gives today. Collective.
 
     ``<out>/prompt.json`` keeps it: a template may print the date, and ranks may meet midnight.
@@ -313,7 +335,7 @@ def kept_prompt(out: Path, llm: cfg.LLMConfig, tokenizer: Any) -> ChatPrompt:
             prompt = ChatPrompt(**found["prompt"]) if found["llm"] == llm.pretrained else None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{kept} is damaged ({error!r}): remove it to render the prompt anew") from error
-    agreed: ChatPrompt = distributed.agree(prompt or chat.render(tokenizer, llm.order))
+    agreed: ChatPrompt = distributed.agree(prompt or chat.worded(tokenizer, llm, labels))
     if distributed.discover().is_main:
         write_json(kept, {"llm": llm.pretrained, "prompt": asdict(agreed)})
     return agreed
@@ -327,15 +349,21 @@ class InstructCollate:
     """
 
     def __init__(self, tokenizer: Any, prompt: ChatPrompt, labels: list[str], queries: int) -> None:
-        self.prompts = [prompt.ids(tokenizer, text, queries, SPEECH) for text in prompt.instructions(labels)]
-        self.answers = chat.answers(tokenizer, labels)
+        self._chat, self._tokenizer, self._queries = prompt, tokenizer, queries
+        numbers = range(len(prompt.wordings))
+        self._words = [prompt.words_for(labels, number) for number in numbers]  # by wording and label
+        self._answers = [chat.answers(tokenizer, words) for words in self._words]
+        self._made = {
+            (number, text): self._ids(text) for number in numbers for text in prompt.instructions(labels, number)
+        }
+        self.prompts, self.answers = list(self._made.values()), [ids for found in self._answers for ids in found]
         self.weights: list[float] | None = None  # of clips by label
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.packing: Packing = "off"
 
     def check_length(self, llm: PreTrainedConfig) -> None:
         """Raise `UserError` if the LLM has fewer positions than the longest prompt and answer have tokens."""
-        longest = max(map(len, self.prompts)) + max(map(len, self.answers))
+        longest = max(map(len, self.prompts)) + max(map(len, self.answers)) + LONGEST * self._chat.transcript
         positions = getattr(llm.get_text_config(), "max_position_embeddings", None) or longest
         if longest > positions:
             raise UserError(
@@ -344,13 +372,27 @@ class InstructCollate:
             )
 
     def __call__(self, clips: list[Example]) -> Batch:
-        asked = [int(clip.draw.integers(len(self.prompts))) for clip in clips]
+        asked = [self._asked(clip) for clip in clips]
         if self.packing == "prefix":
-            together = sorted(range(len(clips)), key=asked.__getitem__)
+            together = sorted(range(len(clips)), key=lambda i: asked[i][0])
             clips, asked = [clips[i] for i in together], [asked[i] for i in together]
-        samples = [(self.prompts[i], self.answers[clip.label]) for i, clip in zip(asked, clips, strict=True)]
-        weights = weights_of(self.weights, clips, self.answers)
+        samples = [(ids, self._answers[clip.wording][clip.label]) for (_, ids), clip in zip(asked, clips, strict=True)]
+        weights = weights_of(self.weights, clips, [answer for _, answer in samples])
         return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad), **weights}
+
+    def _asked(self, clip: Example) -> tuple[tuple[int, int, str], list[int]]:
+        """The prompt of a clip, as it draws it, behind what it shares with the clips that are asked the same."""
+        questions, words = self._chat.questions_for(clip.wording), self._words[clip.wording]
+        number = int(clip.draw.integers(len(questions)))
+        if self._chat.shuffle_options:
+            words = [words[i] for i in clip.draw.permutation(len(words))]
+        [text] = prompts.instructions(words, questions[number : number + 1])
+        said = clip.text if self._chat.transcript else ""
+        ids = self._made.get((clip.wording, text)) if not said else None
+        return (clip.wording, number, text), ids or self._ids(text, said)
+
+    def _ids(self, instruction: str, transcript: str = "") -> list[int]:
+        return self._chat.ids(self._tokenizer, instruction, self._queries, SPEECH, transcript)
 
 
 def build(

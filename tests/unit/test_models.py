@@ -248,7 +248,7 @@ def test_captions_are_drawn_from_the_clips_own_label() -> None:
 
     from mser_dist.stream.loader import Example
 
-    collate = AlignCollate(LABELS)
+    collate = AlignCollate({label: prompts.captions(label) for label in LABELS})
     mel = np.zeros((80, 5), np.float32)
     drawn = [Example(mel, 5, label=i % 3, source=i, draw=np.random.default_rng([0, 1, i]), index=i) for i in range(30)]
     batch = collate(drawn)

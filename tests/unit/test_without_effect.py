@@ -28,7 +28,9 @@ ALWAYS = {
     "encoder.layers", "encoder.normalize", "encoder.stride", "native_labels", "qformer.pool", "qformer.queries",
     "qformer.layers", "qformer.width", "qformer.heads", "contrastive.width", "contrastive.loss", "contrastive.alpha",
     "contrastive.temperature", "contrastive.max_scale", "llm.pretrained", "llm.arch", "llm.freeze",
-    "llm.gradient_checkpointing", "llm.order", "llm.packing", "train.profile_steps",
+    "llm.gradient_checkpointing", "llm.order", "llm.packing", "train.profile_steps", "text.captions",
+    "llm.prompt.instructions", "llm.prompt.system", "llm.prompt.words", "llm.prompt.shuffle_options",
+    "llm.prompt.transcript",
 }  # fmt: skip
 SECTIONS = ("engine.", "tracking.", "llm.lora")  # whose keys have an effect where the section has; `mser sync` reads it
 
