@@ -23,6 +23,7 @@ from mser_dist.prediction.model import Model, load_model
 from mser_dist.prediction.recordings import as_wave, decode
 
 ALLOW_PATHS = "MSER_ALLOW_PATHS"  # folders, parted as in PATH
+_MAX_RATE = 2 * 48_000  # samples of all channels in a second: silence of many channels is a few bytes
 LIMITS = {"max_bytes": 16 * 2**20, "max_seconds": 600.0, "max_clips": 64, "max_labels": 64}
 """Of a clip: bytes of its file or array, and seconds; of a request: clips and labels. A model's config sets others."""
 _LABEL = 100  # characters of a label at most
@@ -85,7 +86,7 @@ class Served:
             if "array" in given:
                 return self._of_array(given["array"], row.get("sampling_rate"))
             data = self._file(given["path"]) if "path" in given else self._of_base64(given["audio"])
-            return decode(data, self.limits["max_seconds"])
+            return decode(data, self.limits["max_seconds"], max_rate=_MAX_RATE)
         except UserError as error:
             _refuse(f"clip {number}: {str(error).removeprefix(': ')}")
 

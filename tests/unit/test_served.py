@@ -52,10 +52,10 @@ def text(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def silence(seconds: float, rate: int = 16000) -> str:
+def silence(seconds: float, rate: int = 16000, channels: int = 1) -> str:
     """Hours of it are a few kilobytes."""
     file = io.BytesIO()
-    soundfile.write(file, np.zeros(round(seconds * rate), np.int16), rate, format="FLAC")
+    soundfile.write(file, np.zeros((round(seconds * rate), channels), np.int16), rate, format="FLAC")
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -108,6 +108,7 @@ def test_what_a_request_may_not(run: Path, tmp_path: Path, monkeypatch: pytest.M
         (opened, [{"audio": base64.b64encode(b"no audio").decode()}], "not readable as audio"),
         (opened, [{"audio": "A" * 500_000}], "more than 300000 bytes"),
         (opened, [{"audio": silence(3600)}], "3600.0 s of audio, the limit is 20 s"),
+        (opened, [{"audio": silence(10, 96_000, channels=8)}], "8 channels at 96000 Hz"),
         (opened, [good, {}], "clip 1: give one of audio"),
         (opened, [{**good, "path": "x"}], "clip 0: give one of audio"),
         (opened, [{"array": [0.1] * 99}], "needs its sampling_rate"),
