@@ -60,6 +60,12 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
     }.items():
         if section in plain:
             raise UserError(f"{path}: remove the section {section!r}: the run config decides it ({instead})")
+    node = int(plain.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
+    if world_size % node:
+        raise UserError(
+            f"{path}: zero_hpz_partition_size={node} does not divide the {world_size} ranks: set it to the GPUs of a "
+            "node, or take zero3_bf16"
+        )
     micro, accumulation = cfg.batch_shape(config.train, world_size)
     if config.stage == 1:  # gradient caching: its micro-batches are parts of one backward pass, see `one_reduction`
         micro, accumulation = micro * accumulation, 1

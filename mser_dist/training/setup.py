@@ -3,6 +3,7 @@
 import math
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -37,9 +38,11 @@ from mser_dist.stream.features import Features
 from mser_dist.stream.plan import START, Plan, Position
 from mser_dist.tables import Table, show
 from mser_dist.training import stages
+from mser_dist.training.budget import budget, sentence
 from mser_dist.training.engine import Engine, resolve_json
 from mser_dist.training.groups import describe as describe_groups
 from mser_dist.training.nonfinite import NotFinite
+from mser_dist.training.peaks import peak
 from mser_dist.training.resume import check_length, forked, lengthened
 
 
@@ -362,10 +365,31 @@ def _facts(run: Run) -> Facts:
     return Facts(run.world.world_size, len(run.setup.shards.shards), parallel, log_mel)
 
 
+def _cost(run: Run, stage: stages.Instruct, node: int) -> str:
+    """What a step computes and sends, by clips of the mean length that are asked in turn; node: ranks of one."""
+    setup, encoder = run.setup, stage.model.speech.any_encoder
+    length = encoder.features.size(float(setup.shards.duration.mean()))
+    frames = -(-int(encoder.frames(torch.tensor([length]))) // encoder.stride)
+    dtype = getattr(torch, run.config.engine.dtype)
+    found = budget(
+        stage.model,
+        stage.collate.typical(setup.micro),
+        frames,
+        stage.collate.packing,
+        setup.accumulation,
+        run.engine.json,
+        run.world.world_size,
+        node,
+        dtype,
+    )
+    return sentence(found, peak(setup.device, run.config.engine.dtype, run.config.engine.peak_tflops))
+
+
 def _announce(run: Run, step: int, checked: str) -> None:
     """Say what runs; refuse a job too short to save, warn of a disk too small. Collective."""
     setup, config, world = run.setup, run.config, run.world
     size = sum(distributed.gather(run.engine.state_bytes()))
+    hosts = distributed.gather(socket.gethostname())
     problem = None
     if world.is_main:
         unit = "packs" if config.data.batching == "tokens" else "clips"
@@ -376,6 +400,8 @@ def _announce(run: Run, step: int, checked: str) -> None:
         )
         if isinstance(run.stage, stages.Align):
             print(run.stage.describe(world.world_size))
+        elif config.data.batching != "tokens":  # of packs nobody knows the clips ahead
+            print(_cost(run, run.stage, hosts.count(hosts[0])))
         if setup.order.balance:
             print(f"each batch is balanced over {', '.join(setup.order.balance.names)}")
         print(f"attention: {setup.attention.kernel} ({setup.attention.reason})")

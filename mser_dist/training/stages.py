@@ -31,7 +31,7 @@ from mser_dist.models.bases import Base
 from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.flops import Heard, Load, StepCount, work_of
 from mser_dist.models.lora import adapted
-from mser_dist.models.packed import IGNORE, SPEECH, Packing, batch_of, is_flash
+from mser_dist.models.packed import IGNORE, SPEECH, Packing, Sample, batch_of, is_flash
 from mser_dist.models.self_check import Checked, check_llm, check_speech
 from mser_dist.models.speech import build_speech
 from mser_dist.models.text import TextTower
@@ -379,6 +379,11 @@ class InstructCollate:
         samples = [(ids, self._answers[clip.wording][clip.label]) for (_, ids), clip in zip(asked, clips, strict=True)]
         weights = weights_of(self.weights, clips, [answer for _, answer in samples])
         return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad), **weights}
+
+    def typical(self, clips: int) -> list[Sample]:
+        """Prompts and answers of so many clips that are asked in turn, by each instruction and for each label."""
+        asked = sorted(i % len(self.prompts) for i in range(clips))
+        return [(self.prompts[number], self.answers[i % len(self.answers)]) for i, number in enumerate(asked)]
 
     def _asked(self, clip: Example) -> tuple[tuple[int, int, str], list[int]]:
         """The prompt of a clip, as it draws it, behind what it shares with the clips that are asked the same."""

@@ -35,9 +35,10 @@ def test_shipped_files_work_with_a_fitting_config(path: Path) -> None:
     dtypes: list[cfg.Dtype] = ["float32", "bfloat16", "float16"]
     if plain.get("bf16", {}).get("enabled"):
         dtypes = ["bfloat16"]
+    world = plain["zero_optimization"].get("zero_hpz_partition_size", 2)
     for dtype in dtypes:
-        resolved = resolve_json(run_config(path.stem, dtype), world_size=2)
-        assert resolved["train_batch_size"] == 48
+        resolved = resolve_json(run_config(path.stem, dtype, global_batch=24 * world), world)
+        assert resolved["train_batch_size"] == 24 * world
         assert resolved["train_micro_batch_size_per_gpu"] == 8
         assert resolved["gradient_accumulation_steps"] == 3
         assert resolved["gradient_clipping"] == 0.5
@@ -56,7 +57,14 @@ def test_shipped_files_are_valid_deepspeed(path: Path) -> None:
 
 
 def test_there_are_shipped_files() -> None:
-    assert {"cpu", "zero2", "zero3_bf16", "zero3_offload"} <= {path.stem for path in DS_CONFIGS}
+    assert {"cpu", "zero2", "zero2_bf16", "zero3_bf16", "zero3_hpz8", "zero3_offload"} == {
+        path.stem for path in DS_CONFIGS
+    }
+
+
+def test_a_second_copy_of_the_weights_is_of_whole_nodes() -> None:
+    with pytest.raises(UserError, match=r"zero_hpz_partition_size=8 does not divide the 12 ranks"):
+        resolve_json(run_config("zero3_hpz8", "bfloat16", global_batch=96), world_size=12)
 
 
 def test_files_are_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +74,8 @@ def test_files_are_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert find_json("ds.json") == Path("ds.json")
     with pytest.raises(
-        UserError, match=r"engine\.deepspeed=zero4: no such file.*cpu, zero2, zero3_bf16, zero3_offload"
+        UserError,
+        match=r"engine\.deepspeed=zero4: no such file.*cpu, zero2, zero2_bf16, zero3_bf16, zero3_hpz8, zero3_offload",
     ):
         find_json("zero4")
 
@@ -89,7 +98,7 @@ def test_the_same_said_twice_or_auto_is_no_contradiction(tmp_path: Path) -> None
 def test_bfloat16_reduces_and_adds_up_gradients_in_float32_unless_a_file_says_otherwise(tmp_path: Path) -> None:
     assert not {"communication_data_type", "data_types"} & resolve_json(run_config("zero2"), 2).keys()
     for path in DS_CONFIGS:
-        resolved = resolve_json(run_config(path.stem, "bfloat16"), 2)
+        resolved = resolve_json(run_config(path.stem, "bfloat16", global_batch=192), 8)
         assert resolved["communication_data_type"] == resolved["data_types"]["grad_accum_dtype"] == "fp32"
     own = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
     assert own.items() <= resolve_json(run_config(written(tmp_path, own), "bfloat16"), 2).items()
