@@ -1,10 +1,6 @@
 """From a config to the parts of a training: what can be wrong is looked for before the minutes of loading."""
 
-import math
-import shutil
 import signal
-import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -18,7 +14,6 @@ import torch
 from mser_dist import config as cfg
 from mser_dist import deepspeed_parts
 from mser_dist.config.file import to_yaml
-from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import STOPPED, encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped, UserError
@@ -26,7 +21,7 @@ from mser_dist.evaluation.asking import ask
 from mser_dist.models import bases, exported, initial
 from mser_dist.models.attention import Attention, choose
 from mser_dist.ranks import distributed, preempt
-from mser_dist.ranks.boundary import Boundary, time_to_save
+from mser_dist.ranks.boundary import Boundary
 from mser_dist.ranks.watchdog import Watchdog
 from mser_dist.runs import folder
 from mser_dist.shards.shard_set import ShardSet
@@ -36,13 +31,12 @@ from mser_dist.stream import steps
 from mser_dist.stream.examples import Examples, open_clips, open_training_clips
 from mser_dist.stream.features import Features
 from mser_dist.stream.plan import START, Plan, Position
-from mser_dist.tables import Table, show
+from mser_dist.tables import Table
 from mser_dist.training import stages
-from mser_dist.training.budget import budget, sentence
+from mser_dist.training.announce import announce
 from mser_dist.training.engine import Engine, resolve_json
 from mser_dist.training.groups import describe as describe_groups
 from mser_dist.training.nonfinite import NotFinite
-from mser_dist.training.peaks import peak
 from mser_dist.training.resume import check_length, forked, lengthened
 
 
@@ -291,7 +285,7 @@ def load(setup: Setup, flag: preempt.Flag) -> Run:
         resumed,
         saved=step,
     )
-    _announce(run, step, "\n".join([*told, *([checked] if checked else [])]))
+    announce(run, step, "\n".join([*told, *([checked] if checked else [])]))
     return run
 
 
@@ -356,75 +350,3 @@ def wanted(setup: Setup) -> np.ndarray | None:
         return None
     read = [setup.order.batch(position) for position in setup.order.walk(START, setup.total)]
     return np.unique(np.concatenate(read)).astype(np.int64)
-
-
-def _facts(run: Run) -> Facts:
-    source = run.setup.shards.source
-    parallel = run.config.stage == 1 and len(np.unique(source)) < len(source)
-    log_mel = run.stage.features.n_mels is not None
-    return Facts(run.world.world_size, len(run.setup.shards.shards), parallel, log_mel)
-
-
-def _cost(run: Run, stage: stages.Instruct, node: int) -> str:
-    """What a step computes and sends, by clips of the mean length that are asked in turn; node: ranks of one."""
-    setup, encoder = run.setup, stage.model.speech.any_encoder
-    length = encoder.features.size(float(setup.shards.duration.mean()))
-    frames = -(-int(encoder.frames(torch.tensor([length]))) // encoder.stride)
-    dtype = getattr(torch, run.config.engine.dtype)
-    found = budget(
-        stage.model,
-        stage.collate.typical(setup.micro),
-        frames,
-        stage.collate.packing,
-        setup.accumulation,
-        run.engine.json,
-        run.world.world_size,
-        node,
-        dtype,
-    )
-    return sentence(found, peak(setup.device, run.config.engine.dtype, run.config.engine.peak_tflops))
-
-
-def _announce(run: Run, step: int, checked: str) -> None:
-    """Say what runs; refuse a job too short to save, warn of a disk too small. Collective."""
-    setup, config, world = run.setup, run.config, run.world
-    size = sum(distributed.gather(run.engine.state_bytes()))
-    hosts = distributed.gather(socket.gethostname())
-    problem = None
-    if world.is_main:
-        unit = "packs" if config.data.batching == "tokens" else "clips"
-        shape = f"{world.world_size} ranks × {setup.micro} × {setup.accumulation}"
-        print(
-            f"{len(run.examples)} clips, {run.total} steps, {config.train.global_batch} {unit} a step ({shape}), "
-            f"ZeRO-{run.engine.zero_stage}, {config.engine.dtype}"
-        )
-        if isinstance(run.stage, stages.Align):
-            print(run.stage.describe(world.world_size))
-        elif config.data.batching != "tokens":  # of packs nobody knows the clips ahead
-            print(_cost(run, run.stage, hosts.count(hosts[0])))
-        if setup.order.balance:
-            print(f"each batch is balanced over {', '.join(setup.order.balance.names)}")
-        print(f"attention: {setup.attention.kernel} ({setup.attention.reason})")
-        if checked:
-            print(checked)
-        show(run.groups())
-        if step:
-            print(f"continuing from step {step}")
-        sys.stdout.flush()
-        for line in unused_keys(config, _facts(run)):
-            distributed.warn(line)
-        free = shutil.disk_usage(setup.out).free
-        if free < 2 * size:
-            distributed.warn(
-                f"a checkpoint takes about {size / 2**30:.2f} GiB, and {setup.out} has {free / 2**30:.2f} GiB free: "
-                "free space, or choose another disk with out="
-            )
-        needed = time_to_save(run.checkpoints.seconds)
-        left = max(0.0, setup.ends - time.time()) if setup.ends else math.inf
-        if left < needed:
-            problem = (
-                f"the job ends in {left:.0f} s, and a save alone may take {needed:.0f} s: "
-                "ask for more time (sbatch --time=…)"
-            )
-    if problem := distributed.agree(problem):
-        raise UserError(problem)

@@ -7,8 +7,6 @@ come from that every start loads (and `began_with`, what these were where a run'
 the card of the run that this one builds on, if any.
 """
 
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,33 +15,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from mser_dist import config as cfg
 from mser_dist.contrastive import Embedded, cached_backward, peak_bytes
 from mser_dist.errors import UserError
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
-from mser_dist.files import write_json
-from mser_dist.models import bases, chat, exported, initial, prompts, sources
+from mser_dist.models import bases, exported, initial, sources
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.bases import Base
-from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.flops import Heard, Load, StepCount, work_of
 from mser_dist.models.lora import adapted
-from mser_dist.models.packed import IGNORE, SPEECH, Packing, Sample, batch_of, is_flash
+from mser_dist.models.packed import IGNORE, is_flash
 from mser_dist.models.self_check import Checked, check_llm, check_speech
 from mser_dist.models.speech import build_speech
 from mser_dist.models.text import TextTower
-from mser_dist.models.wording import LONGEST, captions_of
 from mser_dist.ranks import distributed
-from mser_dist.stream.examples import pad_speech
-from mser_dist.stream.loader import Example
-from mser_dist.training.class_weights import class_weights, weights_of
+from mser_dist.training.class_weights import class_weights
+from mser_dist.training.collate import AlignCollate, Batch, InstructCollate, kept_captions, kept_prompt
 from mser_dist.training.engine import Engine
 from mser_dist.training.nonfinite import poison
 
-Batch = dict[str, Any]
 Stats = dict[str, Tensor]  # telemetry of a step, still on the device
 
 
@@ -181,22 +173,6 @@ def _factor(schedule: list[list[float]], done: float) -> float:
     return float(np.interp(done, [share for share, _ in schedule], [f for _, f in schedule])) if schedule else 1.0
 
 
-class AlignCollate:
-    """Clips → padded speech, ids, and a caption drawn for each clip: its number among those of all labels."""
-
-    def __init__(self, captions: Mapping[str, list[str]]) -> None:
-        counts = [len(texts) for texts in captions.values()]
-        self.captions = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])  # by label
-
-    def __call__(self, clips: list[Example]) -> Batch:
-        return {
-            **pad_speech(clips),
-            "label": torch.tensor([clip.label for clip in clips]),
-            "source": torch.tensor([clip.source for clip in clips]),
-            "caption": torch.tensor([int(clip.draw.choice(self.captions[clip.label])) for clip in clips]),
-        }
-
-
 class Instruct:
     """Stage 2: the LLM answers an instruction about the clip with its label."""
 
@@ -303,101 +279,6 @@ class Instruct:
     def card(self) -> dict[str, Any]:
         card = exported.speech_llm_card(self.model, self.base)
         return {**card, "stage1": self.config.stage1, "prompt": asdict(self.prompt)}
-
-
-def kept_captions(out: Path, text: cfg.TextConfig, labels: list[str]) -> dict[str, list[str]]:
-    """The captions of each label that a run began with; ``<out>/prompt.json`` keeps those of a file. Collective."""
-    kept = out / "prompt.json"
-    if text.captions is None:
-        return captions_of(text, labels)
-    found = None
-    if kept.is_file():
-        try:
-            found = {label: json.loads(kept.read_text(encoding="utf-8"))["captions"][label] for label in labels}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{kept} is damaged ({error!r}): remove it to read the captions anew") from error
-    agreed: dict[str, list[str]] = distributed.agree(found or captions_of(text, labels))
-    if distributed.discover().is_main:
-        write_json(kept, {"captions": agreed})
-    return agreed
-
-
-def kept_prompt(out: Path, llm: cfg.LLMConfig, tokenizer: Any, labels: Sequence[str]) -> ChatPrompt:
-    """The prompt that a run began with; at its first start, the one that the LLM's template gives today. Collective.
-
-    ``<out>/prompt.json`` keeps it: a template may print the date, and ranks may meet midnight.
-    """
-    kept = out / "prompt.json"
-    prompt = None
-    if kept.is_file():
-        try:
-            found = json.loads(kept.read_text(encoding="utf-8"))
-            prompt = ChatPrompt(**found["prompt"]) if found["llm"] == llm.pretrained else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{kept} is damaged ({error!r}): remove it to render the prompt anew") from error
-    agreed: ChatPrompt = distributed.agree(prompt or chat.worded(tokenizer, llm, labels))
-    if distributed.discover().is_main:
-        write_json(kept, {"llm": llm.pretrained, "prompt": asdict(agreed)})
-    return agreed
-
-
-class InstructCollate:
-    """Clips → padded speech and chat prompts with the answer behind them, packed or padded; only the answer has labels.
-
-    Where instructions are shared, clips that are asked the same come to stand together: so may the order of a batch be
-    another one than that of its clips.
-    """
-
-    def __init__(self, tokenizer: Any, prompt: ChatPrompt, labels: list[str], queries: int) -> None:
-        self._chat, self._tokenizer, self._queries = prompt, tokenizer, queries
-        numbers = range(len(prompt.wordings))
-        self._words = [prompt.words_for(labels, number) for number in numbers]  # by wording and label
-        self._answers = [chat.answers(tokenizer, words) for words in self._words]
-        self._made = {
-            (number, text): self._ids(text) for number in numbers for text in prompt.instructions(labels, number)
-        }
-        self.prompts, self.answers = list(self._made.values()), [ids for found in self._answers for ids in found]
-        self.weights: list[float] | None = None  # of clips by label
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.packing: Packing = "off"
-
-    def check_length(self, llm: PreTrainedConfig) -> None:
-        """Raise `UserError` if the LLM has fewer positions than the longest prompt and answer have tokens."""
-        longest = max(map(len, self.prompts)) + max(map(len, self.answers)) + LONGEST * self._chat.transcript
-        positions = getattr(llm.get_text_config(), "max_position_embeddings", None) or longest
-        if longest > positions:
-            raise UserError(
-                f"prompt and answer have up to {longest} tokens, and the LLM {positions} positions: name fewer labels, "
-                "or take another LLM"
-            )
-
-    def __call__(self, clips: list[Example]) -> Batch:
-        asked = [self._asked(clip) for clip in clips]
-        if self.packing == "prefix":
-            together = sorted(range(len(clips)), key=lambda i: asked[i][0])
-            clips, asked = [clips[i] for i in together], [asked[i] for i in together]
-        samples = [(ids, self._answers[clip.wording][clip.label]) for (_, ids), clip in zip(asked, clips, strict=True)]
-        weights = weights_of(self.weights, clips, [answer for _, answer in samples])
-        return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad), **weights}
-
-    def typical(self, clips: int) -> list[Sample]:
-        """Prompts and answers of so many clips that are asked in turn, by each instruction and for each label."""
-        asked = sorted(i % len(self.prompts) for i in range(clips))
-        return [(self.prompts[number], self.answers[i % len(self.answers)]) for i, number in enumerate(asked)]
-
-    def _asked(self, clip: Example) -> tuple[tuple[int, int, str], list[int]]:
-        """The prompt of a clip, as it draws it, behind what it shares with the clips that are asked the same."""
-        questions, words = self._chat.questions_for(clip.wording), self._words[clip.wording]
-        number = int(clip.draw.integers(len(questions)))
-        if self._chat.shuffle_options:
-            words = [words[i] for i in clip.draw.permutation(len(words))]
-        [text] = prompts.instructions(words, questions[number : number + 1])
-        said = clip.text if self._chat.transcript else ""
-        ids = self._made.get((clip.wording, text)) if not said else None
-        return (clip.wording, number, text), ids or self._ids(text, said)
-
-    def _ids(self, instruction: str, transcript: str = "") -> list[int]:
-        return self._chat.ids(self._tokenizer, instruction, self._queries, SPEECH, transcript)
 
 
 def build(

@@ -36,7 +36,8 @@ from mser_dist.models.speech import SpeechModel, build_speech
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.text import TextTower
 from mser_dist.models.whisper import SpeechEncoder
-from mser_dist.training.stages import Align, AlignCollate
+from mser_dist.training.collate import AlignCollate
+from mser_dist.training.stages import Align
 
 SDPA = Attention("sdpa", "test")
 ARCH = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 80}

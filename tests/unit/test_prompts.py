@@ -14,7 +14,7 @@ from mser_dist.errors import UserError
 from mser_dist.models import chat, prompts
 from mser_dist.models.small_llm import small_tokenizer
 from mser_dist.runs.folder import finished
-from mser_dist.training.stages import kept_prompt
+from mser_dist.training.collate import kept_prompt
 
 SPEECH_ID = -1
 ALL = [*SIX_EMOTIONS, "surprise", "boredom"]

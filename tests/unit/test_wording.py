@@ -22,7 +22,7 @@ from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.examples import Examples
 from mser_dist.stream.features import Features
 from mser_dist.stream.loader import Example
-from mser_dist.training.stages import InstructCollate
+from mser_dist.training.collate import InstructCollate
 from tests.unit.test_models import SDPA, clips, small_speech
 
 LABELS = ["anger", "happy", "sad"]
