@@ -7,13 +7,23 @@ from typing import Any
 
 
 def log(client: Any, run_id: str, folder: Path) -> str:
-    """Log a model's folder and return its id. Raises what MLflow raises."""
+    """Log a model's folder and return its id. A run has one: where an answer was lost, the next call goes on with it.
+
+    Raises what MLflow raises.
+    """
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
     run = client.get_run(run_id)
     experiment = run.info.experiment_id
-    model = client.create_logged_model(experiment, name=run.info.run_name, source_run_id=run_id, model_type="mser")
+    [*begun] = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
+    if begun and begun[0].status == "READY":
+        return str(begun[0].model_id)
+    model = (
+        begun[0]
+        if begun
+        else client.create_logged_model(experiment, name=run.info.run_name, source_run_id=run_id, model_type="mser")
+    )
     with tempfile.TemporaryDirectory() as staging:
         # Files of weights are linked to, not copied, where the file system can.
         whole = Path(shutil.copytree(folder, Path(staging) / "model", copy_function=_link))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas  # mlflow brings it
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mser_dist.cli import main as cli
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.speech import build_speech
+from mser_dist.prediction.model import load_model
 from mser_dist.ranks.distributed import World
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.training.engine import Engine, find_json, resolve_json
@@ -147,6 +149,33 @@ def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> N
     assert {(row["language"], row["seen_language"]) for row in rows} == {("en", True), ("de", True), ("el", False)}
 
 
+def same_from_a_checkpoint(trained: Path) -> None:
+    """`mser export` of a run's last step is the export at its end, bit for bit; merged adapters answer as they did."""
+    mser("export", "runs/half", "models/half", "--shard-gb", "0.00001", cwd=trained)
+    one, two = (export_tensors(trained / export) for export in ("runs/half/export", "models/half"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert len([*(trained / "models/half/llm").glob("model-*-of-*.safetensors")]) > 2
+    said = mser("export", "runs/lora", "models/merged", "--merge", cwd=trained)
+    assert "which answers as trained" in said and (trained / "models/merged/llm/model.safetensors").is_file()
+    both = [load_model(trained / name) for name in ("runs/lora", "models/merged")]
+    noise = np.random.default_rng(0).normal(size=16000).astype(np.float32) * 0.1
+    lora, merged = (model.predict(noise, sampling_rate=16000).probabilities for model in both)
+    assert lora == pytest.approx(merged, abs=1e-4)
+    error = mser("export", "runs/whole", "models/whole", "--step", "5", cwd=trained, code=2)
+    assert "keeps no step 5: kept are 2, 3, 4, 6" in error
+    error = mser("export", "runs/whole", "models/whole", "--merge", cwd=trained, code=2)
+    assert "--merge is of adapters, and this run has none" in error and not (trained / "models/whole").exists()
+
+
+def export_tensors(export: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an export, whatever files they are in."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(export.rglob("*.safetensors")):
+        folder = file.relative_to(export).parent
+        found |= {f"{folder}/{name}": tensor for name, tensor in load_file(file).items()}
+    return found
+
+
 def test_a_pretrained_llm_is_partitioned_as_it_loads(trained: Path) -> None:
     """From a local folder in Hugging Face format, whole and with LoRA, on two ranks; then loaded for evaluation."""
     if not (trained / "runs/two/export/llm").exists():
@@ -164,6 +193,7 @@ def test_a_pretrained_llm_is_partitioned_as_it_loads(trained: Path) -> None:
         assert (after[name] - weight).abs().max() < 0.05, f"{name} did not start from the pretrained weights"
     mser(*stage2("runs/lora", folder, "llm.arch={}", "llm.lora={rank: 2}"), "--nproc", "2", cwd=trained)
     assert (trained / "runs/lora/export/llm/adapter_model.safetensors").is_file()
+    same_from_a_checkpoint(trained)
     mser("eval", "demo_eval", "data.sets=shards", "stage1=null", "stage2=runs/lora", "out=runs/eval3", cwd=trained)
 
 
