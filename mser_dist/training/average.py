@@ -39,6 +39,12 @@ def swap(engine: Any) -> None:
                 state[AVERAGE].copy_(kept)
 
 
+def drop(engine: Any) -> None:
+    """Forget an average that a fork does not go on with."""
+    for state in deepspeed_parts.optimizer(engine).state.values():
+        state.pop(AVERAGE, None)
+
+
 def _held(engine: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """What this rank steps, with its optimizer's state; nothing of it before the first step."""
     states = deepspeed_parts.optimizer(engine).state

@@ -275,6 +275,8 @@ class Engine:
     def restore(self, files: list[Path], fork: bool = False) -> None:
         """Go back to what `collect` gave, from the files of any number of ranks; see `engine_state`. Collective."""
         self.reloaded -= engine_state.restore(self._engine, files, fork)
+        if not self._decay:
+            average.drop(self._engine)
         # By this run's schedule: the one that wrote the files may have been shorter.
         schedule = self._engine.lr_scheduler
         groups = deepspeed_parts.optimizer(self._engine).param_groups
