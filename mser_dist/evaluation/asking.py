@@ -21,4 +21,4 @@ def ask(clips: Examples, prompt: ChatPrompt) -> list[str]:
     without = sorted({language for corpus, language in named if own and not own & {corpus, language}})
     if not without:
         return []
-    return [f"llm.prompt.words has none for {', '.join(without)}: labels are called there as where nothing is said"]
+    return [f"llm.prompt.words has none for {', '.join(without)}: their clips are asked with the default words"]

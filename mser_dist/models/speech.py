@@ -83,8 +83,8 @@ class SpeechModel(nn.Module):
             lengths = torch.tensor([len(clip) for clip in clips])
             batch = {**batch, "speech": pad_sequence(clips, batch_first=True), "lengths": lengths, "encoded": True}
         if self.statistics is not None and "group" in batch:
-            batch = {**batch, "speech": self.statistics.apply(batch["speech"].to(device), batch["group"])}
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch = {**batch, "speech": self.statistics.apply(_moved(batch["speech"], device), batch["group"])}
+        return {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def forward(self, speech: Tensor, lengths: Tensor) -> Tensor:
         """Clips → (B, Q, width) emotion tokens.
@@ -115,6 +115,13 @@ class SpeechModel(nn.Module):
             return emotion
         real = mask.unsqueeze(-1).to(heard.dtype)  # (B, T, 1)
         return emotion + self.pool((heard * real).sum(1) / real.sum(1)).unsqueeze(1)
+
+
+def _moved(tensor: Tensor, device: str) -> Tensor:
+    """On the device, in the dtype that it has. From pinned memory, so that nobody waits for a copy to a GPU."""
+    if tensor.device.type == "cpu" and device.startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def build_qformer(config: cfg.QFormerConfig, encoder_width: int, attention: Attention) -> Blip2QFormerModel:

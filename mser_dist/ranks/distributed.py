@@ -262,13 +262,13 @@ _control: Any = None  # a gloo group beside NCCL's; None: gloo's own default gro
 
 
 def all_sum(values: list[float], device: Any = "cpu") -> list[float]:
-    """Each value summed over the ranks, in double precision."""
+    """Each value summed over the ranks, in double precision; on the CPU it does not wait for a GPU's queue."""
     import torch
     import torch.distributed as dist
 
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=_control if total.device.type == "cpu" else None)
     return total.tolist()
 
 

@@ -47,7 +47,8 @@ def _cost(run: "Run", stage: stages.Instruct, node: int) -> str:
         node,
         dtype,
     )
-    return sentence(found, peak(setup.device, run.config.engine.dtype, run.config.engine.peak_tflops))
+    engine = run.config.engine
+    return sentence(found, peak(setup.device, engine.dtype, engine.peak_tflops) if setup.device == "cuda" else None)
 
 
 def announce(run: "Run", step: int, checked: str) -> None:

@@ -211,7 +211,7 @@ class Instruct:
             float(batch["weights"].sum() if "weights" in batch else (batch["labels"] != IGNORE).sum())
             for batch in batches
         )
-        [everywhere, count] = distributed.all_sum([tokens, float(len(batches))], self.device)
+        [everywhere, count] = distributed.all_sum([tokens, float(len(batches))])
         sums: Stats = {}
         losses = []
         for batch in batches:
