@@ -11,14 +11,14 @@ batches of the same size by the same optimizer. Each measurement is of processes
 - clip-by-clip: llm.packing=off with micro-batches of one clip, which have no padding.
 - rows, prefix: llm.packing, a rank's part of the batch in one row.
 
-{"rows": [{name, clips_per_s, peak_mib, ratio}], "scoring": {…}, "machine": {…}}: medians over the rounds of the median
-step behind the first; peak_mib is the larger rank's resident memory, everything included; ratio is clips/s to
-hf-trainer's. scoring: six labels of a batch, one pass behind the kept instruction against six whole forward passes.
+{"rows": [{name, clips_per_s, peak_mib, ratio, cpu_s}], "scoring": {…}, "machine": {…}}: medians over the rounds of the
+median step behind the first; peak_mib is the larger rank's resident memory, everything included; ratio is clips/s to
+hf-trainer's; cpu_s, of a step and both ranks, is what counts where other work shares the cores. scoring: CPU seconds
+for six labels of a batch, one pass behind the kept instruction against six whole forward passes.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import resource
@@ -127,8 +127,23 @@ def share(task: Task, step: int) -> list[int]:
     return list(range(first, first + task.batch // RANKS))
 
 
-def ours(task: Task) -> list[float]:
-    """Seconds of each step by our engine."""
+class Laps:
+    """Wall-clock and CPU seconds of this process between one lap and the next."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.cpu: list[float] = []
+        self.last = time.perf_counter(), time.process_time()
+
+    def lap(self) -> None:
+        now = time.perf_counter(), time.process_time()
+        self.seconds.append(now[0] - self.last[0])
+        self.cpu.append(now[1] - self.last[1])
+        self.last = now
+
+
+def ours(task: Task) -> Laps:
+    """A lap is a step by our engine, the first one with what was before it."""
     per_rank = task.batch // RANKS
     packing: Packing = "off" if task.row == "clip-by-clip" else task.row  # type: ignore[assignment]
     micro = 1 if task.row == "clip-by-clip" else per_rank
@@ -136,10 +151,8 @@ def ours(task: Task) -> list[float]:
     config = cfg.Stage2(stage1="", train=train)  # by ds_configs/cpu.json, which is ZeRO-3
     engine = Engine(model_of(task), config, distributed.discover(), task.steps + 1, "cpu")
     engine.module.train()
-    taken = []
+    laps = Laps()
     for step in range(task.steps + 1):
-        distributed.barrier()
-        began = time.perf_counter()
         clips = share(task, step)
         batches = [collated(task, clips[i : i + micro], packing) for i in range(0, per_rank, micro)]
         tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
@@ -149,20 +162,20 @@ def ours(task: Task) -> list[float]:
             engine.backward(loss)
             engine.step()
         distributed.barrier()
-        taken.append(time.perf_counter() - began)
-    return taken
+        laps.lap()
+    return laps
 
 
-def hf_trainer(task: Task) -> list[float]:
-    """Seconds of each step by transformers' Trainer, under the same DeepSpeed config."""
+def hf_trainer(task: Task) -> Laps:
+    """A lap is a step by transformers' Trainer, under the same DeepSpeed config, the first with what was before it."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    taken: list[float] = []
+    laps = Laps()
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **given: Any) -> None:
             distributed.barrier()
-            taken.append(time.perf_counter())
+            laps.lap()
 
     def collate(numbers: list[int]) -> dict[str, Tensor]:
         batch = collated(task, numbers, "off")
@@ -177,12 +190,12 @@ def hf_trainer(task: Task) -> list[float]:
         "gradient_clipping",
     )
     ds_json = json.loads(find_json("cpu").read_text(encoding="utf-8")) | dict.fromkeys(automatic, "auto")
-    clips = [n for step in range(task.steps + 2) for n in range(step * task.batch, (step + 1) * task.batch)]
+    clips = [n for step in range(task.steps + 1) for n in range(step * task.batch, (step + 1) * task.batch)]
     with tempfile.TemporaryDirectory() as folder:
         given = TrainingArguments(
             folder,
             per_device_train_batch_size=per_rank,
-            max_steps=task.steps + 2,
+            max_steps=task.steps + 1,
             learning_rate=1e-4,
             adam_beta2=0.98,
             weight_decay=0.01,
@@ -200,37 +213,37 @@ def hf_trainer(task: Task) -> list[float]:
             model_of(task), given, data_collator=collate, train_dataset=clips, callbacks=[Clock()]
         )  # fmt: skip
         trainer.train()
-    return [after - before for before, after in itertools.pairwise(taken)]
+    return laps
 
 
 @torch.no_grad()
-def scoring(task: Task, way: Way) -> list[float]:
-    """Seconds to score six labels of each of several batches, in one process without DeepSpeed."""
+def scoring(task: Task, way: Way) -> Laps:
+    """A lap is a batch whose six labels are scored, in one process without DeepSpeed."""
     model = model_of(task).eval()
     check_llm(model, task.prompts, task.answers, "cpu")
     score = Likelihoods(model, task.prompts[0], task.answers, "cpu", way)
-    taken = []
-    for step in range(task.steps + 1):
-        batch = collated(task, share(task, step), "off")
-        began = time.perf_counter()
+    batches = [collated(task, share(task, step), "off") for step in range(task.steps + 1)]
+    laps = Laps()
+    for batch in batches:
         score(batch["speech"], batch["lengths"])
-        taken.append(time.perf_counter() - began)
-    return taken
+        laps.lap()
+    return laps
 
 
 def work(task: Task) -> None:
     """A process of a measurement: rank 0 prints what all of them found."""
     torch.set_num_threads(1)
     if task.row in ("tree", "whole"):
-        taken = scoring(task, task.row)  # type: ignore[arg-type]
+        laps = scoring(task, task.row)  # type: ignore[arg-type]
     else:
         distributed.init(distributed.discover(), 10.0, "cpu")
-        taken = hf_trainer(task) if task.row == "hf-trainer" else ours(task)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        laps = hf_trainer(task) if task.row == "hf-trainer" else ours(task)
+    peak, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, statistics.median(laps.cpu[1:])
     if task.row in ROWS:
-        peak = max(distributed.gather(peak))
+        peak, cpu = max(distributed.gather(peak)), sum(distributed.gather(cpu))
     if task.rank == 0:
-        print("\n" + json.dumps({"seconds": statistics.median(taken[1:]), "peak_mib": peak}), flush=True)
+        said = {"seconds": statistics.median(laps.seconds[1:]), "cpu_s": cpu, "peak_mib": peak}
+        print("\n" + json.dumps(said), flush=True)
     if task.row in ROWS:
         distributed.barrier()
     os._exit(0)  # DeepSpeed keeps the group, whose threads may outlive it
@@ -263,38 +276,46 @@ def bench(chosen: list[str], layers: int, batch: int, rounds: int, steps: int, s
     for number in range(rounds):
         for row, seen in found.items():
             seen.append(measured(Task(row, **common)))
-            print(f"round {number + 1}, {row}: {seen[-1]['seconds']:.2f} s a step", file=sys.stderr, flush=True)
+            told = ", ".join(f"{what} {value:.2f}" for what, value in seen[-1].items())
+            print(f"round {number + 1}, {row}: {told}", file=sys.stderr, flush=True)
 
     def median(row: str, what: str) -> float:
         return statistics.median(seen[what] for seen in found[row])
 
     rate = {row: batch / median(row, "seconds") for row in chosen}
     rows = [
-        {"name": row, "clips_per_s": rate[row], "peak_mib": median(row, "peak_mib"), "ratio": rate[row] / rate[ROWS[0]]}
+        {
+            "name": row,
+            "clips_per_s": rate[row],
+            "peak_mib": median(row, "peak_mib"),
+            "ratio": rate[row] / rate[ROWS[0]],
+            "cpu_s": median(row, "cpu_s"),
+        }
         for row in chosen
     ]
     shape = {"layers": layers, "batch": batch, "rounds": rounds, "prompt_tokens": [len(p) for p in common["prompts"]]}
     result: dict[str, Any] = {"rows": rows, "shape": shape, "machine": machine()}
     if ways:
-        one, six = (median(way, "seconds") for way in ways)
+        one, six = (median(way, "cpu_s") for way in ways)
         labels, clips = len(common["answers"]), batch // RANKS
-        result["scoring"] = {"labels": labels, "clips": clips, "one_pass_s": one, "six_forwards_s": six}
+        result["scoring"] = {"labels": labels, "clips": clips, "one_pass_cpu_s": one, "six_forwards_cpu_s": six}
         result["scoring"]["ratio"] = six / one
     return result
 
 
 def table(result: dict[str, Any]) -> str:
     hf = result["rows"][0]
-    lines = [f"{'':<14}{'clips/s':>9}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}"]
+    lines = [f"{'':<14}{'clips/s':>9}{'ratio':>7}{'CPU s':>9}{'ratio':>7}{'peak MiB':>10}{'ratio':>7}"]
     for row in result["rows"]:
-        memory = row["peak_mib"] / hf["peak_mib"]
+        memory, cpu = row["peak_mib"] / hf["peak_mib"], hf["cpu_s"] / row["cpu_s"]
         lines.append(
-            f"{row['name']:<14}{row['clips_per_s']:>9.2f}{row['ratio']:>8.2f}{row['peak_mib']:>10.0f}{memory:>8.2f}"
+            f"{row['name']:<14}{row['clips_per_s']:>9.2f}{row['ratio']:>7.2f}{row['cpu_s']:>9.2f}{cpu:>7.2f}"
+            f"{row['peak_mib']:>10.0f}{memory:>7.2f}"
         )
     if s := result.get("scoring"):
         lines.append(
-            f"{s['labels']} labels of {s['clips']} clips: {s['six_forwards_s']:.2f} s by whole forward passes, "
-            f"{s['one_pass_s']:.2f} s in one pass: ratio {s['ratio']:.1f}"
+            f"{s['labels']} labels of {s['clips']} clips: {s['six_forwards_cpu_s']:.2f} CPU s by whole forward passes, "
+            f"{s['one_pass_cpu_s']:.2f} in one pass: ratio {s['ratio']:.1f}"
         )
     return "\n".join(lines)
 

@@ -209,7 +209,7 @@ def test_bench_stage2(tmp_path: Path) -> None:
     assert all(row["clips_per_s"] > 0 and row["peak_mib"] > 100 for row in rows)
     assert rows[1]["ratio"] == pytest.approx(rows[1]["clips_per_s"] / rows[0]["clips_per_s"])
     task = bench_stage2.Task("tree", layers=1, batch=4, steps=1, small=True, **bench_stage2.texts(True))  # type: ignore[arg-type]
-    assert len(bench_stage2.scoring(task, "tree")) == len(bench_stage2.scoring(task, "whole")) == 2
+    assert len(bench_stage2.scoring(task, "tree").cpu) == len(bench_stage2.scoring(task, "whole").cpu) == 2
 
 
 def test_compare_losses(
