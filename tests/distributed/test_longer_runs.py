@@ -27,7 +27,7 @@ def test_groups_lengthening_and_a_fork_on_other_numbers_of_ranks(
     shutil.copytree(finished_stage1, work)
     words = [LLM, "train.lr=1e-2", "train.warmup=0", "train.save_every=1", "train.keep=9", "data.val_split=null"]
     first = [*words, "train.schedule=constant", "train.groups=[{match: '^llm', lr: 1e-4}]"]
-    said = mser(*stage2("runs/grown", *first, "train.steps=2"), *TWO, cwd=work)
+    said = mser(*stage2("runs/grown", *first, "train.steps=2"), cwd=work)
     assert "^llm" in said and "0.0001" in said, "the table of groups"
     said = mser(*stage2("runs/grown", *first, "train.steps=4"), *TWO, cwd=work)
     assert "the run was of 2 steps, and is of 4 now" in said and "continuing from step 2" in said
@@ -40,7 +40,8 @@ def test_groups_lengthening_and_a_fork_on_other_numbers_of_ranks(
     said = mser(*stage2("runs/fork", *other, "train.steps=4"), *TWO, cwd=work)
     assert "a fork of step 2 of runs/grown, at its place in the order of the clips" in said
     assert sorted(losses(work / "runs/fork")) == [3, 4]
-    assert losses(work / "runs/fork")[3] == losses(work / "runs/grown")[3], "weights and dropout of step 2"
+    # On as many ranks from the same step: bit for bit.
+    assert losses(work / "runs/fork")[3] == losses(work / "runs/grown")[3]
     links = json.loads((work / "runs/fork/mlflow.json").read_text())["links"]
     assert links["mser.fork_run_id"] == str(work / "runs/grown")
     # It resumes on one rank, and is longer.
@@ -51,8 +52,7 @@ def test_groups_lengthening_and_a_fork_on_other_numbers_of_ranks(
     expected = {3: 0.2875, 4: 0.05, 5: 0.2083, 6: 0.05}
     assert {step: rest / 1e-2 for step, (_, rest) in found.items()} == pytest.approx(expected, abs=1e-4)
     frozen = load_file(work / "runs/fork/export/heads.safetensors")["projector.0.weight"]
-    saved = [load_file(path) for path in sorted((work / "runs/grown/checkpoints/step-000002").glob("rank-*"))]
-    kept = torch.cat([part["master/projector.0.weight"] for part in saved if "master/projector.0.weight" in part])
+    kept = load_file(work / "runs/grown/checkpoints/step-000002/rank-00000.safetensors")["master/projector.0.weight"]
     assert torch.equal(frozen.flatten(), kept), "frozen as the other run had it, and not as it was made"
 
     monkeypatch.chdir(work)

@@ -12,7 +12,7 @@ import torch
 from mser_dist.errors import UserError
 from mser_dist.ranks.distributed import World
 from mser_dist.runs.folder import claimed, seen_by_all
-from mser_dist.state import checkpoint
+from mser_dist.state import checkpoint, fork
 from mser_dist.state.checkpoint import Checkpoints, publish
 from mser_dist.state.seal import read_seal, seal_fault
 
@@ -254,3 +254,19 @@ def test_a_folder_is_held_by_one_training(tmp_path: Path) -> None:
         pass
     with claimed(tmp_path, patience=0.0):
         seen_by_all(tmp_path)
+
+
+def test_a_fork_names_a_kept_step_the_best_or_the_newest(tmp_path: Path) -> None:
+    run = tmp_path / "a@b"
+    for step, ua in ((2, 0.5), (4, 0.9), (6, 0.9), (8, None)):
+        save(run, step, ua=ua)
+    (run / "checkpoints/step-000010.partial").mkdir()
+    for name, step in (("@2", 2), ("@best", 6), ("", 8)):
+        assert fork.find(f"{run}{name}").name == f"step-{step:06d}" and fork.run_of(f"{run}{name}") == run
+    for name, says in (("@3", "kept no step 3: name one of 2, 4, 6, 8"), ("x@2", "there is no run folder")):
+        with pytest.raises(UserError, match=says):
+            fork.find(f"{run}{name}")
+    flip(run / "checkpoints/step-000002" / PART)
+    with pytest.raises(UserError, match=r"train.fork=.*@2: step-000002/.* differs from its seal"):
+        fork.load_fork(f"{run}@2", Unread(), World())
+    assert (run / "checkpoints/step-000010.partial").is_dir(), "the other run may be writing it"
