@@ -46,6 +46,7 @@ class Statistics:
         self.mode = mode
         self.clips = dict(groups)
         self.mean, self.std = mean, std
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._number = {name: number for number, name in enumerate(groups)}
 
     def groups(self, shards: ShardSet) -> NDArray[np.int64]:
@@ -59,7 +60,10 @@ class Statistics:
 
     def apply(self, features: Tensor, group: Tensor) -> Tensor:
         """Features (B, T, L, D) of clips of these groups (B,), in the features' dtype."""
-        mean, std = (of.to(features.device)[group.to(features.device)].unsqueeze(1) for of in (self.mean, self.std))
+        device = features.device
+        if device not in self._copies:  # sent once: from memory that is not pinned the GPU's queue is waited for
+            self._copies[device] = self.mean.to(device), self.std.to(device)
+        mean, std = (of[group.to(device)].unsqueeze(1) for of in self._copies[device])
         return ((features.float() - mean) / std).to(features.dtype)
 
     def without_speakers(self) -> "Statistics":
