@@ -260,7 +260,8 @@ def measured(task: Task) -> dict[str, float]:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in where.items()}}
         command = [sys.executable, "-m", "tools.bench_stage2", "--work", said]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started.append(subprocess.Popen(command, env=env, cwd=ROOT, text=True, **pipes))  # type: ignore[call-overload]
+        process = subprocess.Popen(command, env=env, cwd=ROOT, encoding="utf-8", **pipes)  # type: ignore[call-overload]
+        started.append(process)
     outputs = [process.communicate()[0] for process in started]
     for process, output in zip(started, outputs, strict=True):
         if process.returncode:

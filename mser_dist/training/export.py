@@ -49,6 +49,8 @@ def export(
         remedy = "the checkpoint does not hold them: put the former ones back"
         bases.check_same(held, bases.digests(stage.bases), remedy)
     model: Any = exported.cast(stage.model, dtype).eval()
+    if model.speech.frozen is not None:
+        model.speech.frozen.to("cpu", dtype)  # as the training had it
     _fill(model, folder)
     facts, statistics = kept(run, model.speech.normalize)
     model.speech.statistics = statistics

@@ -207,7 +207,10 @@ def test_a_run_of_before_that_is_not_finished_goes_on_as_it_began(tmp_path: Path
     began = load_training("demo_stage2", [f"out={run}", "llm.order=speech_first", "llm.packing=off"])
     text = to_yaml(began)
     assert text.count("order:") == text.count("packing:") == 1
-    (run / "config.yaml").write_text(re.sub(r"(?m)^ *(order|packing): .*\n", "", text), encoding="utf-8")
+    for section in (r"  prompt:\n(    .*\n)+", r"  (order|packing): .*\n"):
+        text, found = re.subn(rf"(?m)^{section}", "", text)
+        assert found
+    (run / "config.yaml").write_text(text, encoding="utf-8")
     assert finished(run, began) is None
     with pytest.raises(UserError, match=r"llm.order=speech_first, now instruction_first, llm.packing=off, now prefix"):
         finished(run, load_training("demo_stage2", [f"out={run}"]))
