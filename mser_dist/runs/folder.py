@@ -43,7 +43,7 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
         return None  # nothing to lose
     old, new = flatten(read_yaml(saved)), flatten(config)
     kind: Any = type(config)
-    old = flatten(kind()) | {key: value for key, value in _UNSAID.items() if key in new} | old
+    old = {key: value for key, value in (flatten(kind()) | _UNSAID).items() if key in new} | old
     free = _FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY + _LENGTH + _ENDS
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(free)]
     changed = [key for key in keys if old.get(key) != new.get(key)]
