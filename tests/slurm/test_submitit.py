@@ -138,7 +138,10 @@ def test_a_sweep_is_an_array_of_children_of_one_mlflow_run(here: Path, cluster: 
     words = [*WORDS, "seed=0,1", "lr=1e-3", "train.steps=2", "out=runs/sweep"]
     jobs = sweep.sweep("demo_stage1", words, parallel=1, cpus_per_task=1, time=60)
     assert [job.job_id.partition("_")[2] for job in jobs] == ["0", "1"]
-    assert cluster.ask("squeue", "-h", "-r", "-j", jobs[0].job_id.partition("_")[0], "-o", "%K").split() == ["0", "1"]
+    assert sorted(cluster.ask("squeue", "-h", "-r", "-j", jobs[0].job_id.partition("_")[0], "-o", "%K").split()) == [
+        "0",
+        "1",
+    ]
     results = [job.result() for job in jobs]
     assert [result["out"] for result in results] == ["runs/sweep/seed=0", "runs/sweep/seed=1"]
     client = MlflowClient(f"sqlite:///{here}/runs/sweep/mlflow.db")
