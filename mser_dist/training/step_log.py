@@ -80,9 +80,8 @@ class StepLog:
     def validation(self, step: int, found: dict[str, float], best: bool) -> None:
         """The validation behind a step; whether none was better so far."""
         if self._tracker:
-            self._tracker.metrics(step, {f"val/{name}": value for name, value in found.items()})
-            if best:
-                self._tracker.metrics(step, {"best/ua": found["ua"], "best/step": float(step)})
+            numbers = {f"val/{name}": value for name, value in found.items()}
+            self._tracker.metrics(step, numbers | ({"best/ua": found["ua"], "best/step": float(step)} if best else {}))
 
 
 def bad_everywhere(own: frozenset[int], known: set[int], clips: Examples, is_main: bool) -> set[int]:

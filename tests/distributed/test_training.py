@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,8 @@ def same_from_a_checkpoint(trained: Path) -> None:
     assert len([*(trained / "models/half/llm").glob("model-*-of-*.safetensors")]) > 2
     said = mser("export", "runs/lora", "models/merged", "--merge", cwd=trained)
     assert "which answers as trained" in said and (trained / "models/merged/llm/model.safetensors").is_file()
-    both = [load_model(trained / name) for name in ("runs/lora", "models/merged")]
+    with chdir(trained):  # the adapters' base is named as the run's config names it, from where that was started
+        both = [load_model(name) for name in ("runs/lora", "models/merged")]
     noise = np.random.default_rng(0).normal(size=16000).astype(np.float32) * 0.1
     lora, merged = (model.predict(noise, sampling_rate=16000).probabilities for model in both)
     assert lora == pytest.approx(merged, abs=1e-4)
