@@ -4,7 +4,8 @@ import torch
 
 # Dense TFLOP/s, without sparsity, of (bfloat16, float16, TF32, float32); 0: the format is not in its matrix units.
 # Of a device as torch counts them: of AMD's MI250 and MI250X one of the card's two chips. Longer names stand first.
-# From memory, not looked up again: check yours, or set engine.peak_tflops. After NVIDIA's data sheets of the data-centre GPUs, whose numbers "with sparsity" are halved; NVIDIA's architecture
+# From memory, not looked up again: check yours, or set engine.peak_tflops.
+# After NVIDIA's data sheets of the data-centre GPUs, whose numbers "with sparsity" are halved; NVIDIA's architecture
 # white papers for RTX (Ampere GA102, Ada, Blackwell), the rate that adds up in float32; AWS's page of instances for
 # A10G; AMD's data sheets, whose float32 is that of the matrix units.
 _PEAKS: dict[str, tuple[float, float, float, float]] = {
