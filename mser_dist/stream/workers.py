@@ -5,6 +5,11 @@ nobody, a process that is killed while it sends leaves nothing half-sent, and wh
 instead of copying them; the memory is given back with the last of them.
 
 A worker ignores signals, which the process that started it alone answers to, and dies with the thread that did.
+
+A process that has threads is forked here, of which the new one has a copy of each lock, held or not, and none of their
+holders: it may stand still before it has begun. (Measured: one of about a thousand forks behind a collective, in
+CPython's own part of `fork`, whose lock gloo's threads take to let go of a tensor.) So a worker says that it is there,
+and one that does not is killed and forked anew.
 """
 
 import atexit
@@ -17,6 +22,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
@@ -39,6 +45,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent die
 _PR_SET_NAME = 15  # what ps and top show: at most 15 bytes
 _NAME = b"mser_worker"
 _ALIGN = 64  # bytes: no vector instruction asks for more
+_PATIENCE = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds for a worker to be there, try after try; it takes milliseconds
 _SMALL = 4096  # bytes: a smaller array is copied, for who keeps a batch's labels should not keep its speech with them
 
 Request = TypeVar("Request")
@@ -90,10 +97,9 @@ def answers_ahead(
 
 def _kill(workers: "list[_Worker]") -> None:
     for worker in workers:
-        worker.process.kill()
+        worker.process.kill()  # all, before one is waited for
     for worker in workers:
-        worker.process.join()
-        worker.channel.close()
+        worker.end()
 
 
 class _Worker:
@@ -101,12 +107,27 @@ class _Worker:
 
     def __init__(self, job: Callable[[Any], Any], others: "Sequence[_Worker]") -> None:
         self.number = len(others)
+        for seconds in _PATIENCE:
+            self._fork(job, others)
+            if select.select([self.channel], [], [], seconds)[0]:
+                self.channel.recv(1)  # nothing, where it has died already: the first request finds that out
+                return
+            self.end()
+        raise RuntimeError(f"no data worker starts: {len(_PATIENCE)} forked processes stood still from the first moment")
+
+    def _fork(self, job: Callable[[Any], Any], others: "Sequence[_Worker]") -> None:
         self.channel, theirs = socket.socketpair()
         ours = [self.channel, *(other.channel for other in others)]
         context = multiprocessing.get_context("fork")  # nothing of a job is copied
         self.process = context.Process(target=_work, args=(job, theirs, ours, os.getpid()), daemon=True)
         with theirs, _blocked_signals():
             self.process.start()
+
+    def end(self) -> None:
+        """Kill the process, whatever it is at."""
+        self.process.kill()
+        self.process.join()
+        self.channel.close()
 
     def ask(self, request: Any) -> None:
         try:
@@ -150,6 +171,7 @@ def _work(job: Callable[[Any], Any], channel: socket.socket, foreign: Sequence[s
     """Answer requests until nobody can ask. Ends the process: what the parent does at its own end is not done here."""
     try:
         _settle(foreign, parent)
+        channel.send(b"\0")
         while True:
             _send(channel, _answer(job, _receive(channel)))
     except (EOFError, ConnectionError):

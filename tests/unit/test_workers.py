@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import mmap
 import os
 import random
 import resource
@@ -302,3 +303,36 @@ def test_a_worker_does_not_tidy_up_what_is_rubbish_in_this_process() -> None:
         gc.enable()
         gc.collect()
     assert not psutil.pid_exists(process)
+
+# ---- a fork that stands still
+
+
+def stands_still(times: int) -> Any:
+    """The next `times` forked processes hang within `fork` itself, as with a lock that another thread held."""
+    left = np.frombuffer(mmap.mmap(-1, 8), dtype=np.int64)  # shared with the forked ones
+    left[0] = times
+
+    def after_fork() -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            time.sleep(1000)
+
+    os.register_at_fork(after_in_child=after_fork)  # for good: it does nothing any more when `times` are over
+    return left
+
+
+def test_a_worker_that_stands_still_in_its_fork_is_forked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mser_dist.stream.workers._PATIENCE", (0.1, 0.1, 30.0))
+    left = stands_still(2)
+    before = psutil.Process().children()
+    assert list(ahead(echo, range(5), count=2)) == list(range(5))
+    assert left[0] == 0 and psutil.Process().children() == before, "and what stood still is gone"
+
+
+def test_workers_that_never_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mser_dist.stream.workers._PATIENCE", (0.1, 0.1))
+    left = stands_still(2)
+    before = psutil.Process().children()
+    with pytest.raises(RuntimeError, match="no data worker starts: 2 forked processes stood still"):
+        list(ahead(echo, range(5)))
+    assert left[0] == 0 and psutil.Process().children() == before
