@@ -2,9 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from mser_dist.synth.speech import SynthConfig
 
@@ -26,7 +30,7 @@ def start(*words: str | Path, cwd: Path, **env: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "mser_dist", *map(str, words)],
         cwd=cwd,
-        env={**plain, "PYTHONPATH": str(ROOT), **env},
+        env={**plain, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -38,10 +42,22 @@ def mser(*words: str | Path, cwd: Path, code: int = 0, **env: str) -> str:
     process = start(*words, cwd=cwd, **env)
     try:
         output, error = process.communicate(timeout=600)
-    finally:
-        process.kill()
+    except BaseException:
+        print(*_ended(process), sep="\n")
+        raise
     assert process.returncode == code, f"exit code {process.returncode}\n{output}\n{error[-3000:]}"
     return error if code else output
+
+
+def _ended(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """End a command that stands still, its ranks and workers first; their stacks are in what it wrote."""
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGABRT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)  # it shows what a rank has written
+    process.kill()
+    return process.communicate()
 
 
 def lines(run: Path) -> list[dict[str, float]]:

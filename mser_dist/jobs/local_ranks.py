@@ -1,15 +1,17 @@
 """Start several ranks of one command on this machine, as `torchrun` does, with the command's own exit code and errors.
 
-A rank's error line reaches the terminal once, the others are ended, and nothing is left behind.
+A rank's error line reaches the terminal once, the others are ended, and nothing is left behind. Where this process is
+killed itself, its ranks are asked to save and stop.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import IO
@@ -18,6 +20,7 @@ from mser_dist.ranks.distributed import free_port
 from mser_dist.ranks.preempt import SAVED
 
 _GRACE = 5.0  # seconds between TERM and KILL, once a rank has failed
+_PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent dies
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -40,6 +43,7 @@ def local(ranks: int, arguments: Sequence[str]) -> int:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
+    following = _stop_with_parent()
     before = {number: signal.signal(number, hand_on) for number in _FORWARDED}
     try:
         for rank in range(ranks):
@@ -49,7 +53,7 @@ def local(ranks: int, arguments: Sequence[str]) -> int:
                 log = tempfile.TemporaryFile()  # noqa: SIM115  closed in `finally`
                 quiet.append(log)
             command = [sys.executable, "-m", "mser_dist", *arguments]
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=following))
         code, failed = _wait(processes)
         if code == SAVED:  # so do the others, a moment later
             _wait_for_all(processes, 30.0)
@@ -67,6 +71,20 @@ def local(ranks: int, arguments: Sequence[str]) -> int:
             file.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop_with_parent() -> Callable[[], None] | None:
+    """What a rank does before it begins, so that it has TERM when this process dies. Linux alone has that."""
+    if sys.platform != "linux":
+        return None
+    system, parent = ctypes.CDLL(None), os.getpid()
+
+    def ask() -> None:
+        system.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return ask
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int]:

@@ -113,7 +113,7 @@ class _Worker:
                 self.channel.recv(1)  # nothing, where it has died already: the first request finds that out
                 return
             self.end()
-        raise RuntimeError(f"no data worker starts: {len(_PATIENCE)} forked processes stood still from the first moment")
+        raise RuntimeError(f"no data worker starts: {len(_PATIENCE)} forked processes stood still at once")
 
     def _fork(self, job: Callable[[Any], Any], others: "Sequence[_Worker]") -> None:
         self.channel, theirs = socket.socketpair()

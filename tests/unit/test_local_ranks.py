@@ -89,7 +89,7 @@ def test_a_rank_that_ignores_term_is_killed(ranks: Callable[[str], None], monkey
     assert local_ranks.local(2, ["config", "no_such_config"]) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_ending_the_launcher_ends_the_ranks(
     number: signal.Signals, ranks: Callable[[str], None], tmp_path: Path
 ) -> None:

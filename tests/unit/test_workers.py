@@ -304,6 +304,7 @@ def test_a_worker_does_not_tidy_up_what_is_rubbish_in_this_process() -> None:
         gc.collect()
     assert not psutil.pid_exists(process)
 
+
 # ---- a fork that stands still
 
 
@@ -333,6 +334,6 @@ def test_workers_that_never_start_are_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("mser_dist.stream.workers._PATIENCE", (0.1, 0.1))
     left = stands_still(2)
     before = psutil.Process().children()
-    with pytest.raises(RuntimeError, match="no data worker starts: 2 forked processes stood still"):
+    with pytest.raises(RuntimeError, match="no data worker starts: 2 forked processes stood still at once"):
         list(ahead(echo, range(5)))
     assert left[0] == 0 and psutil.Process().children() == before
