@@ -1,13 +1,11 @@
 """Says what can be set in a run and what it means. Nothing heavy is imported: a typo answers at once."""
 
 from mser_dist.config.data_keys import SIX_EMOTIONS, AugmentConfig, DataConfig, TrainingDataConfig
+from mser_dist.config.evaluation_keys import BASELINES, Baseline, Evaluation, is_called
 from mser_dist.config.keys import (
-    BASELINES,
-    Baseline,
     Common,
     Dtype,
     EngineConfig,
-    Evaluation,
     GroupConfig,
     Schedule,
     Stage1,
@@ -15,7 +13,6 @@ from mser_dist.config.keys import (
     TrackingConfig,
     TrainConfig,
     batch_shape,
-    is_called,
 )
 from mser_dist.config.model_keys import (
     CacheConfig,

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import yaml
 
 from mser_dist.config import kinds
-from mser_dist.config.keys import Baseline, Evaluation, Stage1, Stage2
+from mser_dist.config.evaluation_keys import Baseline, Evaluation
+from mser_dist.config.keys import Stage1, Stage2
 from mser_dist.config.validate import build
 from mser_dist.errors import UserError
 

@@ -1,7 +1,7 @@
 """The typed configuration of a run: what can be set, its default, and what it means.
 
-One class per command: :class:`Stage1` and :class:`Stage2` for ``mser train``, :class:`Evaluation` for ``mser eval``,
-:class:`Baseline`, which is made of two of them, for ``mser baseline``.
+One class per command: :class:`Stage1` and :class:`Stage2` for ``mser train``; those of what is trained already are in
+``evaluation_keys.py``.
 Precedence: the defaults here < the YAML file < ``key=value`` on the command line (see ``file.py``). What one key may be
 is its type, which pydantic holds it to; rules between keys are the ``check`` methods.
 Nothing here imports torch, so that a config typo answers at once.
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mser_dist.config.data_keys import DataConfig, TrainingDataConfig
+from mser_dist.config.data_keys import TrainingDataConfig
 from mser_dist.config.fields import (
     Bool,
     Float,
@@ -293,6 +293,9 @@ class Stage2(Common):
     freeze_encoder: Bool = opt(True, "do not train the speech encoder")
     encoder: CacheConfig = opt(CacheConfig, "where the features of stage 1's encoder are kept; all else it brings")
     freeze_qformer: Bool = opt(False, "do not train the Q-Former")
+    align: NonNegativeFloat = opt(
+        0.0, "weight of stage 1's loss, of each micro-batch over all ranks, beside that of the answers; 0: without"
+    )
     llm: LLMConfig = opt(LLMConfig, "the LLM")
 
     def check(self) -> None:
@@ -302,6 +305,11 @@ class Stage2(Common):
             raise UserError(
                 "stage1 is not set: name the run folder of a finished stage 1, e.g. stage1=runs/demo/stage1"
             )
+        if self.align and self.freeze_encoder and self.freeze_qformer:
+            raise UserError(
+                f"align={self.align:g} trains what hears, and freeze_encoder and freeze_qformer leave nothing of it to "
+                "train: set freeze_qformer=false, or align=0"
+            )
         if self.llm.pretrained and self.llm.arch:
             raise UserError("llm.pretrained and llm.arch are both set: keep one of them")
         if self.llm.lora and not self.llm.pretrained:
@@ -310,69 +318,6 @@ class Stage2(Common):
             raise UserError("llm.allow_missing and llm.lora are both set: LoRA neither trains nor exports new weights")
         if self.llm.freeze and self.llm.lora:
             raise UserError("llm.freeze and llm.lora are both set: LoRA trains adapters, so drop llm.freeze")
-
-
-@dataclass(kw_only=True)
-class Evaluation(Section):
-    """Zero-shot evaluation of finished runs, per corpus and language."""
-
-    out: str = opt("runs/eval", "folder for the table, the predictions and the plots")
-    stage1: str | None = opt(None, "run folder of a stage 1 (cosine to label prompts); null: skip")
-    stage2: str | None = opt(None, "run folder of a stage 2 (log-likelihood of every label); null: skip")
-    data: DataConfig = opt(DataConfig, "what to evaluate on")
-    encoder: CacheConfig = opt(CacheConfig, "where the features of a frozen encoder are kept")
-    native_labels: Bool = opt(
-        False, "a clip is given one of the labels that clips of its corpus and language have, not of all `data.labels`"
-    )
-    batch: PositiveInt = opt(32, "clips per forward pass")
-    dtype: Dtype = opt("float32", "number format that the models compute in")
-    attention: Kernel = opt("auto", "attention kernel; auto: the fastest that runs here")
-    tracking: TrackingConfig = opt(TrackingConfig, "MLflow")
-
-    def check(self, runs: bool = True) -> None:
-        """Raise `UserError` on wrong values, and unless a run is named where `runs` are evaluated."""
-        check_values(self)
-        self.data.check()
-        self.tracking.check()
-        if runs and not (self.stage1 or self.stage2):
-            raise UserError("stage1 and stage2 are both unset: name the run folder of a finished run")
-
-
-# A name stands for all that begin with it.
-BASELINES = ("majority", "logistic_regression", "svm", "egemaps_logistic_regression", "egemaps_svm")
-
-
-@dataclass(kw_only=True)
-class Baseline(Section):
-    """Classifiers fitted to the training clips of a stage 1, as its frozen encoder hears them, and evaluated."""
-
-    out: str = opt("runs/baseline", "folder for the table, the predictions and the plots")
-    only: List[str] = opt([], "systems: of BASELINES, or what their names begin with; empty: all that can be")
-    stage1: Stage1 = opt(Stage1, "clips to fit to, encoder, seed")
-    on: Evaluation = opt(Evaluation, "clips to evaluate on")
-
-    def check(self) -> None:
-        self.stage1.check()
-        self.on.check(runs=False)
-        encoder = self.stage1.encoder
-        if not encoder.freeze:
-            raise UserError(
-                "encoder.freeze=false: a baseline is fitted to what a frozen encoder hears, before any training: set "
-                "encoder.freeze=true"
-            )
-        if self.stage1.init_from:
-            raise UserError(
-                f"init_from={self.stage1.init_from}: a baseline hears the encoder that the config itself names: set "
-                "init_from=null"
-            )
-        for name in self.only:
-            if not any(is_called(system, name) for system in BASELINES):
-                raise UserError(f"--only {name}: use some of {', '.join(BASELINES)}, or egemaps")
-
-
-def is_called(system: str, name: str) -> bool:
-    """Whether a name, of `Baseline.only`, stands for a system."""
-    return f"{system}_".startswith(f"{name}_")
 
 
 def batch_shape(train: TrainConfig, world_size: int) -> tuple[int, int]:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from mser_dist.config.evaluation_keys import Evaluation
 from mser_dist.config.fields import keys_of
-from mser_dist.config.keys import Evaluation, Stage1, Stage2
+from mser_dist.config.keys import Stage1, Stage2
 from mser_dist.errors import UserError
 
 _NAMES = {Stage1: "stage 1", Stage2: "stage 2", Evaluation: "an evaluation (mser eval)"}

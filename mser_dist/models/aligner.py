@@ -8,35 +8,30 @@ from mser_dist.contrastive import Embedded, LogitScale
 from mser_dist.models.speech import SpeechModel
 
 
-class Aligner(nn.Module):
-    """Speech model and frozen text embeddings, each projected to a shared width and compared by cosine."""
+class AlignHeads(nn.Module):
+    """Speech tokens and frozen text embeddings, each projected to a shared width and compared by cosine."""
 
-    def __init__(self, speech: SpeechModel, text_width: int, config: cfg.ContrastiveConfig) -> None:
+    def __init__(self, width: int, text_width: int, config: cfg.ContrastiveConfig) -> None:
         super().__init__()
-        self.speech = speech
-        self.speech_head = nn.Linear(speech.width, config.width, bias=False)
+        self.speech_head = nn.Linear(width, config.width, bias=False)
         self.text_head = nn.Linear(text_width, config.width, bias=False)
         # One learned scale a term: they settle at different temperatures.
         bias = config.bias if config.loss == "siglip" else None
         self.scale = LogitScale(2, start=1 / config.temperature, highest=config.max_scale, bias=bias)
         self.config = config
 
-    def embed_speech(self, speech: Tensor, lengths: Tensor) -> Tensor:
-        """(B, n_mels, F) log-mel or (B, S) waveform, and (B,) true lengths → (B, D) of unit length."""
-        tokens = self.speech(speech, lengths)  # (B, Q, width)
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """(B, Q, width) of the speech model → (B, D) of unit length."""
         return nn.functional.normalize(self.speech_head(tokens.mean(1)).float(), dim=-1)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """(n, text_width) of the text tower → (n, D) of unit length."""
         return nn.functional.normalize(self.text_head(text.to(self.text_head.weight.dtype)).float(), dim=-1)
 
-    def forward(self, batch: dict[str, Tensor]) -> Embedded:
-        """A micro-batch's speech and text, (B, D) each, and the scales and biases of both terms.
-
-        batch: speech (B, n_mels, F) or (B, S), lengths (B,), text (B, text_width).
-        """
+    def embed(self, tokens: Tensor, text: Tensor) -> Embedded:
+        """A micro-batch's speech and text, (B, D) each, and the scales and biases of both terms."""
         scales, biases = self.scale()
-        rows = (self.embed_speech(batch["speech"], batch["lengths"]), self.embed_text(batch["text"]))
+        rows = (self.embed_tokens(tokens), self.embed_text(text))
         return Embedded(rows, (scales,) if biases is None else (scales, biases))
 
     def contrast(
@@ -80,3 +75,22 @@ class Aligner(nn.Module):
             stats |= {f"agnostic_{name}": found[name] for name in ("loss", "excess", "accuracy", "alignment", "rows")}
             stats["agnostic_scale"] = scales[1].detach()
         return loss, {"loss": loss.detach()} | stats
+
+
+class Aligner(AlignHeads):
+    """The speech model with these heads."""
+
+    def __init__(self, speech: SpeechModel, text_width: int, config: cfg.ContrastiveConfig) -> None:
+        super().__init__(speech.width, text_width, config)
+        self.speech = speech
+
+    def embed_speech(self, speech: Tensor, lengths: Tensor) -> Tensor:
+        """(B, n_mels, F) log-mel or (B, S) waveform, and (B,) true lengths → (B, D) of unit length."""
+        return self.embed_tokens(self.speech(speech, lengths))
+
+    def forward(self, batch: dict[str, Tensor]) -> Embedded:
+        """A micro-batch's speech and text, (B, D) each, and the scales and biases of both terms.
+
+        batch: speech (B, n_mels, F) or (B, S), lengths (B,), text (B, text_width).
+        """
+        return self.embed(self.speech(batch["speech"], batch["lengths"]), batch["text"])

@@ -28,7 +28,7 @@ from mser_dist import config as cfg
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
 from mser_dist.models import pretrained
-from mser_dist.models.aligner import Aligner
+from mser_dist.models.aligner import Aligner, AlignHeads
 from mser_dist.models.attention import Attention
 from mser_dist.models.bases import Base
 from mser_dist.models.frozen import FrozenEncoder
@@ -40,6 +40,7 @@ from mser_dist.models.weights import SHARD_BYTES, Weights, read_part, write_part
 from mser_dist.stream.features import Features
 
 STATISTICS = "statistics.safetensors"
+_NO_HEADS = ("speech.", "llm.", "align.")  # the last help to train, and nothing else
 FORMAT = 3  # of an export: raised where an older version could not read what this one writes
 WHOLE_FORMAT = 2  # of one whose speech and heads are a file each
 
@@ -132,7 +133,7 @@ def write(
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         folder = staging if main else None
-        heads = weights.part(lambda name: not name.startswith(("speech.", "llm.")))
+        heads = weights.part(lambda name: not name.startswith(_NO_HEADS))
         write_part(folder, "speech", _below(weights, "speech."), shard_bytes)
         write_part(folder, "heads", heads, shard_bytes)
         if isinstance(model, SpeechLLM):
@@ -261,9 +262,17 @@ def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = tor
 
 def with_heads(model: Any, export: Path) -> Any:
     """A model with what an export holds of it beside speech model and LLM: the projector, say."""
-    heads = {name for name in model.state_dict() if not name.startswith(("speech.", "llm."))}
-    _fill(model, export, "heads", heads)
+    _fill(model, export, "heads", {name for name in model.state_dict() if not name.startswith(_NO_HEADS)})
     return model
+
+
+def load_heads(export: Path) -> tuple[AlignHeads, dict[str, Any]]:
+    """The heads of a stage-1 export alone, and its card, which names text tower and captions."""
+    card = read_card(export)
+    check_files(export, card)
+    width = card["speech"]["qformer"]["hidden_size"]
+    heads = AlignHeads(width, card["text_width"], cfg.ContrastiveConfig(**card["contrastive"]))
+    return with_heads(heads, export), card
 
 
 def _fill(model: nn.Module, export: Path, part: str, wanted: set[str]) -> None:

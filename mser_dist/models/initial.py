@@ -72,7 +72,9 @@ def build(
         if config.llm.lora is None:
             llm = merged(llm).requires_grad_(not config.llm.freeze)
     model = SpeechLLM(speech, llm)
-    return (exported.with_heads(model, begin.run) if begin.run else model), tokenizer, name
+    if begin.run:
+        exported.with_heads(model, begin.run)
+    return model, tokenizer, name
 
 
 def bases_of(config: cfg.Stage2, begin: Initial) -> dict[str, Base]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mser_dist.errors import UserError
+from mser_dist.models.aligner import AlignHeads
 from mser_dist.models.answer_loss import answer_loss, answers_right
 from mser_dist.models.likelihood import Way
 from mser_dist.models.llm import base_of
@@ -27,6 +28,8 @@ class SpeechLLM(nn.Module):
         self.llm = llm
         self.scores_by: Way = "whole"
         self.label_smoothing = 0.0
+        self.align: AlignHeads | None = None  # stage 1's, for its loss beside that of the answers
+        self.align_weight = 0.0
         causal_lm = base_of(llm)
         self._keeps_logits = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
         text = causal_lm.config.get_text_config()
@@ -51,10 +54,15 @@ class SpeechLLM(nn.Module):
 
         Of a packed row (1, T) likewise: speech tokens go to the places of SPEECH in the order of the clips.
         """
+        return self._embed_around(input_ids, self.speech(speech, lengths))
+
+    def _embed_around(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        """The same around the speech model's tokens (B, Q, width)."""
         words = self.embed(input_ids.clamp(min=0))  # (B, T, D)
-        tokens = self.projector(self.speech(speech, lengths).to(self.projector[0].weight.dtype))  # (B, Q, D)
+        first: Any = self.projector[0]
+        projected = self.projector(tokens.to(first.weight.dtype))  # (B, Q, D)
         place = (input_ids == SPEECH).unsqueeze(-1)  # (B, T, 1)
-        return words.masked_scatter(place, tokens.to(words.dtype))
+        return words.masked_scatter(place, projected.to(words.dtype))
 
     def logits(self, inputs: Tensor, ids: Tensor, at: Tensor | None = None, **given: Any) -> tuple[Tensor, Any]:
         """The LLM's own logits behind (B, T, D) inputs: (B, T, V), or at the places `at` (n,) alone (B, n, V).
@@ -78,16 +86,26 @@ class SpeechLLM(nn.Module):
         batch: speech (B, n_mels, F) or (B, S), lengths (B,), what `packed.batch_of` makes of prompts and answers,
         `normalizer`: answer tokens of the whole optimizer step over all ranks and micro-batches, divided by the number
         of losses that will be averaged, and, where tokens count differently, their `weights`, of which the normalizer
-        is the sum then. It makes the step's loss the mean over *tokens*, however they are spread.
+        is the sum then. It makes the step's loss the mean over *tokens*, however they are spread. With `align` heads
+        also emotion and caption (B,), and text (B, text_width) of the captions: stage 1's loss of this micro-batch on
+        all ranks is added, and the forward pass is collective.
         """
-        inputs = self.embed_prompt(batch["input_ids"], batch["speech"], batch["lengths"])
+        tokens = self.speech(batch["speech"], batch["lengths"])  # (B, Q, width)
+        inputs = self._embed_around(batch["input_ids"], tokens)
         at = batch["at"]
         target = batch["labels"][:, at + 1].flatten()
         apart = keep_apart(self.llm_config, batch, inputs.dtype)
         logits = self.logits(inputs, batch["input_ids"], at, **apart)[0].flatten(0, 1).float()  # (B · n, V)
         loss = answer_loss(logits, target, batch.get("weights"), self.label_smoothing) / batch["normalizer"]
         correct = answers_right(logits, target, batch.get("weights")) / batch["normalizer"]
-        return loss, {"loss": loss.detach(), "token_accuracy": correct.detach()}
+        stats = {"token_accuracy": correct.detach()}
+        if self.align is not None:
+            ids = {"label": batch["emotion"], "caption": batch["caption"]}
+            beside, said = self.align.contrast(self.align.embed(tokens, batch["text"]), ids, self.align_weight, 0.0)
+            stats |= {"answer_loss": loss.detach(), "align_loss": said["emotion_loss"]}
+            stats["align_accuracy"] = said["emotion_accuracy"]
+            loss = loss + beside
+        return loss, {"loss": loss.detach(), **stats}
 
 
 def _embedding_width(llm: PreTrainedModel) -> int:

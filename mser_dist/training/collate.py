@@ -29,8 +29,7 @@ class AlignCollate:
     """Clips → padded speech, ids, and a caption drawn for each clip: its number among those of all labels."""
 
     def __init__(self, captions: Mapping[str, list[str]]) -> None:
-        counts = [len(texts) for texts in captions.values()]
-        self.captions = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])  # by label
+        self.captions = numbered(captions)
 
     def __call__(self, clips: list[Example]) -> Batch:
         return {
@@ -39,6 +38,12 @@ class AlignCollate:
             "source": torch.tensor([clip.source for clip in clips]),
             "caption": torch.tensor([int(clip.draw.choice(self.captions[clip.label])) for clip in clips]),
         }
+
+
+def numbered(captions: Mapping[str, list[str]]) -> list[np.ndarray]:
+    """The numbers of each label's captions among those of all labels."""
+    counts = [len(texts) for texts in captions.values()]
+    return np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
 
 
 def kept_captions(out: Path, text: cfg.TextConfig, labels: list[str]) -> dict[str, list[str]]:
@@ -96,6 +101,7 @@ class InstructCollate:
         self.weights: list[float] | None = None  # of clips by label
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.packing: Packing = "off"
+        self.captions: list[np.ndarray] | None = None  # by label, the numbers to draw one from, for stage 1's loss
 
     def check_length(self, llm: PreTrainedConfig) -> None:
         """Raise `UserError` if the LLM has fewer positions than the longest prompt and answer have tokens."""
@@ -114,7 +120,13 @@ class InstructCollate:
             clips, asked = [clips[i] for i in together], [asked[i] for i in together]
         samples = [(ids, self._answers[clip.wording][clip.label]) for (_, ids), clip in zip(asked, clips, strict=True)]
         weights = weights_of(self.weights, clips, [answer for _, answer in samples])
-        return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad), **weights}
+        captions = {}
+        if self.captions is not None:
+            captions = {
+                "emotion": torch.tensor([clip.label for clip in clips]),
+                "caption": torch.tensor([int(clip.draw.choice(self.captions[clip.label])) for clip in clips]),
+            }
+        return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad), **weights, **captions}
 
     def typical(self, clips: int) -> list[Sample]:
         """Prompts and answers of so many clips that are asked in turn, by each instruction and for each label."""

@@ -20,7 +20,7 @@ from mser_dist import config as cfg
 from mser_dist.contrastive import Embedded, cached_backward, peak_bytes
 from mser_dist.errors import UserError
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
-from mser_dist.models import bases, exported, initial, sources
+from mser_dist.models import bases, exported, initial, prompts, sources
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.bases import Base
@@ -32,7 +32,7 @@ from mser_dist.models.speech import build_speech
 from mser_dist.models.text import TextTower
 from mser_dist.ranks import distributed
 from mser_dist.training.class_weights import class_weights
-from mser_dist.training.collate import AlignCollate, Batch, InstructCollate, kept_captions, kept_prompt
+from mser_dist.training.collate import AlignCollate, Batch, InstructCollate, kept_captions, kept_prompt, numbered
 from mser_dist.training.engine import Engine
 from mser_dist.training.nonfinite import poison
 
@@ -201,6 +201,18 @@ class Instruct:
         self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
         self.collate.check_length(llm.config)
         self.checked: Checked | None = None
+        self.captions: Tensor | None = None
+        if config.align:
+            self._align()
+
+    def _align(self) -> None:
+        """Take stage 1's heads and captions, for its loss beside that of the answers."""
+        heads, card = exported.load_heads(exported.find(self.config.stage1, 1))
+        said = {label: card.get("captions", {}).get(label) or prompts.captions(label) for label in self.labels}
+        tower = TextTower(card["text"], self.device)
+        self.captions = tower.embed([caption for texts in said.values() for caption in texts])  # (C, text_width)
+        self.collate.captions = numbered(said)
+        self.model.align, self.model.align_weight = heads, self.config.align
 
     def step(self, engine: Engine, batches: list[Batch], done: float) -> tuple[Stats, list[float]]:
         """Accumulate over the micro-batches the mean loss of all ranks' answer tokens. Collective.
@@ -216,6 +228,8 @@ class Instruct:
         losses = []
         for batch in batches:
             moved = self.model.speech.prepared(batch, self.device)
+            if self.captions is not None:
+                moved["text"] = self.captions[moved["caption"]]
             loss, stats = engine.forward({**moved, "normalizer": everywhere / count})
             losses.append(loss.detach())
             engine.backward(poison(loss))

@@ -218,8 +218,8 @@ def test_no_rank_ever_holds_the_whole_pretrained_llm(trained: Path) -> None:
 
 @pytest.mark.drill("bitwise-resume")
 def test_stage_2_resumes_bit_for_bit_too(trained: Path) -> None:
-    """Four steps of the whole LLM, against two that went on for two more, Q-Former dropout on."""
-    words = ["train.steps=4", "train.save_every=2", "train.keep=5"]
+    """Four steps of the whole LLM, stage 1's loss beside it, against two that went on for two more, with dropout."""
+    words = ["train.steps=4", "train.save_every=2", "train.keep=5", "align=0.1"]
     mser(*stage2("runs/straight", LLM, *words), "--nproc", "2", cwd=trained)
     whole, resumed = trained / "runs/straight", trained / "runs/again"
     (resumed / "checkpoints").mkdir(parents=True)
@@ -227,7 +227,11 @@ def test_stage_2_resumes_bit_for_bit_too(trained: Path) -> None:
     (resumed / "config.yaml").write_text(config)
     subprocess.run(["cp", "-r", whole / "checkpoints/step-000002", resumed / "checkpoints"], check=True)
     mser(*stage2("runs/again", LLM, *words), "--nproc", "2", cwd=trained)
-    assert [row["step"] for row in lines(resumed) if "train/loss" in row] == [3, 4]
+    found = [row for row in lines(resumed) if "train/loss" in row]
+    assert [row["step"] for row in found] == [3, 4]
+    for row in found:
+        parts = row["train/answer_loss"] + 0.1 * row["train/align_loss"]
+        assert row["train/loss"] == pytest.approx(parts, rel=1e-5) and row["train/align_loss"] > 0
     for part in ("speech", "heads", "llm/model"):
         one, two = (load_file(folder / f"export/{part}.safetensors") for folder in (whole, resumed))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

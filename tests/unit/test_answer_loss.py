@@ -55,3 +55,7 @@ def test_what_cannot_be_is_refused() -> None:
     config.train = cfg.TrainConfig(patience=3)
     with pytest.raises(UserError, match=r"train.patience=3 counts validations: set train.val_every"):
         config.check()
+    config = cfg.Stage2(stage1="a", align=0.5, freeze_qformer=True)
+    config.data.sets = ["a"]
+    with pytest.raises(UserError, match=r"align=0.5 trains what hears, and .* set freeze_qformer=false, or align=0"):
+        config.check()

@@ -18,7 +18,7 @@ FILES = {
 PLAIN, WAVEFORM, NO_PAIRS = Facts(ranks=2, shards=9), Facts(log_mel=False), Facts(parallel_clips=False)
 ALWAYS = {
     "out", "seed", "stage", "stage1", "stage2", "init_from", "batch", "dtype", "attention", "freeze_encoder",
-    "freeze_qformer", "text.pretrained", "train.global_batch", "train.micro_batch", "train.steps", "train.lr",
+    "freeze_qformer", "align", "text.pretrained", "train.global_batch", "train.micro_batch", "train.steps", "train.lr",
     "train.weight_decay", "train.groups", "train.betas", "train.warmup", "train.grad_clip", "train.log_every",
     "train.save_every", "train.save_minutes", "train.save_best", "train.keep", "train.background_save",
     "train.trust_checkpoints", "train.fork", "train.patience", "train.ema",

@@ -1,0 +1,73 @@
+"""What can be set in an evaluation: :class:`Evaluation` for ``mser eval``, :class:`Baseline` for ``mser baseline``."""
+
+from dataclasses import dataclass
+
+from mser_dist.config.data_keys import DataConfig
+from mser_dist.config.fields import Bool, List, PositiveInt, Section, opt
+from mser_dist.config.keys import Dtype, Kernel, Stage1, TrackingConfig
+from mser_dist.config.model_keys import CacheConfig
+from mser_dist.config.validate import check_values
+from mser_dist.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Evaluation(Section):
+    """Zero-shot evaluation of finished runs, per corpus and language."""
+
+    out: str = opt("runs/eval", "folder for the table, the predictions and the plots")
+    stage1: str | None = opt(None, "run folder of a stage 1 (cosine to label prompts); null: skip")
+    stage2: str | None = opt(None, "run folder of a stage 2 (log-likelihood of every label); null: skip")
+    data: DataConfig = opt(DataConfig, "what to evaluate on")
+    encoder: CacheConfig = opt(CacheConfig, "where the features of a frozen encoder are kept")
+    native_labels: Bool = opt(
+        False, "a clip is given one of the labels that clips of its corpus and language have, not of all `data.labels`"
+    )
+    batch: PositiveInt = opt(32, "clips per forward pass")
+    dtype: Dtype = opt("float32", "number format that the models compute in")
+    attention: Kernel = opt("auto", "attention kernel; auto: the fastest that runs here")
+    tracking: TrackingConfig = opt(TrackingConfig, "MLflow")
+
+    def check(self, runs: bool = True) -> None:
+        """Raise `UserError` on wrong values, and unless a run is named where `runs` are evaluated."""
+        check_values(self)
+        self.data.check()
+        self.tracking.check()
+        if runs and not (self.stage1 or self.stage2):
+            raise UserError("stage1 and stage2 are both unset: name the run folder of a finished run")
+
+
+# A name stands for all that begin with it.
+BASELINES = ("majority", "logistic_regression", "svm", "egemaps_logistic_regression", "egemaps_svm")
+
+
+@dataclass(kw_only=True)
+class Baseline(Section):
+    """Classifiers fitted to the training clips of a stage 1, as its frozen encoder hears them, and evaluated."""
+
+    out: str = opt("runs/baseline", "folder for the table, the predictions and the plots")
+    only: List[str] = opt([], "systems: of BASELINES, or what their names begin with; empty: all that can be")
+    stage1: Stage1 = opt(Stage1, "clips to fit to, encoder, seed")
+    on: Evaluation = opt(Evaluation, "clips to evaluate on")
+
+    def check(self) -> None:
+        self.stage1.check()
+        self.on.check(runs=False)
+        encoder = self.stage1.encoder
+        if not encoder.freeze:
+            raise UserError(
+                "encoder.freeze=false: a baseline is fitted to what a frozen encoder hears, before any training: set "
+                "encoder.freeze=true"
+            )
+        if self.stage1.init_from:
+            raise UserError(
+                f"init_from={self.stage1.init_from}: a baseline hears the encoder that the config itself names: set "
+                "init_from=null"
+            )
+        for name in self.only:
+            if not any(is_called(system, name) for system in BASELINES):
+                raise UserError(f"--only {name}: use some of {', '.join(BASELINES)}, or egemaps")
+
+
+def is_called(system: str, name: str) -> bool:
+    """Whether a name, of `Baseline.only`, stands for a system."""
+    return f"{system}_".startswith(f"{name}_")
