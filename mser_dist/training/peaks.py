@@ -4,7 +4,8 @@ import torch
 
 # Dense TFLOP/s, without sparsity, of (bfloat16, float16, TF32, float32); 0: the format is not in its matrix units.
 # Of a device as torch counts them: of AMD's MI250 and MI250X one of the card's two chips. Longer names stand first.
-# From memory, not looked up again: check yours, or set engine.peak_tflops.
+# The 16-bit figures of H100 (SXM, NVL, PCIe), H200, H800, H20, GH200, B200, A100, A30, L40, L40S, RTX 4090, V100,
+# MI250X and MI300X were compared with tables that others publish; the rest is from memory: see engine.peak_tflops.
 # After NVIDIA's data sheets of the data-centre GPUs, whose numbers "with sparsity" are halved; NVIDIA's architecture
 # white papers for RTX (Ampere GA102, Ada, Blackwell), the rate that adds up in float32; AWS's page of instances for
 # A10G; AMD's data sheets, whose float32 is that of the matrix units.
