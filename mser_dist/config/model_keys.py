@@ -153,6 +153,9 @@ class PromptConfig(Section):
     instructions: str | list[str] | dict[str, str | list[str]] = opt(
         [], "with {} for the options: a list, a file with one a line, or language → either; []: the shipped ones"
     )
+    draw: Literal["batch", "clip"] = opt(
+        "batch", "an instruction is drawn for each micro-batch, which computes it once (see `packing`), or each clip"
+    )
     system: str | None = opt(None, "text of a system turn before the user's")
     words: dict[str, str | dict[str, str]] = opt(
         {}, "what a label is called in options and answers: label → word, or language or corpus → label → word"

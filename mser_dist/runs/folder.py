@@ -26,7 +26,7 @@ _FREE_SAFETY = ("train.trust_", "train.max_skipped")
 _ENDS = ("train.patience", "train.export")  # when it ends, and what of it is exported then
 _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a run can be lengthened
 # What a run of stage 2 did whose config has no such key yet; of other keys that are new it did what is the default.
-_UNSAID = {"llm.order": "speech_first", "llm.packing": "off"}
+_UNSAID = {"llm.order": "speech_first", "llm.packing": "off", "llm.prompt.draw": "clip"}
 
 
 def _has_checkpoint(out: Path) -> bool:

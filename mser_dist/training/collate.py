@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,8 +89,15 @@ class InstructCollate:
     another one than that of its clips.
     """
 
-    def __init__(self, tokenizer: Any, prompt: ChatPrompt, labels: list[str], queries: int) -> None:
-        self._chat, self._tokenizer, self._queries = prompt, tokenizer, queries
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: ChatPrompt,
+        labels: list[str],
+        queries: int,
+        draw: Literal["batch", "clip"] = "batch",
+    ) -> None:
+        self._chat, self._tokenizer, self._queries, self._draw = prompt, tokenizer, queries, draw
         numbers = range(len(prompt.wordings))
         self._words = [prompt.words_for(labels, number) for number in numbers]  # by wording and label
         self._answers = [chat.answers(tokenizer, words) for words in self._words]
@@ -114,7 +121,8 @@ class InstructCollate:
             )
 
     def __call__(self, clips: list[Example]) -> Batch:
-        asked = [self._asked(clip) for clip in clips]
+        turn = float(clips[0].draw.random()) if self._draw == "batch" else 0.0
+        asked = [self._asked(clip, turn) for clip in clips]
         if self.packing == "prefix":
             together = sorted(range(len(clips)), key=lambda i: asked[i][0])
             clips, asked = [clips[i] for i in together], [asked[i] for i in together]
@@ -129,14 +137,17 @@ class InstructCollate:
         return {**pad_speech(clips), **batch_of(samples, self.packing, self.pad), **weights, **captions}
 
     def typical(self, clips: int) -> list[Sample]:
-        """Prompts and answers of so many clips that are asked in turn, by each instruction and for each label."""
-        asked = sorted(i % len(self.prompts) for i in range(clips))
+        """Prompts and answers of so many clips: one prompt, or all of them in turn, and each label."""
+        asked = [0] * clips if self._draw == "batch" else sorted(i % len(self.prompts) for i in range(clips))
         return [(self.prompts[number], self.answers[i % len(self.answers)]) for i, number in enumerate(asked)]
 
-    def _asked(self, clip: Example) -> tuple[tuple[int, int, str], list[int]]:
-        """The prompt of a clip, as it draws it, behind what it shares with the clips that are asked the same."""
+    def _asked(self, clip: Example, turn: float) -> tuple[tuple[int, int, str], list[int]]:
+        """The prompt of a clip, behind what it shares with the clips that are asked the same.
+
+        turn: in [0, 1), what the micro-batch has drawn.
+        """
         questions, words = self._chat.questions_for(clip.wording), self._words[clip.wording]
-        number = int(clip.draw.integers(len(questions)))
+        number = int(turn * len(questions)) if self._draw == "batch" else int(clip.draw.integers(len(questions)))
         if self._chat.shuffle_options:
             words = [words[i] for i in clip.draw.permutation(len(words))]
         [text] = prompts.instructions(words, questions[number : number + 1])

@@ -198,7 +198,9 @@ class Instruct:
             speech.queries.requires_grad_(False)
         self.features = speech.any_encoder.features
         self.prompt = kept_prompt(Path(config.out), config.llm, self.tokenizer, self.labels)
-        self.collate = InstructCollate(self.tokenizer, self.prompt, self.labels, speech.query_count)
+        self.collate = InstructCollate(
+            self.tokenizer, self.prompt, self.labels, speech.query_count, config.llm.prompt.draw
+        )
         self.collate.check_length(llm.config)
         self.checked: Checked | None = None
         self.captions: Tensor | None = None

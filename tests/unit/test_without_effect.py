@@ -30,7 +30,7 @@ ALWAYS = {
     "contrastive.temperature", "contrastive.max_scale", "llm.pretrained", "llm.arch", "llm.freeze",
     "llm.gradient_checkpointing", "llm.order", "llm.packing", "train.profile_steps", "text.captions",
     "llm.prompt.instructions", "llm.prompt.system", "llm.prompt.words", "llm.prompt.shuffle_options",
-    "llm.prompt.transcript",
+    "llm.prompt.transcript", "llm.prompt.draw",
 }  # fmt: skip
 SECTIONS = ("engine.", "tracking.", "llm.lora")  # whose keys have an effect where the section has; `mser sync` reads it
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -41,9 +41,9 @@ def example(number: int, wording: int = 0, text: str = "") -> Example:
     return Example(speech, 10, number % 3, number, number, np.random.default_rng(number), wording, text)
 
 
-def asked(made: ChatPrompt, examples: list[Example]) -> list[str]:
+def asked(made: ChatPrompt, examples: list[Example], draw: Literal["batch", "clip"] = "clip") -> list[str]:
     """Prompts and answers as text, in the order of the clips' numbers."""
-    collate = InstructCollate(TOKENIZER, made, LABELS, 2)
+    collate = InstructCollate(TOKENIZER, made, LABELS, 2, draw)
     batch = collate(examples)
     texts = [TOKENIZER.decode([i for i in row.tolist() if i >= 0]) for row in batch["input_ids"]]
     return [text for _, text in sorted(zip(batch["index"], texts, strict=True))]
@@ -56,6 +56,15 @@ def test_a_config_that_says_nothing_asks_as_ever() -> None:
     for number, text in enumerate(texts):
         drawn = int(np.random.default_rng(number).integers(4))
         assert prompts.instructions(LABELS)[drawn] in text and f"{LABELS[number % 3]}<|end|>" in text
+
+
+def test_a_micro_batch_is_asked_one_thing_and_each_another() -> None:
+    drawn = set()
+    for first in range(12):
+        texts = asked(prompt(), [example(number) for number in range(first, first + 6)], "batch")
+        [question] = {text.partition("<|end|>")[0] for text in texts}
+        drawn.add(question)
+    assert len(drawn) == len(prompts.INSTRUCTIONS)
 
 
 def test_words_and_instructions_of_a_language_or_corpus(tmp_path: Path) -> None:
