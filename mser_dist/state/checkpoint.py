@@ -153,8 +153,11 @@ class Checkpoints:
         """A full disk is the user's to mend; any other failure may pass, and the job may be started again."""
         if self.world.is_main:
             shutil.rmtree(self._staging(), ignore_errors=True)
-        free = shutil.disk_usage(self.folder.parent).free / 2**30
-        what = f"cannot write the checkpoint {self._staging().with_suffix('')} ({failures[0]}; {free:.1f} GiB free)"
+        try:
+            free = f"{shutil.disk_usage(self.folder.parent).free / 2**30:.1f} GiB free"
+        except OSError:  # the run folder has been removed meanwhile
+            free = f"there is no {self.folder.parent} any more"
+        what = f"cannot write the checkpoint {self._staging().with_suffix('')} ({failures[0]}; {free})"
         again = "start the same command again; earlier checkpoints are untouched"
         if any(map(_FULL.search, failures)):
             return UserError(f"{what}: free space and {again}")
