@@ -188,11 +188,7 @@ def _write_llm(folder: Path | None, llm: Any, weights: Weights, shard_bytes: int
     tied = getattr(llm, "all_tied_weights_keys", None) or {}
     ignored = {name for name, source in tied.items() if source in weights.facts}
     weights = weights.part(lambda name: name not in ignored)
-    if _renamed(llm, weights):  # by transformers, for classes whose checkpoints have other tensors: needs them all
-        state = weights.all(folder is not None)
-        if folder is not None:
-            llm.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes)
-        return
+    weights = _as_published(llm, weights)
     if folder is not None:
         llm.config.dtype = next(fact.dtype for fact in weights.facts.values() if fact.is_floating_point())
         llm.config.architectures = [type(llm).__name__]
@@ -202,10 +198,36 @@ def _write_llm(folder: Path | None, llm: Any, weights: Weights, shard_bytes: int
     write_part(folder, "model", weights, shard_bytes)
 
 
-def _renamed(llm: Any, weights: Weights) -> bool:
-    """Whether the checkpoints of an LLM's class have other tensors than the model has."""
-    found = revert_weight_conversion(llm, dict(weights.facts))
-    return {name: fact.shape for name, fact in found.items()} != {n: f.shape for n, f in weights.facts.items()}
+def _as_published(llm: Any, weights: Weights) -> Weights:
+    """An LLM's weights as checkpoints of its class have them, which for some are other tensors: each expert's own, say.
+
+    One tensor of the model is converted at a time, where that gives what all of them together do; else all are.
+    """
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        converted: dict[str, Tensor] = revert_weight_conversion(llm, dict(tensors))
+        return converted
+
+    def shapes(facts: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {name: fact.shape for name, fact in facts.items()}
+
+    wanted = convert(weights.facts)
+    if shapes(wanted) == shapes(weights.facts):
+        return weights
+    asked = [[name] for name in weights.facts]
+    given = [convert({name: fact}) for name, fact in weights.facts.items()]
+    if shapes({name: fact for part in given for name, fact in part.items()}) != shapes(wanted):
+        asked, given = [[*weights.facts]], [wanted]
+    number = {name: i for i, part in enumerate(given) for name in part}
+    held: dict[int, dict[str, Tensor]] = {}  # the newest part: names are asked for in the order of the facts
+
+    def get(name: str, place: Tensor | None) -> Tensor | None:
+        if number[name] not in held:
+            held.clear()
+            held[number[name]] = convert(weights.part(asked[number[name]].__contains__).all(place is not None))
+        return None if place is None else place.copy_(held[number[name]][name])
+
+    return Weights({name: fact for part in given for name, fact in part.items()}, get)
 
 
 def check_files(export: Path, card: dict[str, Any]) -> None:

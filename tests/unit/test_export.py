@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -123,6 +124,31 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     again, _ = exported.load_speech_llm(tmp_path / "export", SDPA)
     assert again.llm.lm_head.weight is again.llm.model.embed_tokens.weight
     assert torch.equal(again.llm.lm_head.weight, model.llm.lm_head.weight)
+
+
+@torch.no_grad()
+def test_experts_are_written_as_checkpoints_have_them(tmp_path: Path) -> None:
+    """transformers keeps all experts of a layer in one tensor, and has each by itself in a checkpoint."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    _, tokenizer = model_of()
+    shape = {**LLM, "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": len(tokenizer)}
+    model = SpeechLLM(tiny_exports.speech(), MixtralForCausalLM(MixtralConfig(**shape))).eval()
+    model.llm.save_pretrained(tmp_path / "theirs")
+    counted = Counted({name: tensor for name, tensor in model.state_dict().items() if "encoder.encoder" not in name})
+    card = card_of(model, tokenizer)
+    exported.write(tmp_path / "ours", model, counted.weights(), card, tokenizer, shard_bytes=30_000)
+    found, expected = (
+        {name: tensor for file in files_of(tmp_path / folder, "model") for name, tensor in load_file(file).items()}
+        for folder in ("ours/llm", "theirs")
+    )
+    assert found.keys() == expected.keys() and any("experts.3.w1" in name for name in found)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert counted.most <= max(tensor.nbytes for tensor in model.state_dict().values()), "one tensor is converted"
+    again, _ = exported.load_speech_llm(tmp_path / "ours", SDPA)
+    ids = torch.tensor([[1, 5, 7]])
+    torch.testing.assert_close(again.llm(ids).logits, model.llm(ids).logits)
 
 
 def test_an_adapter_is_pefts_own(tmp_path: Path) -> None:
