@@ -5,8 +5,9 @@ the end of a training does: once in files of at most `--shard-mib`, once as one 
 is loaded and answers as the model that was trained. Rows of {"rows": [{name, shard_mib, peak_mib, ratio}]}:
 
 - shard_mib: the largest file of weights that was written
-- peak_mib: the most anonymous memory (what cannot be dropped and read again, as mapped pages of a file can) that the
-  rank with most of it had while it exported, less what it had just before
+- peak_mib: the most anonymous memory (what cannot be dropped and read again, as mapped pages of a file can) that a
+  rank had while it exported, less what it had just before: of the rank where that is most. The forward pass of the
+  trained model is in it, for which ZeRO-3 gathers weights as in training
 - ratio: peak_mib / shard_mib
 """
 
@@ -148,6 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench_export-") as name:
         folder = Path(name)
         prepare(folder, options.small)
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc gives each freed tensor back, and keeps none to reuse
         sizes = [round(options.shard_mib * 2**20), WHOLE]
         torch.multiprocessing.spawn(rank, (distributed.free_port(), folder, sizes), RANKS)
         result = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
