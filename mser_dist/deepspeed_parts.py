@@ -76,7 +76,7 @@ INNER: dict[str, dict[str, str]] = {
         "ds_id": "is_partitioned: marks a parameter of which each rank holds a part",
         "ds_numel": "numel: of the whole parameter",
         "ds_shape": "trained, frozen, shape: of the whole parameter",
-        "ds_tensor": "frozen, clamp: this rank's part",
+        "ds_tensor": "frozen, clamp, gather: this rank's part",
         "ds_secondary_tensor": "rewriting: a second copy within the node, made anew",
         "partition_numel": "trained, frozen: elements of a rank's part, with the padding",
     },
@@ -270,6 +270,31 @@ def rewriting(engine: Any) -> Iterator[None]:
             for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
                 for weight, master in zip(weights, masters, strict=True):
                     weight.copy_(master)
+
+
+_SLICE = 2**24  # bytes of a parameter that ranks send each other at a time
+
+
+@torch.no_grad()
+def gather(parameter: Any, place: Tensor | None) -> None:
+    """Copy a parameter that ZeRO-3 has in parts into `place` on the CPU, or, with None, into nothing. Collective.
+
+    DeepSpeed gathers it whole on every rank, in as much memory again for gloo's own copy; here a slice of it is sent at
+    a time. It is given as it lies in the parts, also where the engine sends quantised weights.
+    """
+    part: Tensor = parameter.ds_tensor.detach().reshape(-1)  # (n,), padded
+    ranks = torch.distributed.get_world_size()
+    size = max(1, _SLICE // (ranks * part.element_size()))
+    device = torch.cuda.current_device() if torch.distributed.get_backend() == "nccl" else "cpu"
+    for first in range(0, len(part), size):
+        mine = part[first : first + size].to(device)
+        slices = mine.new_empty(ranks * len(mine))
+        torch.distributed.all_gather_into_tensor(slices, mine)
+        if place is None:
+            continue
+        for rank, found in enumerate(slices.view(ranks, -1)):
+            target = place.view(-1)[rank * len(part) + first :][: len(mine)]  # shorter where the rest is padding
+            target.copy_(found[: len(target)])
 
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")

@@ -13,13 +13,16 @@ What is larger than a shard is several files with an index (`weights`).
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -185,11 +188,7 @@ def _write_llm(folder: Path | None, llm: Any, weights: Weights, shard_bytes: int
     tied = getattr(llm, "all_tied_weights_keys", None) or {}
     ignored = {name for name, source in tied.items() if source in weights.facts}
     weights = weights.part(lambda name: name not in ignored)
-    if _renamed(llm, weights):  # by transformers, for classes whose checkpoints have other tensors: needs them all
-        state = {name: weights.get(name) for name in weights.facts}
-        if folder is not None:
-            llm.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes)
-        return
+    weights = _as_published(llm, weights)
     if folder is not None:
         llm.config.dtype = next(fact.dtype for fact in weights.facts.values() if fact.is_floating_point())
         llm.config.architectures = [type(llm).__name__]
@@ -199,10 +198,36 @@ def _write_llm(folder: Path | None, llm: Any, weights: Weights, shard_bytes: int
     write_part(folder, "model", weights, shard_bytes)
 
 
-def _renamed(llm: Any, weights: Weights) -> bool:
-    """Whether the checkpoints of an LLM's class have other tensors than the model has."""
-    found = revert_weight_conversion(llm, dict(weights.facts))
-    return {name: fact.shape for name, fact in found.items()} != {n: f.shape for n, f in weights.facts.items()}
+def _as_published(llm: Any, weights: Weights) -> Weights:
+    """An LLM's weights as checkpoints of its class have them, which for some are other tensors: each expert's own, say.
+
+    One tensor of the model is converted at a time, where that gives what all of them together do; else all are.
+    """
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        converted: dict[str, Tensor] = revert_weight_conversion(llm, dict(tensors))
+        return converted
+
+    def shapes(facts: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {name: fact.shape for name, fact in facts.items()}
+
+    wanted = convert(weights.facts)
+    if shapes(wanted) == shapes(weights.facts):
+        return weights
+    asked = [[name] for name in weights.facts]
+    given = [convert({name: fact}) for name, fact in weights.facts.items()]
+    if shapes({name: fact for part in given for name, fact in part.items()}) != shapes(wanted):
+        asked, given = [[*weights.facts]], [wanted]
+    number = {name: i for i, part in enumerate(given) for name in part}
+    held: dict[int, dict[str, Tensor]] = {}  # the newest part: names are asked for in the order of the facts
+
+    def get(name: str, place: Tensor | None) -> Tensor | None:
+        if number[name] not in held:
+            held.clear()
+            held[number[name]] = convert(weights.part(asked[number[name]].__contains__).all(place is not None))
+        return None if place is None else place.copy_(held[number[name]][name])
+
+    return Weights({name: fact for part in given for name, fact in part.items()}, get)
 
 
 def check_files(export: Path, card: dict[str, Any]) -> None:
@@ -214,13 +239,18 @@ def check_files(export: Path, card: dict[str, Any]) -> None:
             raise UserError(f"{path} {state}: the export is damaged; train or copy the run again")
 
 
-def load_speech(export: Path, attention: Attention) -> SpeechModel:
-    """Encoder and Q-Former of an export of either stage; the encoder is a part of the model, frozen or not."""
+def load_speech(export: Path, attention: Attention, *, mapped: bool = False) -> SpeechModel:
+    """Encoder and Q-Former of an export of either stage; the encoder is a part of the model, frozen or not.
+
+    mapped: the weights are the export's files, of which the system reads what is computed with and drops it again; as
+    long as there is a model, they have to stay as they are.
+    """
     card = read_card(export)
     check_files(export, card)
     features_of(card)
-    speech = speech_from_card(card["speech"], attention)
-    _fill(speech, export, "speech", set(speech.state_dict()))
+    with _without_weights(mapped):
+        speech = speech_from_card(card["speech"], attention)
+    _fill(speech, export, "speech", set(speech.state_dict()), mapped)
     if speech.normalize != "none":
         speech.statistics = Statistics.load(export / STATISTICS)
     return speech
@@ -234,35 +264,47 @@ def load_frozen(export: Path, attention: Attention) -> FrozenEncoder:
     return speech.frozen
 
 
-def load_aligner(export: Path, attention: Attention, dtype: torch.dtype = torch.float32) -> Aligner:
-    """The whole stage-1 model (without its text tower, which `card["text"]` names)."""
+def load_aligner(
+    export: Path, attention: Attention, dtype: torch.dtype = torch.float32, *, mapped: bool = False
+) -> Aligner:
+    """The whole stage-1 model (without its text tower, which `card["text"]` names). mapped: as of `load_speech`."""
     card = read_card(export)
-    model = Aligner(load_speech(export, attention), card["text_width"], cfg.ContrastiveConfig(**card["contrastive"]))
-    return _ready(with_heads(model, export), card, dtype)
+    speech = load_speech(export, attention, mapped=mapped)
+    with _without_weights(mapped):
+        model = Aligner(speech, card["text_width"], cfg.ContrastiveConfig(**card["contrastive"]))
+    return _ready(with_heads(model, export, mapped), card, dtype, mapped)
 
 
-def load_speech_llm(export: Path, attention: Attention, dtype: torch.dtype = torch.float32) -> tuple[SpeechLLM, Any]:
-    """The whole stage-2 model and its tokenizer."""
+def load_speech_llm(
+    export: Path, attention: Attention, dtype: torch.dtype = torch.float32, *, mapped: bool = False
+) -> tuple[SpeechLLM, Any]:
+    """The whole stage-2 model and its tokenizer.
+
+    mapped: as of `load_speech`; the base of adapters then stays in the dtype of its files, and a weight is cast when it
+    is computed with. One from a GGUF file is dequantised whole all the same.
+    """
     card = read_card(export)
-    speech = load_speech(export, attention)
+    speech = load_speech(export, attention, mapped=mapped)
     folder = export / "llm"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / "adapter_config.json").is_file():
         from peft import PeftModel, get_peft_model_state_dict
 
-        base, _ = build_llm(cfg.LLMConfig(pretrained=card["llm"]), card["labels"], attention)
+        named = cfg.LLMConfig(pretrained=card["llm"])
+        base, _ = build_llm(named, card["labels"], attention, dtype="auto" if mapped else dtype)
         llm = PeftModel.from_pretrained(base, str(folder))
         adapter = load_file(folder / "adapter_model.safetensors")
         pretrained.check_tensors(adapter, get_peft_model_state_dict(llm), str(folder / "adapter_model.safetensors"))
     else:
         llm = load_llm(folder, attention, dtype)
-    model = with_heads(SpeechLLM(speech, llm), export)
-    return _ready(model, card, dtype), tokenizer
+    with _without_weights(mapped):
+        model = SpeechLLM(speech, llm)
+    return _ready(with_heads(model, export, mapped), card, dtype, mapped), tokenizer
 
 
-def with_heads(model: Any, export: Path) -> Any:
+def with_heads(model: Any, export: Path, mapped: bool = False) -> Any:
     """A model with what an export holds of it beside speech model and LLM: the projector, say."""
-    _fill(model, export, "heads", {name for name in model.state_dict() if not name.startswith(_NO_HEADS)})
+    _fill(model, export, "heads", {name for name in model.state_dict() if not name.startswith(_NO_HEADS)}, mapped)
     return model
 
 
@@ -275,19 +317,24 @@ def load_heads(export: Path) -> tuple[AlignHeads, dict[str, Any]]:
     return with_heads(heads, export), card
 
 
-def _fill(model: nn.Module, export: Path, part: str, wanted: set[str]) -> None:
+def _without_weights(mapped: bool) -> Any:
+    """Around the making of a model whose weights will be mapped: else they would be drawn first."""
+    return init_empty_weights(include_buffers=False) if mapped else nullcontext()
+
+
+def _fill(model: nn.Module, export: Path, part: str, wanted: set[str], mapped: bool = False) -> None:
     """Load a part that holds just the tensors `wanted` of a model, each of its shape."""
     there: dict[str, Tensor] = {}
     for _, tensors in read_part(export, part):
         there |= tensors  # mapped, not read
     state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
     pretrained.check_tensors(there, state, str(export / f"{part}.safetensors"))
-    model.load_state_dict(there, strict=False)
+    model.load_state_dict(there, strict=False, assign=mapped)
 
 
-def _ready(model: Any, card: dict[str, Any], dtype: torch.dtype) -> Any:
+def _ready(model: Any, card: dict[str, Any], dtype: torch.dtype, mapped: bool) -> Any:
     """A model in `dtype` that is evaluated, its encoder frozen if it was in training."""
-    cast(model, dtype).eval()
+    (cast_in_use if mapped else cast)(model, dtype).eval()
     if card["speech"].get("frozen"):
         model.speech.freeze_encoder()
     return model
@@ -298,6 +345,26 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    return model
+
+
+class _Cast(nn.Module):
+    """A parametrization: a weight in another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype)
+
+
+def cast_in_use(model: Any, dtype: torch.dtype) -> Any:
+    """The same for a model that is evaluated, one weight at a time, whenever something is computed with it."""
+    for module in [*model.modules()]:
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                register_parametrization(module, name, _Cast(dtype), unsafe=True)  # which may change the dtype
     return model
 
 

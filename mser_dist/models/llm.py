@@ -1,7 +1,7 @@
 """The causal LLM of stage 2: pretrained, or a small one made on the spot."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -24,12 +24,17 @@ _FITTING = "a decoder-only causal LM of text fits, such as Llama, Qwen, Mistral,
 
 
 def build_llm(
-    config: cfg.LLMConfig, labels: list[str], attention: Attention, ds_json: dict[str, Any] | None = None
+    config: cfg.LLMConfig,
+    labels: list[str],
+    attention: Attention,
+    ds_json: dict[str, Any] | None = None,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a run config; `labels` shape the vocabulary of a tokenizer made on the spot.
 
     With the resolved DeepSpeed config of a ZeRO-3 run, pretrained weights are partitioned as they load: no rank ever
-    holds a whole copy. Raises `UserError` for a model of another kind, and for one whose weights are not all there.
+    holds a whole copy. dtype: of a pretrained one; auto: that of its files. Raises `UserError` for a model of another
+    kind, and for one whose weights are not all there.
     """
     if config.pretrained is None:
         tokenizer = small_tokenizer(labels)
@@ -49,6 +54,7 @@ def build_llm(
             allow_missing=config.allow_missing,
             zero3=ds_json if partitioned and not source.gguf_file else None,  # GGUF is dequantised whole
             attn_implementation=attention.kernel,
+            dtype=torch.float32 if source.gguf_file else dtype,
         )
         if source.gguf_file:
             model = _dequantised(model, attention)

@@ -23,28 +23,37 @@ SHARD_BYTES = 5 * 10**9  # of a file at most, but for a tensor that alone is lar
 class Weights:
     """A model's tensors by name, given one at a time.
 
-    facts: each one's shape and dtype, as a tensor on the meta device. get: the tensor itself on the CPU; None on ranks
-    that do not write. It may be collective: all ranks ask for the same names in the same order.
+    facts: each one's shape and dtype, as a tensor on the meta device. get: of a name, and a place for it on the CPU,
+    or None on ranks that do not write: the tensor on the CPU, in its place if it was not there before. It may be
+    collective: all ranks ask for the same names in the same order.
     """
 
     facts: Mapping[str, Tensor]
-    get: Callable[[str], Tensor | None]
+    get: Callable[[str, Tensor | None], Tensor | None]
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "Weights":
         """Those of a state that is there, without a copy on the CPU."""
         facts = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-        return cls(facts, lambda name: state[name].detach().cpu())
+        return cls(facts, lambda name, place: None if place is None else state[name].detach().cpu())
 
     def beside(self, state: Mapping[str, Tensor]) -> "Weights":
         """These, and those of a state that is there."""
         more = Weights.of(state)
-        return Weights({**self.facts, **more.facts}, lambda name: (more if name in more.facts else self).get(name))
+        both = {**self.facts, **more.facts}
+        return Weights(both, lambda name, place: (more if name in more.facts else self).get(name, place))
 
     def part(self, wanted: Callable[[str], bool], rename: Callable[[str], str] = lambda name: name) -> "Weights":
         """Those whose names are wanted, under other names."""
         names = {rename(name): name for name in self.facts if wanted(name)}
-        return Weights({new: self.facts[old] for new, old in names.items()}, lambda name: self.get(names[name]))
+        facts = {new: self.facts[old] for new, old in names.items()}
+        return Weights(facts, lambda name, place: self.get(names[name], place))
+
+    def all(self, main: bool) -> dict[str, Tensor]:
+        """All of them, on the ranks that are `main`. Collective where they are."""
+        asked = {name: torch.empty_like(fact, device="cpu") if main else None for name, fact in self.facts.items()}
+        found = {name: self.get(name, place) for name, place in asked.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def plan(facts: Mapping[str, Tensor], stem: str, shard_bytes: int) -> list[tuple[str, list[str]]]:
@@ -70,17 +79,17 @@ def write_part(folder: Path | None, stem: str, weights: Weights, shard_bytes: in
     failure: Exception | None = None
     files = plan(weights.facts, stem, shard_bytes)
     for file, names in files:
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            tensor = weights.get(name)
-            if folder is not None and failure is None and tensor is not None:
-                tensors[name] = tensor.contiguous()
-            del tensor  # or it would live on beside the next file
+        # One piece of memory for all of a file, which goes back at once: glibc would keep that of many small tensors.
+        places = _places({name: weights.facts[name] for name in names}) if folder is not None else {}
+        found = {name: weights.get(name, places.get(name)) for name in names}
         if folder is not None and failure is None:
+            tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
             try:
                 save_file(tensors, folder / file, metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
                 failure = error
+            del tensors
+        del places, found  # or they would live on beside the next file's
     if failure is not None:
         raise failure
     if folder is not None and len(files) > 1:
@@ -89,6 +98,14 @@ def write_part(folder: Path | None, stem: str, weights: Weights, shard_bytes: in
             "weight_map": {name: file for file, names in files for name in names},
         }
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _places(facts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tensor for each fact, all in one piece of memory, of which what is not written to takes none."""
+    sizes = [-(-fact.nbytes // 16) * 16 for fact in facts.values()]  # a tensor begins at a whole number of elements
+    parts = torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)
+    named = zip(facts.items(), parts, strict=True)
+    return {name: part[: fact.nbytes].view(fact.dtype).view(fact.shape) for (name, fact), part in named}
 
 
 def files_of(folder: Path, stem: str) -> list[Path]:

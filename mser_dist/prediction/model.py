@@ -89,7 +89,8 @@ def load_model(model: str | Path, *, device: str | None = None, dtype: str = "fl
 class Model:
     """Use `load_model`. `labels` are those that it was trained on; any other words can be asked for too."""
 
-    def __init__(self, export: Path, device: str, dtype: str) -> None:
+    def __init__(self, export: Path, device: str, dtype: str, *, mapped: bool = False) -> None:
+        """mapped: as of `models.exported.load_speech`."""
         kind = getattr(torch, dtype)
         _check_device(device)
         attention = choose("auto", kind, torch.device(device).type)
@@ -102,9 +103,9 @@ class Model:
         self._scorers: dict[tuple[str, ...], Any] = {}
         self._tower: TextTower | None = None
         if self.stage == 1:
-            self.network = exported.load_aligner(export, attention, kind).to(device)
+            self.network = exported.load_aligner(export, attention, kind, mapped=mapped).to(device)
         else:
-            self.network, self._tokenizer = exported.load_speech_llm(export, attention, kind)
+            self.network, self._tokenizer = exported.load_speech_llm(export, attention, kind, mapped=mapped)
             kept = card.get("prompt")  # exports of 0.1.0 keep none
             self._prompt = ChatPrompt(**kept) if kept else chat.render(self._tokenizer, "speech_first")
             self.network.to(device)

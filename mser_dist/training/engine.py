@@ -288,10 +288,7 @@ class Engine:
         return sum(tensor.nbytes for tensor in self.collect()[0].values())
 
     def weights(self) -> Weights:
-        """Parameters and persistent buffers, each given whole on rank 0's CPU when it is asked for. Collective."""
-        from deepspeed import zero
-
-        main = self._engine.global_rank == 0
+        """Parameters and persistent buffers, each given whole where there is a place for it. Collective."""
         parameters = dict(self.module.named_parameters())
         persistent = self.module.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
@@ -301,11 +298,11 @@ class Engine:
         }
         facts |= {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
 
-        def get(name: str) -> Tensor | None:
-            if name in buffers:
-                return buffers[name].detach().cpu().clone() if main else None
-            parameter = parameters[name]
-            with zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                return parameter.detach().cpu().clone() if main else None
+        def get(name: str, place: Tensor | None) -> Tensor | None:
+            if name in parameters and deepspeed_parts.is_partitioned(parameters[name]):
+                deepspeed_parts.gather(parameters[name], place)
+            elif place is not None:
+                place.copy_((parameters[name] if name in parameters else buffers[name]).detach())
+            return place
 
         return Weights(facts, get)

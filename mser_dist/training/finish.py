@@ -8,6 +8,7 @@ import torch
 
 from mser_dist.files import write_json
 from mser_dist.models import exported
+from mser_dist.models.weights import SHARD_BYTES
 from mser_dist.prediction import mlflow_model
 from mser_dist.ranks import distributed
 from mser_dist.runs.plots import curves
@@ -47,7 +48,7 @@ def finish(run: Run, validation: dict[str, float], tracker: Tracker | None) -> d
     return distributed.agree(summary)
 
 
-def export_model(run: Run, validation: dict[str, float]) -> None:
+def export_model(run: Run, validation: dict[str, float], shard_bytes: int = SHARD_BYTES) -> None:
     """Write ``<out>/export`` file by file; it has to answer as the model that was trained. Collective."""
     stage, main = run.stage, run.world.is_main
     expected = rescore.heard_by(stage.model, stage.scorer(), run.device)
@@ -59,6 +60,7 @@ def export_model(run: Run, validation: dict[str, float]) -> None:
         card,
         getattr(stage, "tokenizer", None),
         main=main,
+        shard_bytes=shard_bytes,
         readme=render(card, run.setup.out.resolve().name, validation, run.setup.out) if main else "",
         check=lambda export: rescore.check(export, expected, getattr(torch, run.config.engine.dtype)),
     )

@@ -66,8 +66,11 @@ def heard_by(model: Any, scorer: Any, device: str) -> Heard:
 
 
 def check(export: Path, expected: Heard, dtype: torch.dtype) -> None:
-    """Let an export hear the clips too. Raises `UserError` where it does not answer as the trained model did."""
-    model = Model(export, "cpu", str(dtype).removeprefix("torch."))
+    """Let an export hear the clips too, without a copy of its weights in memory: they are mapped.
+
+    Raises `UserError` where it does not answer as the trained model did.
+    """
+    model = Model(export, "cpu", str(dtype).removeprefix("torch."), mapped=True)
     found = heard_by(model.network, model.scorer(model.labels), "cpu")
     for what in ("scores", "tokens"):
         here, there = getattr(found, what), getattr(expected, what)

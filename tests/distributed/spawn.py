@@ -24,9 +24,8 @@ def run(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
 
 def whole_state(engine: Any) -> dict[str, torch.Tensor]:
     """An engine's weights by name on rank 0, nothing elsewhere. Collective."""
-    weights = engine.weights()
-    found = {name: weights.get(name) for name in weights.facts}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    found: dict[str, torch.Tensor] = engine.weights().all(distributed.discover().is_main)
+    return found
 
 
 def _entry(

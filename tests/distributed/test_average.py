@@ -11,7 +11,7 @@ from mser_dist.ranks import distributed
 from mser_dist.ranks.distributed import World
 from mser_dist.state import engine_state
 from mser_dist.training.engine import Engine
-from tests.distributed.spawn import run
+from tests.distributed.spawn import run, whole_state
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -32,13 +32,6 @@ def made(stage: str, ranks: int, dtype: cfg.Dtype, total: int = 4) -> Engine:
     return Engine(Model(), config, World(distributed.discover().rank, ranks), total, "cpu")
 
 
-def whole(engine: Engine) -> dict[str, Tensor]:
-    """All weights, on rank 0."""
-    weights = engine.weights()
-    found = {name: weights.get(name) for name in weights.facts}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
 def steps(engine: Engine, numbers: range) -> list[dict[str, Tensor]]:
     """The whole weights behind each step, on rank 0."""
     found = []
@@ -46,7 +39,7 @@ def steps(engine: Engine, numbers: range) -> list[dict[str, Tensor]]:
         x = torch.randn(2, 5, generator=torch.Generator().manual_seed(number))
         engine.backward(engine.forward({"x": x.to(next(engine.module.parameters()).dtype)}))
         engine.step()
-        found.append(whole(engine))
+        found.append(whole_state(engine))
     return found
 
 
@@ -61,8 +54,8 @@ def check(rank: int, ranks: int, folder: str) -> list[bool]:
         engine = made(stage, ranks, dtype)
         weights = steps(engine, range(3))
         with engine.averaged():
-            average = whole(engine)
-        holds.append(same(whole(engine), weights[-1]))  # and back again
+            average = whole_state(engine)
+        holds.append(same(whole_state(engine), weights[-1]))  # and back again
         if rank == 0 and dtype == "float32":
             for name, found in average.items():
                 expected = weights[0][name]
@@ -83,7 +76,7 @@ def check(rank: int, ranks: int, folder: str) -> list[bool]:
         holds.append(same(steps(engine, range(3, 5))[-1], steps(again, range(3, 5))[-1]))
         engine.use_average()
         again.use_average()
-        holds.append(same(whole(engine), whole(again)))
+        holds.append(same(whole_state(engine), whole_state(again)))
     return holds
 
 

@@ -17,14 +17,13 @@ from safetensors.torch import load_file
 
 from mser_dist import config as cfg
 from mser_dist.cli import main as cli
-from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
-from mser_dist.models.speech import build_speech
 from mser_dist.prediction.model import load_model
-from mser_dist.ranks.distributed import World
 from mser_dist.shards.shard_set import ShardSet
-from mser_dist.training.engine import Engine, find_json, resolve_json
-from tests.distributed.spawn import run, whole_state
+from mser_dist.state.engine_state import weights
+from mser_dist.training.engine import resolve_json
+from tests.distributed.spawn import run
+from tests.distributed.test_waveform_gradients import WAVEFORM, partitioned
 from tests.tiny_runs import LLM, lines, mser, stage1, stage2, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -156,8 +155,12 @@ def same_from_a_checkpoint(trained: Path) -> None:
     one, two = (export_tensors(trained / export) for export in ("runs/half/export", "models/half"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert len([*(trained / "models/half/llm").glob("model-*-of-*.safetensors")]) > 2
-    said = mser("export", "runs/lora", "models/merged", "--merge", cwd=trained)
-    assert "which answers as trained" in said and (trained / "models/merged/llm/model.safetensors").is_file()
+    said = mser("export", "runs/lora", "models/merged", "--best", "--merge", cwd=trained)
+    assert "which answers as trained" in said
+    folders = [trained / "runs/two/export/llm", trained / "models/merged/llm"]
+    base, whole = (load_file(folder / "model.safetensors") for folder in folders)
+    changed = {name.split(".")[-2] for name in base if not torch.equal(base[name], whole[name])}
+    assert base.keys() == whole.keys() and changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
     with chdir(trained):  # the adapters' base is named as the run's config names it, from where that was started
         both = [load_model(name) for name in ("runs/lora", "models/merged")]
     noise = np.random.default_rng(0).normal(size=16000).astype(np.float32) * 0.1
@@ -167,6 +170,26 @@ def same_from_a_checkpoint(trained: Path) -> None:
     assert "keeps no step 5: kept are 2, 3, 4, 6" in error
     error = mser("export", "runs/whole", "models/whole", "--merge", cwd=trained, code=2)
     assert "--merge is of adapters, and this run has none" in error and not (trained / "models/whole").exists()
+
+
+def adapters_of_the_best_step(trained: Path, folder: str) -> None:
+    """A run with adapters whose first step is said to have been its best exports these, at the end of its third."""
+    words = [folder, "llm.arch={}", "llm.lora={rank: 2}", "train.lr=0.02", "train.schedule=constant"]
+    words += ["train.save_every=1", "train.keep=9"]
+    mser(*stage2("runs/lora", *words, "train.steps=2"), "--nproc", "2", cwd=trained)
+    run = trained / "runs/lora"
+    notes = json.loads((run / "validations.json").read_text())
+    (run / "validations.json").write_text(json.dumps({**notes, "1": {**notes["2"], "ua": 1.5}}))
+    mser(*stage2("runs/lora", *words, "train.steps=3"), "--nproc", "2", cwd=trained)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["exported_step"], summary["best_ua"]) == (3, 1, 1.5)
+    assert json.loads((run / "export/card.json").read_text())["step"] == 1
+    found = load_file(run / "export/llm/adapter_model.safetensors")
+    assert found
+    for step, same in ((1, True), (3, False)):
+        files = sorted((run / f"checkpoints/step-{step:06d}").glob("rank-*.safetensors"))
+        kept = {name.replace(".default", "").removeprefix("llm."): weight for name, weight in weights(files)}
+        assert all(torch.equal(weight, kept[name]) == same for name, weight in found.items())
 
 
 def export_tensors(export: Path) -> dict[str, torch.Tensor]:
@@ -193,15 +216,13 @@ def test_a_pretrained_llm_is_partitioned_as_it_loads(trained: Path) -> None:
     for name, weight in before.items():
         assert after[name].shape == weight.shape and not torch.equal(after[name], weight), f"{name} was not trained"
         assert (after[name] - weight).abs().max() < 0.05, f"{name} did not start from the pretrained weights"
-    mser(*stage2("runs/lora", folder, "llm.arch={}", "llm.lora={rank: 2}"), "--nproc", "2", cwd=trained)
-    assert (trained / "runs/lora/export/llm/adapter_model.safetensors").is_file()
+    adapters_of_the_best_step(trained, folder)
     same_from_a_checkpoint(trained)
     mser("eval", "demo_eval", "data.sets=shards", "stage1=null", "stage2=runs/lora", "out=runs/eval3", cwd=trained)
 
 
 def whole_copies(rank: int, llm: str, ds_json: dict[str, Any]) -> int:
     """How many of the LLM's parameters this rank holds whole after loading it for a ZeRO-3 run."""
-    from mser_dist.models.attention import Attention
     from mser_dist.models.llm import build_llm
 
     model, _ = build_llm(cfg.LLMConfig(pretrained=llm), cfg.SIX_EMOTIONS, Attention("sdpa", "test"), ds_json)
@@ -235,74 +256,6 @@ def test_stage_2_resumes_bit_for_bit_too(trained: Path) -> None:
     for part in ("speech", "heads", "llm/model"):
         one, two = (load_file(folder / f"export/{part}.safetensors") for folder in (whole, resumed))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-WAVEFORM = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": [8] * 7,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-    "activation_dropout": 0.0,
-}  # fmt: skip
-
-
-def partitioned(folder: Path) -> str:
-    """A DeepSpeed JSON under which even the smallest weights are partitioned."""
-    plain = json.loads(find_json("cpu").read_text())
-    plain["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "partitioned.json").write_text(json.dumps(plain))
-    return str(folder / "partitioned.json")
-
-
-KINDS = ("wav2vec2", "hubert", "wavlm")
-
-
-def waveform_steps(rank: int, ranks: int, deepspeed: str) -> dict[str, dict[str, torch.Tensor]]:
-    """For each kind, three steps on this rank's part of eight clips of different lengths: the weights then, whole."""
-    return {kind: steps_of_kind(rank, ranks, kind, deepspeed) for kind in KINDS}
-
-
-def steps_of_kind(rank: int, ranks: int, kind: str, deepspeed: str) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    qformer = cfg.QFormerConfig(queries=2, layers=1, width=16, heads=2, dropout=0.0)
-    speech = build_speech(cfg.EncoderConfig(arch={"model_type": kind, **WAVEFORM}), qformer, Attention("sdpa", "test"))
-    model = Aligner(speech, 16, cfg.ContrastiveConfig(width=8)).train()
-    batch = {
-        "speech": torch.randn(8, 3000), "lengths": torch.arange(8) * 300 + 600, "text": torch.randn(8, 16),
-    }  # fmt: skip
-    ids = {"label": torch.arange(8) % 3, "source": torch.arange(8) // 2, "caption": torch.arange(8) % 3}
-    part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
-    config = cfg.Stage1(train=cfg.TrainConfig(global_batch=8, lr=1e-2), engine=cfg.EngineConfig(deepspeed=deepspeed))
-    engine = Engine(model, config, World(rank, ranks), total=3, device="cpu")
-    for _ in range(3):
-        embedded = engine.forward({name: tensor[part] for name, tensor in batch.items()})
-        loss, _ = model.contrast(embedded, {name: tensor[part] for name, tensor in ids.items()}, 1.0, 0.25)
-        engine.backward(loss)
-        engine.step()
-    return whole_state(engine)
-
-
-@pytest.fixture(scope="module")
-def waveform_weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of every kind, under ZeRO-2 in one process, and under ZeRO-3 in two."""
-    [whole] = run(waveform_steps, 1, 1, "zero2")
-    return whole, run(waveform_steps, 2, 2, partitioned(tmp_path_factory.mktemp("zero3")))[0]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_zero3_trains_every_weight_of_a_waveform_encoder(
-    kind: str, waveform_weights: tuple[dict[str, Any], dict[str, Any]]
-) -> None:
-    """Against one process under ZeRO-2, which keeps weights whole.
-
-    The position convolution makes its weight of two others at every forward (weight norm), and WavLM's attention takes
-    weights of its submodules without calling them: both have gone wrong under ZeRO-3 (DeepSpeed issue 1045).
-    """
-    whole, found = (weights[kind] for weights in waveform_weights)
-    assert found.keys() == whole.keys()
-    for name, value in whole.items():
-        if name.endswith(("key.bias", "k_proj.bias", "scale.log_scale")):
-            continue  # gradients of rounding alone, or close to it, which Adam scales up
-        error = (found[name] - value).norm() / value.norm().clamp(min=1e-12)
-        assert error < 1e-4, f"{name} is off by {error:.1e}"
 
 
 def test_a_waveform_encoder_from_the_command_line(trained: Path) -> None:

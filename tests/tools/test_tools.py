@@ -20,7 +20,7 @@ from mser_dist.audio import encode
 from mser_dist.cli import main as cli
 from tests.tiny_runs import ENCODER, QFORMER
 from tests.unit.made_up_set import write_set
-from tools import bench_encoder, bench_plan, bench_stage2
+from tools import bench_encoder, bench_export, bench_plan, bench_stage2
 from tools.bench_packing import BATCHINGS, DURATIONS, RANKS
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -210,6 +210,19 @@ def test_bench_stage2(tmp_path: Path) -> None:
     assert rows[1]["ratio"] == pytest.approx(rows[1]["clips_per_s"] / rows[0]["clips_per_s"])
     task = bench_stage2.Task("tree", layers=1, batch=4, steps=1, small=True, **bench_stage2.texts(True))  # type: ignore[arg-type]
     assert len(bench_stage2.scoring(task, "tree").cpu) == len(bench_stage2.scoring(task, "whole").cpu) == 2
+
+
+@pytest.mark.timeout(600)
+def test_bench_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "export.json"
+    words = ["--small", "--shard-mib", "1", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_export.py", *words])
+    bench_export.main()
+    many, one = json.loads(out.read_text())["rows"]
+    assert (many["name"], one["name"]) == ("files of 1 MiB", "one file")
+    assert 0.5 < many["shard_mib"] <= 1.01 < one["shard_mib"] < 3
+    assert all(row["peak_mib"] >= 0 and row["ratio"] == row["peak_mib"] / row["shard_mib"] for row in (many, one))
+    assert f"{many['ratio']:.2f}" in capsys.readouterr().out
 
 
 def test_compare_losses(

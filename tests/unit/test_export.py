@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +25,7 @@ from mser_dist.models.llm import build_llm
 from mser_dist.models.push import push
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.weights import Weights, files_of, plan, write_part
+from mser_dist.prediction.model import Model
 from mser_dist.training import rescore
 from mser_dist.training.model_card import render
 from tests.unit import tiny_exports
@@ -30,23 +33,28 @@ from tests.unit.tiny_exports import LABELS, LLM, SDPA
 
 
 class Counted:
-    """Weights of which the writer holds so many bytes at most."""
+    """Weights that are copied to where the writer wants them, which is in so many bytes of memory at a time."""
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.state, self.alive, self.most = state, 0, 0
+        self._seen: set[int] = set()
 
     def weights(self) -> Weights:
         import weakref
 
-        def gone(size: int) -> None:
+        def gone(key: int, size: int) -> None:
+            self._seen.remove(key)
             self.alive -= size
 
-        def get(name: str) -> Tensor:
-            tensor = self.state[name].clone()
-            self.alive += tensor.nbytes
-            self.most = max(self.most, self.alive)
-            weakref.finalize(tensor, gone, tensor.nbytes)
-            return tensor
+        def get(name: str, place: Tensor | None) -> Tensor:
+            assert place is not None
+            memory = place.untyped_storage()
+            if memory.data_ptr() not in self._seen:
+                self._seen.add(memory.data_ptr())
+                self.alive += memory.nbytes()
+                self.most = max(self.most, self.alive)
+                weakref.finalize(memory, gone, memory.data_ptr(), memory.nbytes())
+            return place.copy_(self.state[name])
 
         return Weights(Weights.of(self.state).facts, get)
 
@@ -118,6 +126,31 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     assert torch.equal(again.llm.lm_head.weight, model.llm.lm_head.weight)
 
 
+@torch.no_grad()
+def test_experts_are_written_as_checkpoints_have_them(tmp_path: Path) -> None:
+    """transformers keeps all experts of a layer in one tensor, and has each by itself in a checkpoint."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    _, tokenizer = model_of()
+    shape = {**LLM, "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": len(tokenizer)}
+    model = SpeechLLM(tiny_exports.speech(), MixtralForCausalLM(MixtralConfig(**shape))).eval()
+    model.llm.save_pretrained(tmp_path / "theirs")
+    counted = Counted({name: tensor for name, tensor in model.state_dict().items() if "encoder.encoder" not in name})
+    card = card_of(model, tokenizer)
+    exported.write(tmp_path / "ours", model, counted.weights(), card, tokenizer, shard_bytes=30_000)
+    found, expected = (
+        {name: tensor for file in files_of(tmp_path / folder, "model") for name, tensor in load_file(file).items()}
+        for folder in ("ours/llm", "theirs")
+    )
+    assert found.keys() == expected.keys() and any("experts.3.w1" in name for name in found)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert counted.most <= max(tensor.nbytes for tensor in model.state_dict().values()), "one tensor is converted"
+    again, _ = exported.load_speech_llm(tmp_path / "ours", SDPA)
+    ids = torch.tensor([[1, 5, 7]])
+    torch.testing.assert_close(again.llm(ids).logits, model.llm(ids).logits)
+
+
 def test_an_adapter_is_pefts_own(tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -135,6 +168,49 @@ def test_an_adapter_is_pefts_own(tmp_path: Path) -> None:
         torch.testing.assert_close(again(ids).logits, model.llm(ids).logits)
         assert not torch.allclose(again(ids).logits, base.llm(ids).logits)
     assert mser_dist.load_model(tmp_path / "lora").stage == 2
+
+
+def copied(model: torch.nn.Module) -> set[str]:
+    """The parameters that do not lie in a mapped file of weights."""
+    files = [line for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines() if "safetensors" in line]
+    spans = [[int(end, 16) for end in line.split(maxsplit=1)[0].split("-")] for line in files]
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if not any(begin <= parameter.data_ptr() < end for begin, end in spans)
+    }
+
+
+@pytest.mark.parametrize("normalize", ["none", "overall"])  # the encoder a part of the model, and frozen beside it
+@pytest.mark.parametrize("stage", [tiny_exports.stage1, tiny_exports.stage2])
+def test_a_check_takes_no_copy_of_the_weights(stage: Any, normalize: str, tmp_path: Path) -> None:
+    export = stage(tmp_path, normalize) / "export"
+    plain, mapped = (Model(export, "cpu", "float32", mapped=mapped) for mapped in (False, True))
+    assert not copied(mapped.network) and not copied(mapped.speech.any_encoder)
+    assert copied(plain.speech.any_encoder) == {name for name, _ in plain.speech.any_encoder.named_parameters()}
+    wave = tiny_exports.wave(0.7)
+    one, two = (model.embed(wave, sampling_rate=16_000) for model in (plain, mapped))
+    np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_nor_of_an_adapters_base_in_another_dtype(tmp_path: Path) -> None:
+    """A base in bfloat16, as most are published, whose adapters were trained in float32."""
+    base, tokenizer = model_of()
+    base.llm.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    folder = str(tmp_path / "base")
+    model, _ = model_of(cfg.LoraConfig(rank=2), folder)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    export = tmp_path / "export"
+    exported.write(export, model, model.state_dict(), card_of(model, tokenizer, folder), tokenizer)
+    plain, mapped = (Model(export, "cpu", "float32", mapped=mapped) for mapped in (False, True))
+    assert {name for name in copied(mapped.network) if "lora" not in name} == set()
+    found = rescore.heard_by(mapped.network, mapped.scorer(LABELS), "cpu")
+    expected = rescore.heard_by(plain.network, plain.scorer(LABELS), "cpu")
+    assert torch.equal(found.scores, expected.scores)
+    rescore.check(export, expected, torch.float32)
 
 
 def test_an_export_that_answers_otherwise_is_not_published(tmp_path: Path) -> None:
