@@ -157,7 +157,7 @@ def of_experiment(store: Store, name: str) -> tuple[list[System], list[str]]:
         raise UserError(f"the experiment {name!r} in MLflow at {store.uri} has {what}: name another one")
     if foreign := [run for run in runs if not any(tag.startswith("mser.") for tag in run.tags)]:
         reader.notes.append(f"{count(len(foreign), 'run')} of the experiment left out: not of mser")
-    if unended := [run.name for run in mine if run.status != "FINISHED"]:
+    if unended := [_name(run) for run in mine if run.status != "FINISHED"]:
         reader.notes.append(f"{_some(unended)} left out: not FINISHED in MLflow")
     by_id = {run.run_id: run for run in mine}
     asked = {run.tags[tag] for run in mine for tag in _links(run)}
@@ -204,7 +204,7 @@ class _Trained:
         validation = {
             score: run.metrics[f"val/{score}"] for score in ("ua", "wa", "macro_f1") if f"val/{score}" in run.metrics
         }
-        return Training(run.run_id, run.name, stage, params, behind, validation)
+        return Training(run.run_id, _name(run), stage, params, behind, validation)
 
     def stage2_of_folds(self, run_id: str) -> Training | None:
         """A training of stage 2 in one of the folds."""
@@ -216,6 +216,11 @@ def folder_of(run: Stored) -> Path | None:
     """The folder of a run, if it is there and still this run's."""
     folder = Path(run.tags.get("mser.out", ""))
     return folder if run_id_of(folder) == run.run_id else None
+
+
+def _name(run: Stored) -> str:
+    """A run's folder, there or not, as a person would type it here: names in MLflow are often the same."""
+    return shown_path(Path(run.tags["mser.out"])) if "mser.out" in run.tags else run.name
 
 
 def _stored_systems(store: Store, run: Stored, trained: _Trained) -> list[System]:
@@ -232,7 +237,7 @@ def _stored_systems(store: Store, run: Stored, trained: _Trained) -> list[System
         known = _baseline_known(run.params)
     else:
         known = {
-            tag[5:11]: _known_of(reader, run.name, trained.of(run.tags[tag]), f"run {run.tags[tag]}", run.params)
+            tag[5:11]: _known_of(reader, _name(run), trained.of(run.tags[tag]), f"run {run.tags[tag]}", run.params)
             for tag in _links(run)
         }
     sent = ("predictions.parquet", "folds.json" if stage == "folds" else "zero_shot.json")  # what MLflow has of them
@@ -242,4 +247,4 @@ def _stored_systems(store: Store, run: Stored, trained: _Trained) -> list[System
         return here or (store.file(run, name) if name in sent else None)
 
     native = "True" in (run.params.get("native_labels"), run.params.get("on.native_labels"))
-    return reader.evaluation(run.name, file, known, native, run.metrics)
+    return reader.evaluation(_name(run), file, known, native, run.metrics)
