@@ -209,6 +209,8 @@ def _full(by: str, systems: Sequence[System], keys: Sequence[str]) -> str:
         fit = [key for key in fit if key in keys] or fit
     if len(fit) > 1:
         raise UserError(f"--by {by} may be {' or '.join(fit)}: write it in full")
+    if fit[0] in SEEDS:
+        raise UserError(f"--by {by}: runs that differ in their seed alone are one row: name another parameter")
     return fit[0]
 
 

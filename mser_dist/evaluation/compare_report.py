@@ -140,7 +140,7 @@ def as_csv(comparison: Comparison) -> str:
         for row in section.rows:
             ends = [*(row.interval or ("", "")), row.difference, *(row.difference_interval or ("", ""))]
             what = [number, section.title, section.metric, row.model, "; ".join(run.run for run in row.runs)]
-            numbers = [len(row.runs), row.mean, row.sd, *ends]
+            numbers = [len(row.runs), row.mean if row.mean == row.mean else "", row.sd, *ends]
             params = [row.params.get(key) for key in comparison.keys]
             writer.writerow([*what, *numbers, *params, *(row.by_place.get(place) for place in places)])
     return text.getvalue()

@@ -27,17 +27,18 @@ def of_folders(folders: Iterable[Path]) -> tuple[list[System], list[str]]:
 
     Trainings that an evaluation among them is of have no row of their own. `UserError` if nothing is left.
     """
-    reader, runs = Reader(), list[Path]()
+    reader, runs = Reader(), dict[Path, Path]()
     for folder in folders:
         if not folder.exists():
             raise UserError(f"{folder}: there is no such run folder (was it deleted?): leave it out")
         below = [folder] if _kind(folder) else sorted(one for one in _folders(folder) if _kind(one))
         if not below:
             reader.notes.append(f"{folder} is left out: it is no run, and holds none")
-        runs += [one for one in below if one.resolve() not in [other.resolve() for other in runs]]
+        for one in below:
+            runs.setdefault(one.resolve(), one)
     systems: list[System] = []
     trainings: list[Training] = []
-    for folder in runs:
+    for folder in runs.values():
         kind = _kind(folder)
         if kind == "training":
             trainings += [found] if (found := reader.training(folder)) else []

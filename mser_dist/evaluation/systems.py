@@ -235,16 +235,16 @@ class Reader:
         systems = []
         for model in models:
             mine = [row for row in rows if row["model"] == model]
-            seen = frozenset(
-                (row["corpus"] or "", row["language"] or "") for row in mine if row.get("seen_language", True)
-            )
+            seen = frozenset(_place(row) for row in mine if row.get("seen_language", True))
             params, behind = next((known[one] for one in known if model.startswith(one)), (None, frozenset()))
             if model in predictions:
                 clips, predicted = predictions[model]
-                systems.append(System(name, model, params, behind, scores_of(clips, predicted), seen, clips, predicted))
+                scores = scores_of(clips, predicted)
+                seen = seen if mine else frozenset(scores)  # without a report nothing is known to be unseen
+                systems.append(System(name, model, params, behind, scores, seen, clips, predicted))
             else:
-                scores = {(row["corpus"] or "", row["language"] or ""): row for row in mine}
-                systems.append(System(name, model, params, behind, scores, seen))
+                reported = {_place(row): row for row in mine}
+                systems.append(System(name, model, params, behind, reported, seen))
         if not systems and logged:
             systems = [*_logged(name, logged, known)]
         if not systems:
@@ -291,6 +291,10 @@ def _rows(file: Callable[[str], Path | None]) -> list[dict[str, Any]]:
         found = read_json(path)
         return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
     return []
+
+
+def _place(row: Mapping[str, Any]) -> Place:
+    return row["corpus"] or "", row["language"] or ""
 
 
 def scores_of(clips: Clips, predicted: NDArray[np.int16]) -> dict[Place, dict[str, float]]:

@@ -39,7 +39,7 @@ class Store:
         self.uri = redact(uri)
         self._uri = uri
         if uri.startswith("sqlite:///"):  # which MLflow would make
-            file = Path(uri.removeprefix("sqlite:///"))
+            file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
             begins = b""
             with suppress(OSError), file.open("rb") as opened:
                 begins = opened.read(16)

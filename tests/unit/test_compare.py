@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from mser_dist.cli import main as cli
-from mser_dist.evaluation import compare_report
+from mser_dist.config.file import load_training, to_yaml
+from mser_dist.evaluation import compare_report, pooled
 from mser_dist.evaluation.bootstrap import draw_difference
 from mser_dist.evaluation.compare import Comparison, compare
 from mser_dist.evaluation.gathered import of_folders
 from mser_dist.evaluation.metrics import score
+from mser_dist.files import write_json
 from mser_dist.shards.shard_set import ShardSet
 from tests.unit.made_up_runs import LABELS, answers, baseline, evaluate, train, write_clips
 
@@ -74,9 +77,9 @@ def test_what_speakers_do_to_both_cancels(runs: Path) -> None:
     systems, _ = of_folders([runs / "eval/lr=1e-4_seed=0"])
     twin = replace(systems[0], params={**(systems[0].params or {}), "stage1.train.lr": "7"}, behind=frozenset({"x"}))
     [section] = compare([*systems, twin]).sections
-    assert section.rows[1].difference == 0 and section.rows[1].difference_interval == (0, 0)
-    assert section.rows[1].undecided and section.rows[0].interval is not None
-    assert section.rows[0].interval[1] - section.rows[0].interval[0] > 0.05
+    best, other = section.rows
+    assert other.difference == 0 and other.difference_interval == (0.0, 0.0) and other.undecided
+    assert best.interval is not None and best.interval[1] - best.interval[0] > 0.05
 
 
 # ---- rows
@@ -98,7 +101,8 @@ def test_seeds_are_one_row_and_the_best_comes_first(runs: Path) -> None:
     assert best.mean == pytest.approx(np.mean(best.values)) and best.sd == pytest.approx(np.std(best.values, ddof=1))
     assert (best.difference, best.difference_interval, svm.sd) == (None, None, None)
     assert worst.difference == pytest.approx(worst.mean - best.mean) and not worst.undecided
-    assert worst.difference_interval and worst.difference_interval[0] < worst.difference < worst.difference_interval[1]
+    assert worst.difference is not None and worst.difference_interval is not None
+    assert worst.difference_interval[0] < worst.difference < worst.difference_interval[1]
     assert "stage1.train.lr" in found.keys and "stage1.seed" not in found.keys
     assert not [key for key in found.keys if key.startswith(("stage1.qformer", "stage1.train.epochs"))], (
         "a baseline has no such key, and so does not differ in it"
@@ -158,15 +162,36 @@ def test_stage_2_differs_by_its_stage_1_too(shards: ShardSet, tmp_path: Path) ->
 def test_a_training_is_compared_by_its_validation(runs: Path, tmp_path: Path) -> None:
     found = compared(runs / "train")
     [section] = found.sections
-    assert [(row.mean, row.sd, row.interval, row.difference) for row in section.rows] == [
-        (pytest.approx(0.7), pytest.approx(0), None, None),
-        (pytest.approx(0.4), pytest.approx(0), None, pytest.approx(-0.3)),
-    ]
+    assert [row.mean for row in section.rows] == pytest.approx([0.7, 0.4])
+    assert section.rows[0].difference is None and section.rows[1].difference == pytest.approx(-0.3)
+    assert all(row.sd == pytest.approx(0) and row.interval is None for row in section.rows)
     assert section.title.startswith("validation, val of runs/demo/shards; labels anger,")
     other = train(tmp_path / "other", "data.val_split=test", ua=0.9)
     assert len(compared(runs / "train", other).sections) == 2, "on other clips"
     silent = train(tmp_path / "silent", ua=None)
     assert any("silent is left out: neither evaluated nor" in note for note in compared(runs / "train", silent).notes)
+
+
+def test_a_cross_validation_is_a_row_a_model(shards: ShardSet, tmp_path: Path) -> None:
+    """Its folds share all but the speakers that each leaves out."""
+    for lr in ("1e-3", "1e-2"):
+        out = tmp_path / f"folds{lr}"
+        first = train(out / "fold01-stage1", f"train.lr={lr}", "data.drop={speaker: [el0]}")
+        second = train(out / "fold01-stage2", f"stage1={first}", "data.drop={speaker: [el0]}", stage=2)
+        given = {f"stage{stage}": answers(shards, 0.5, stage) for stage in (1, 2)}
+        evaluate(out / "fold01-eval", shards, given, stages={1: first, 2: second})
+        (out / "folds").mkdir()
+        base = load_training("demo_stage1", [f"out={out}", f"train.lr={lr}"])
+        (out / "folds/config.yaml").write_text(to_yaml(base), encoding="utf-8")
+        predictions = pooled.read({1: out / "fold01-eval"})
+        parquet.write_table(predictions, out / "predictions.parquet")
+        results = pooled.as_rows(pooled.pool(predictions, LABELS))
+        write_json(out / "folds.json", {"results": results})
+    found = compared(tmp_path)
+    [section] = found.sections
+    assert found.keys == ["stage1.train.lr"] and section.metric == "UA, mean over 2 languages (el, ru)"
+    assert sorted(row.model for row in section.rows) == ["stage1", "stage1", "stage2", "stage2"] and not found.notes
+    assert section.rows[0].by_place["made-up", "el"] in [one["ua"] for one in results]
 
 
 # ---- what does not compare
@@ -288,6 +313,7 @@ def test_the_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["begun"], "there is nothing to compare: begun is left out: it has not ended"),
         (["eval", "--by", "train.lrr"], "--by train.lrr: no run has it: did you mean train.lr?"),
         (["eval", "--by", "width"], "--by width may be"),
+        (["eval", "--by", "seed"], "--by seed: runs that differ in their seed alone are one row"),
         (["eval", "--model", "stage2"], "--model stage2: there is stage1"),
         (["eval", "--language", "xx"], "--language xx: no run was evaluated on it"),
         (["eval", "--metric", "f1"], "invalid choice: 'f1'"),

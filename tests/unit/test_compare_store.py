@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def made(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stored") / "runs"
     folder.mkdir()
     shutil.copy(prepared, folder / "mlflow.db")
-    how = {"enabled": True, "experiment": EXPERIMENT, "uri": f"sqlite:///{folder}/mlflow.db"}
+    how: dict[str, Any] = {"enabled": True, "experiment": EXPERIMENT, "uri": f"sqlite:///{folder}/mlflow.db"}
     shards = write_clips(folder.parent / "set")
     for lr, right in (("1e-4", 0.4), ("1e-2", 0.7)):
         trained = train(folder / f"train{lr}", f"train.lr={lr}", **how)
