@@ -34,12 +34,12 @@ def short(comparison: Comparison, key: str) -> str:
 def labels_of(comparison: Comparison, section: Section, without: str | None = None) -> list[str]:
     """What tells each row of a section from the others, in a line: its parameters and model, else its run."""
     keys = [key for key in keys_of(comparison, section) if key != without][:4]
+    last = [key.rpartition(".")[2] for key in keys]
+    names = {key: end if last.count(end) == 1 else short(comparison, key) for key, end in zip(keys, last, strict=True)}
     models = len({row.model for row in section.rows}) > 1
     found = []
     for row in section.rows:
-        parts = [
-            f"{short(comparison, key).rpartition('.')[2]}={cell(row.params[key])}" for key in keys if key in row.params
-        ]
+        parts = [f"{name}={cell(row.params[key])}" for key, name in names.items() if key in row.params]
         found.append(", ".join([*([shown(row.model)] if models or not parts else []), *parts]))
     if without is None:
         twice = {name for name in found if found.count(name) > 1}

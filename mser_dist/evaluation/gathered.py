@@ -168,7 +168,7 @@ def of_experiment(store: Store, name: str) -> tuple[list[System], list[str]]:
     trainings: list[Training] = []
     for run in mine:
         parent = by_id.get(run.tags.get("mlflow.parentRunId", ""))
-        if run.status != "FINISHED" or (parent is not None and parent.tags["mser.stage"] == "folds"):
+        if run.status != "FINISHED" or (parent is not None and parent.tags.get("mser.stage") == "folds"):
             continue  # a fold is a part of its cross-validation
         if run.tags["mser.stage"] in ("1", "2"):
             trainings += [found] if (found := trained.of(run.run_id)) else []
@@ -210,7 +210,7 @@ class _Trained:
     def stage2_of_folds(self, run_id: str) -> Training | None:
         """A training of stage 2 in one of the folds."""
         runs = (one for one in self.runs.values() if one.tags.get("mlflow.parentRunId") == run_id)
-        return next((self.of(one.run_id) for one in runs if one.tags["mser.stage"] == "2"), None)
+        return next((self.of(one.run_id) for one in runs if one.tags.get("mser.stage") == "2"), None)
 
 
 def folder_of(run: Stored) -> Path | None:

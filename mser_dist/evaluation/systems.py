@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,7 @@ def trained_params(stage: int, flat: Mapping[str, str], version: str, first: Tra
 
     flat: its config as dotted keys, that of an earlier version without those that are new, and maybe with others.
     """
-    kind: type[cfg.Stage1] | type[cfg.Stage2] = cfg.Stage1 if stage == 1 else cfg.Stage2
-    defaults = flatten(kind()) | (UNSAID if stage == 2 else {})
+    defaults = _defaults(stage)
     whole = {key: value for key, value in flat.items() if key in defaults or _within(key, defaults)}
     for key, value in defaults.items():
         if key not in whole and not any(own.startswith(f"{key}.") for own in whole):
@@ -152,6 +152,12 @@ def trained_params(stage: int, flat: Mapping[str, str], version: str, first: Tra
     own = {key: value for key, value in whole.items() if key == "stage1" or not key.startswith(_WITHOUT_EFFECT)}
     named = {f"stage{stage}.{key}": value for key, value in own.items()} | {f"stage{stage}.version": version}
     return (first.params if first else {}) | named
+
+
+@cache
+def _defaults(stage: int) -> dict[str, str]:
+    """What a training of a stage does whose config does not say."""
+    return flatten(cfg.Stage1()) if stage == 1 else flatten(cfg.Stage2()) | UNSAID
 
 
 def _within(key: str, defaults: Mapping[str, str]) -> bool:
@@ -206,6 +212,8 @@ class Reader:
         if not all((folder / name).is_file() for name in ("config.yaml", "summary.json")):
             return None
         flat = read_config(folder)
+        if flat.get("stage") not in ("1", "2"):
+            return None
         stage = int(flat["stage"])
         first = None
         if stage == 2:
@@ -286,7 +294,8 @@ def _rows(file: Callable[[str], Path | None]) -> list[dict[str, Any]]:
     """The rows of an evaluation's report: as it wrote them, or as MLflow has them; of folds, over all of them."""
     for name, part in (("report.json", "zero_shot"), ("folds.json", "results")):
         if path := file(name):
-            return list(read_json(path)[part])
+            rows = read_json(path).get(part) or ()
+            return [{"model": f"stage{row.get('stage')}"} | row for row in rows]  # 0.1.0 named the stage alone
     if path := file("zero_shot.json"):
         found = read_json(path)
         return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]

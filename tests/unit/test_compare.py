@@ -241,15 +241,25 @@ def test_without_predictions_nothing_is_paired(runs: Path, tmp_path: Path) -> No
     rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["zero_shot"]
     for damage in (b"PAR1, and no more", None):
         (folder / "predictions.parquet").unlink()
-        if damage:
+        if damage is not None:
             (folder / "predictions.parquet").write_bytes(damage)
         found = compared(runs / "eval/lr=1e-4_seed=0", folder)
         assert [section.title.split(":")[0] for section in found.sections][1] == "without predictions"
         row = found.sections[1].rows[0]
         assert row.mean == pytest.approx(np.mean([one["ua"] for one in rows])) and row.interval
         assert any("cut has no predictions that can be read" in note for note in found.notes)
-        if damage is None:
-            break
+
+
+def test_an_evaluation_of_0_1_0(runs: Path, tmp_path: Path) -> None:
+    """It wrote no predictions, and named the stage of a row alone."""
+    folder = Path(shutil.copytree(runs / "eval/lr=1e-2_seed=0", tmp_path / "old"))
+    (folder / "predictions.parquet").unlink()
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    kept = ("stage", "corpus", "language", "seen_language", "n", "k", "chance", "ua", "wa", "macro_f1")
+    rows = [{key: row[key] for key in kept} for row in report["zero_shot"]]
+    write_json(folder / "report.json", {"zero_shot": rows})
+    [row] = compared(folder).sections[0].rows
+    assert row.model == "stage1" and row.mean == pytest.approx(np.mean([one["ua"] for one in rows]))
 
 
 def test_a_training_that_is_gone(runs: Path, shards: ShardSet, tmp_path: Path) -> None:
