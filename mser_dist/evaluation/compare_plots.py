@@ -36,6 +36,7 @@ def draw(comparison: Comparison, sections: Sequence[Section], *paths: Path) -> N
         for path in paths:
             bare = path.suffix == ".svg"  # which has no background and no date
             figure.savefig(path, dpi=130, transparent=bare, metadata={"Date": None} if bare else None)
+            figure.set_layout_engine("none")  # it is laid out, for other formats too
 
 
 @contextmanager
