@@ -5,7 +5,9 @@ accuracy. macro-F1 is the mean of the classes' F1. Classes without clips in the 
 either: chance is the UA of one answer to all clips.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,16 +44,41 @@ def score(reference: NDArray[np.int64], predicted: NDArray[np.int64], classes: i
         raise ValueError(f"{len(reference)} references and {len(predicted)} predictions")
     confusion = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(confusion, (reference, predicted), 1)
-    support, hits = confusion.sum(1), confusion.diagonal()
-    present = support > 0
-    recall = hits[present] / support[present]
-    # F1 = 2·TP / (2·TP + FP + FN), and support + predictions = 2·TP + FN + FP
-    f1 = 2 * hits[present] / (support + confusion.sum(0))[present]
     return Metrics(
         n=len(reference),
-        k=int(present.sum()),
-        ua=float(recall.mean()),
-        wa=float(hits.sum() / support.sum()),
-        macro_f1=float(f1.mean()),
+        k=int((confusion.sum(1) > 0).sum()),
+        ua=float(ua(confusion)),
+        wa=float(wa(confusion)),
+        macro_f1=float(macro_f1(confusion)),
         confusion=confusion,
     )
+
+
+def ua(confusion: NDArray[Any]) -> NDArray[np.float64]:
+    """UA (…) of confusion matrices (…, K, K), each with a clip or more."""
+    support, hits = confusion.sum(-1), confusion.diagonal(axis1=-2, axis2=-1)
+    return _over_classes(hits, support, support)
+
+
+def wa(confusion: NDArray[Any]) -> NDArray[np.float64]:
+    """WA (…) of confusion matrices (…, K, K)."""
+    hits: NDArray[np.float64] = confusion.trace(axis1=-2, axis2=-1) / confusion.sum((-2, -1))
+    return hits
+
+
+def macro_f1(confusion: NDArray[Any]) -> NDArray[np.float64]:
+    """macro-F1 (…) of confusion matrices (…, K, K)."""
+    support, hits = confusion.sum(-1), confusion.diagonal(axis1=-2, axis2=-1)
+    # F1 = 2·TP / (2·TP + FP + FN), and support + predictions = 2·TP + FN + FP
+    return _over_classes(2 * hits, support + confusion.sum(-2), support)
+
+
+SCORES: dict[str, Callable[[NDArray[Any]], NDArray[np.float64]]] = {"ua": ua, "wa": wa, "macro_f1": macro_f1}
+
+
+def _over_classes(part: NDArray[Any], whole: NDArray[Any], support: NDArray[Any]) -> NDArray[np.float64]:
+    """The mean (…) of part / whole, (…, K) each, over the classes that have clips."""
+    present = support > 0
+    share = np.divide(part, whole, out=np.zeros(part.shape), where=present)
+    mean: NDArray[np.float64] = share.sum(-1) / present.sum(-1)
+    return mean

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist import __version__
-from mser_dist.evaluation.bootstrap import draw_ua
+from mser_dist.evaluation.bootstrap import clusters_of, draw_ua, mean_interval
 from mser_dist.evaluation.metrics import Metrics, score
 from mser_dist.files import whole, write_json, write_text
-from mser_dist.models.normalize import Statistics, corpora_of
 from mser_dist.ranks import distributed
 from mser_dist.runs.names import Name
 from mser_dist.runs.tracking import Tracker
@@ -26,6 +25,7 @@ from mser_dist.tables import Table
 if TYPE_CHECKING:
     import pyarrow
 
+    from mser_dist.models.normalize import Statistics
 
 ADAPTED = "_adapted"  # ends the name of a model that was
 MAJORITY = "majority"  # the baseline that gives one answer to all clips, as is meant
@@ -39,7 +39,7 @@ class Answers:
     reference: NDArray[np.int64]  # (n,) numbers of their labels
     scores: NDArray[np.float32]  # (n, K)
     heard: Collection[str]  # the languages that it was trained on
-    statistics: Statistics | None = None  # that the clips' features were normalised by
+    statistics: "Statistics | None" = None  # that the clips' features were normalised by
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -76,6 +76,8 @@ def of_native_labels(given: Answers, shards: ShardSet) -> Answers:
 
     It is told which emotions a corpus has, not which clip has which.
     """
+    from mser_dist.models.normalize import corpora_of  # with torch, which those who only read reports do without
+
     _, group = np.unique(np.array(corpora_of(shards))[given.numbers], return_inverse=True)
     has = np.zeros((group.max() + 1, given.scores.shape[1]), dtype=bool)
     has[group, given.reference] = True
@@ -105,14 +107,11 @@ def _interval(
     given: Answers, mine: NDArray[np.bool_], speaker: NDArray[Any]
 ) -> tuple[tuple[float, float] | None, int | None]:
     """The UA's 95 % interval over the clips `mine`, whose speakers are given, and over how many speakers it is."""
-    names, cluster = np.unique(speaker, return_inverse=True)
-    by_speaker = len(names) > 1 and bool((speaker != "").all())
-    if not by_speaker:
-        cluster = np.arange(len(speaker))
+    cluster, by_speaker = clusters_of(speaker)
     if len(cluster) < 2:
         return None, None
     drawn = draw_ua(given.reference[mine], given.predicted[mine], cluster, given.scores.shape[1])
-    return drawn.interval(), len(names) if by_speaker else None
+    return drawn.interval(), drawn.clusters if by_speaker else None
 
 
 def as_row(group: Group) -> dict[str, Any]:
@@ -154,7 +153,12 @@ def warnings(groups: Sequence[Group], labels: Sequence[str]) -> list[str]:
 
 def place(group: Group) -> str:
     """Names a group's clips to a person."""
-    return f"{group.language} of {group.corpus}"
+    return place_name(group.corpus, group.language)
+
+
+def place_name(corpus: str, language: str) -> str:
+    """Names a corpus's clips of a language to a person."""
+    return f"{language} of {corpus}"
 
 
 def shown(model: str) -> str:
@@ -169,16 +173,10 @@ def macro_ua(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> float
 
 
 def macro_interval(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> tuple[float, float] | None:
-    """95 % interval of `macro_ua`, of languages that are independent of each other; None if one has none.
-
-    From theirs by MOVER (Zou and Donner, Statistics in Medicine 27(10), 2008), which keeps them lopsided.
-    """
+    """95 % interval of `macro_ua`, of languages that are independent of each other; None if one has none."""
     mine = [row for row in rows if row["model"] == model and row["seen_language"] is seen]
-    if not mine or any(row["ua_low"] is None for row in mine):
-        return None
-    mean, n = macro_ua(mine, model, seen), len(mine)
-    down, up = ([row["ua"] - row["ua_low"] for row in mine], [row["ua_high"] - row["ua"] for row in mine])
-    return mean - float(np.linalg.norm(down)) / n, mean + float(np.linalg.norm(up)) / n
+    ends = [None if row["ua_low"] is None else (row["ua_low"], row["ua_high"]) for row in mine]
+    return mean_interval([row["ua"] for row in mine], ends)
 
 
 def _between(low: float | None, high: float | None) -> str:

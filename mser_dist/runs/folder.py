@@ -26,7 +26,7 @@ _FREE_SAFETY = ("train.trust_", "train.max_skipped")
 _ENDS = ("train.patience", "train.export")  # when it ends, and what of it is exported then
 _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a run can be lengthened
 # What a run of stage 2 did whose config has no such key yet; of other keys that are new it did what is the default.
-_UNSAID = {"llm.order": "speech_first", "llm.packing": "off", "llm.prompt.draw": "clip"}
+UNSAID = {"llm.order": "speech_first", "llm.packing": "off", "llm.prompt.draw": "clip"}
 
 
 def _has_checkpoint(out: Path) -> bool:
@@ -43,7 +43,7 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
         return None  # nothing to lose
     old, new = flatten(read_yaml(saved)), flatten(config)
     kind: Any = type(config)
-    old = {key: value for key, value in (flatten(kind()) | _UNSAID).items() if key in new} | old
+    old = {key: value for key, value in (flatten(kind()) | UNSAID).items() if key in new} | old
     free = _FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY + _LENGTH + _ENDS
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(free)]
     changed = [key for key in keys if old.get(key) != new.get(key)]

@@ -261,6 +261,14 @@ def test_compare_losses(
         tool.main()
 
 
+def test_bench_compare(tmp_path: Path) -> None:
+    out = tmp_path / "row.json"
+    done = run_tool("bench_compare", "--runs", 2, "--clips", 36, "--rounds", 1, "--json", out)
+    assert done.returncode == 0 and "2 evaluations of 36 clips" in done.stdout, done.stderr
+    [row] = json.loads(out.read_text())["rows"]
+    assert row["name"] == "compare" and row["seconds"] > 0 and row["cpu_seconds"] > 0
+
+
 DRILLS = {
     "bitwise-resume", "kill9", "two-generations", "corrupt-checkpoint", "signal-one-rank", "slurm-preempt-requeue",
     "slurm-node-death", "submitit-timeout-requeue", "peer-killed", "peer-frozen", "nonfinite-one-rank", "disk-full",

@@ -34,8 +34,8 @@ def test_clips_as_clusters_are_as_scipy_draws_them() -> None:
         rng=np.random.default_rng(1),
     )
     # Both are estimates of the same spread; 8,000 and 4,000 draws give it to about 2 %.
-    assert drawn.ua.std() == pytest.approx(theirs.standard_error, rel=0.06)
-    assert drawn.ua.mean() == pytest.approx(score(reference, predicted, 4).ua, abs=0.003)
+    assert drawn.values.std() == pytest.approx(theirs.standard_error, rel=0.06)
+    assert drawn.values.mean() == pytest.approx(score(reference, predicted, 4).ua, abs=0.003)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -55,7 +55,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_a_class_without_clips_in_a_draw_does_not_count_there() -> None:
     drawn = draw_ua(np.array([0, 1]), np.array([0, 1]), np.array([0, 1]), 3, draws=200)
-    assert drawn.clusters == 2 and (drawn.ua == 1).all()
+    assert drawn.clusters == 2 and (drawn.values == 1).all()
 
 
 def test_one_cluster_has_no_interval() -> None:
@@ -65,5 +65,5 @@ def test_one_cluster_has_no_interval() -> None:
 
 def test_the_same_seed_gives_the_same_draws() -> None:
     given = answers(np.random.default_rng(0), 5, 8, 3, 0.1)
-    assert np.array_equal(draw_ua(*given, 3).ua, draw_ua(*given, 3).ua)
-    assert not np.array_equal(draw_ua(*given, 3).ua, draw_ua(*given, 3, seed=1).ua)
+    assert np.array_equal(draw_ua(*given, 3).values, draw_ua(*given, 3).values)
+    assert not np.array_equal(draw_ua(*given, 3).values, draw_ua(*given, 3, seed=1).values)

@@ -23,6 +23,7 @@ VERBS = [
     "train",
     "eval",
     "features",
+    "compare",
     "config",
     "predict",
     "export",
