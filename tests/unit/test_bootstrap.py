@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from mser_dist.evaluation.bootstrap import draw_ua, expanded
+from mser_dist.evaluation.bootstrap import draw_difference, draw_ua, expanded
 from mser_dist.evaluation.metrics import score
 
 Answers = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
@@ -51,6 +51,26 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         by_clip += low <= true <= high
     assert 0.93 <= hits / 600 <= 0.97
     assert by_clip / 600 < 0.85, "what a bootstrap over clips would claim"
+
+
+def test_the_interval_of_a_difference_covers_the_true_one_as_often_as_it_says() -> None:
+    """Of 20 speakers who differ for both systems alike, and for each by itself."""
+    random, hits = np.random.default_rng(0), 0
+
+    def accuracies(speakers: int) -> list[NDArray[np.float64]]:
+        shared = random.normal(0.0, 0.15, speakers)
+        return [np.clip(mean + shared + random.normal(0.0, 0.08, speakers), 0.05, 0.98) for mean in (0.7, 0.65)]
+
+    one, other = accuracies(2_000_000)
+    true = (one - other).mean()
+    who = np.repeat(np.arange(20), 24)
+    reference = np.tile(np.arange(24) % 4, 20)
+    wrong = (reference + 1) % 4
+    for number in range(600):
+        ours, theirs = (np.where(random.random(len(who)) < own[who], reference, wrong) for own in accuracies(20))
+        low, high = draw_difference(reference, ours[None], theirs[None], who, 4, seed=number).interval()
+        hits += low <= true <= high
+    assert 0.93 <= hits / 600 <= 0.97
 
 
 def test_a_class_without_clips_in_a_draw_does_not_count_there() -> None:
