@@ -204,7 +204,8 @@ def test_a_run_keeps_the_prompt_that_it_began_with(tmp_path: Path) -> None:
 def test_a_run_of_before_that_is_not_finished_goes_on_as_it_began(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints" / "step-00000005").mkdir(parents=True)
-    began = load_training("demo_stage2", [f"out={run}", "llm.order=speech_first", "llm.packing=off"])
+    before = ["llm.order=speech_first", "llm.packing=off", "llm.prompt.draw=clip"]
+    began = load_training("demo_stage2", [f"out={run}", *before])
     text = to_yaml(began)
     assert text.count("order:") == text.count("packing:") == 1
     for section in (r"  prompt:\n(    .*\n)+", r"  (order|packing): .*\n"):
@@ -212,5 +213,5 @@ def test_a_run_of_before_that_is_not_finished_goes_on_as_it_began(tmp_path: Path
         assert found
     (run / "config.yaml").write_text(text, encoding="utf-8")
     assert finished(run, began) is None
-    with pytest.raises(UserError, match=r"llm.order=speech_first, now instruction_first, llm.packing=off, now prefix"):
+    with pytest.raises(UserError, match=r"speech_first, now instruction_first, llm.packing=off, now prefix, .*draw=clip,"):
         finished(run, load_training("demo_stage2", [f"out={run}"]))
