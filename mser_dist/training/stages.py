@@ -210,7 +210,7 @@ class Instruct:
     def _align(self) -> None:
         """Take stage 1's heads and captions, for its loss beside that of the answers."""
         heads, card = exported.load_heads(exported.find(self.config.stage1, 1))
-        heads.config = replace(heads.config, beta=0.0)  # the other term is of parallel clips, which stage 2 draws none of
+        heads.config = replace(heads.config, beta=0.0)  # without the term of parallel clips
         said = {label: card.get("captions", {}).get(label) or prompts.captions(label) for label in self.labels}
         tower = TextTower(card["text"], self.device)
         self.captions = tower.embed([caption for texts in said.values() for caption in texts])  # (C, text_width)
