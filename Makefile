@@ -43,7 +43,8 @@ demo: $(STAMP)  ## synthesise speech, train both stages on two workers, print th
 
 test: $(STAMP)  ## every test; those of tests/slurm where SLURM is installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal $(PYTEST_ARGS)
-	$(BIN)/python -m pytest --ignore=tests/unit $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models tests/tools -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/models --ignore=tests/tools $(PYTEST_ARGS)
 	@{ $(HAVE_SLURM); } >/dev/null || echo "make: no SLURM here, its tests were skipped: make test-slurm installs it and runs them"
 
 test-slurm: $(STAMP)  ## the tests on a real SLURM alone; installs Debian's packages if they are missing (root)
