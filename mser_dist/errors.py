@@ -17,9 +17,9 @@ class PassingError(UserError):
 
 
 class Stopped(Exception):
-    """A job was asked to stop. A training has saved `step` on every rank; an evaluation has none, and begins anew.
+    """A job was asked to stop. A training has saved `step` on every rank; what has no steps begins anew.
 
-    where: what else is said of it, in place of these two.
+    where: what is said of it instead.
     """
 
     def __init__(self, reason: str, step: int | None, where: str = "") -> None:

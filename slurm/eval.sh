@@ -16,7 +16,8 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# No --signal, unlike the trainings: an evaluation begins anew, so what did not end in its time would not the next time.
+# Three minutes before the time limit every rank gets USR2, keeps what it has scored, and the job is queued again.
+#SBATCH --signal=USR2@180
 # A job whose dependency failed can never start: without this it would wait in the queue for ever.
 #SBATCH --kill-on-invalid-dep=yes
 set -euo pipefail

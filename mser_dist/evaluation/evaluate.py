@@ -1,24 +1,25 @@
 """Zero-shot evaluation: each clip's labels scored by each stage; `report` makes numbers, a table and files of it."""
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.config.file import flatten, to_yaml
 from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
-from mser_dist.errors import Stopped, UserError
+from mser_dist.errors import Stopped
 from mser_dist.evaluation import report
 from mser_dist.evaluation.asking import ask
-from mser_dist.evaluation.metrics import score
+from mser_dist.evaluation.parts import FOLDER, Parts, remove
+from mser_dist.evaluation.predict import predict
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
 from mser_dist.models import chat, exported
 from mser_dist.models.attention import Attention, choose
@@ -26,77 +27,16 @@ from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.self_check import check_llm, check_speech
 from mser_dist.models.speech import SpeechModel
 from mser_dist.models.text import TextTower
-from mser_dist.progress import bar
 from mser_dist.ranks import distributed, preempt
 from mser_dist.ranks.watchdog import Watchdog
 from mser_dist.runs import folder as run_folder
 from mser_dist.runs.tracking import tracked
 from mser_dist.shards.shard_set import ShardSet
-from mser_dist.stream import steps
-from mser_dist.stream.examples import Examples, open_evaluation_clips, pad_speech
-from mser_dist.stream.loader import Collate
-from mser_dist.tables import count
+from mser_dist.stream.examples import Examples, open_evaluation_clips
 
-
-def predict(
-    scorer: Any,
-    clips: Examples,
-    batch: int,
-    collate: Collate,
-    workers: int,
-    world: distributed.World,
-    device: str,
-    title: str,
-    leave: bool = True,
-    go_on: Callable[[], bool] = lambda: True,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-    """Score every clip once, shared out over the ranks: (n,) clip numbers in order and (n, K) scores, on every rank.
-
-    Collective when there is a process group: all ranks run equally many forward passes. `go_on` is asked before each;
-    None where it said no, which it must do on all ranks.
-    """
-    rounds, batches = steps.one_pass(clips, batch, world.rank, world.world_size, collate, workers)
-    found: dict[int, NDArray[np.float32]] = {}
-    for indices, inputs in bar(
-        batches, title=title, unit="batch", total=rounds, disable=not world.is_main, leave=leave
-    ):
-        if not go_on():
-            return None
-        prepared = scorer.model.speech.prepared(clips.grouped(inputs), device)
-        found.update(zip(indices.tolist(), scorer(prepared).float().cpu().numpy(), strict=True))
-    found.pop(-1, None)  # what is no clip
-    everything: dict[int, NDArray[np.float32]] = {}
-    for part in distributed.gather(found):
-        everything |= part
-    lost = sorted(set(range(len(clips))) - everything.keys())
-    if len(lost) > clips.max_bad or not everything:
-        raise UserError(
-            f"{count(len(lost), 'clip')} could not be read on all ranks together, "
-            f"more than data.max_bad={clips.max_bad}: "
-            f"the first is {clips.shards.where(lost[0])}; mser verify lists all of them"
-        )
-    numbers = np.array(sorted(everything))
-    return numbers, np.stack([everything[i] for i in numbers])
-
-
-def validate(
-    stage: Any,
-    clips: Examples,
-    batch: int,
-    workers: int,
-    world: distributed.World,
-    device: str,
-    go_on: Callable[[], bool],
-) -> dict[str, float] | None:
-    """UA, WA and macro-F1 on the validation split; None where `go_on` ended it. Collective."""
-    stage.model.eval()
-    found = predict(stage.scorer(), clips, batch, pad_speech, workers, world, device, "validate", False, go_on)
-    stage.model.train()
-    if found is None:
-        return None
-    numbers, scores = found
-    result = score(clips.label[numbers], scores.argmax(1), scores.shape[1])
-    return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
+STOPPED = "between two batches; the same command goes on from there"
+# Keys of a config that no score depends on.
+_NO_SCORES = ("out", "stage1", "stage2", "tracking.", "data.workers", "data.cache", "encoder.", "native_labels")
 
 
 def exports_of(config: cfg.Evaluation) -> dict[int, Path]:
@@ -157,34 +97,64 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                     distributed.warn(line)
             scorer = _scorer(stage, export, data.labels, attention, dtype, device)
 
-            def go_on(title: str = title) -> bool:
-                watchdog.tick(title)
-                if number := distributed.most([flag.number])[0]:
-                    raise Stopped(signal.Signals(number).name, None)
-                return True
+            def before_each(title: str = title) -> Callable[[], None]:
+                """For each pass: called before its forward passes."""
+                batches = itertools.count()
 
-            for adapted, line in _heard(clips, scorer.model.speech, config, world, go_on):
+                def look() -> None:
+                    watchdog.tick(f"{title}, batch {next(batches)}")
+                    if number := distributed.most([flag.number])[0]:
+                        raise Stopped(signal.Signals(number).name, None, STOPPED)
+
+                return look
+
+            for adapted, line in _heard(clips, scorer.model.speech, config, world, before_each):
                 if line not in said and world.is_main:
                     print(line, flush=True)
                 said.append(line)
-                found = predict(
-                    scorer, clips, config.batch, pad_speech, data.workers, world, device, title, go_on=go_on
-                )
-                assert found is not None
-                numbers, scores = found
-                given = report.Answers(
-                    numbers, clips.label[numbers], scores, card["languages"], statistics=scorer.model.speech.statistics
-                )
                 name = f"stage{stage}{report.ADAPTED if adapted else ''}"
+                parts = Parts(out / FOLDER / name, _made_of(config, card, clips, attention), world)
+                found = predict(scorer, clips, config.batch, data.workers, world, device, title, parts, before_each())
+                if found is None:
+                    continue
+                numbers, more = found
+                given = report.Answers(
+                    numbers,
+                    clips.label[numbers],
+                    more.pop("scores"),
+                    card["languages"],
+                    scorer.model.speech.statistics,
+                    more,
+                )
                 answers[name] = report.of_native_labels(given, shards) if config.native_labels else given
-        names = f"Zero-shot evaluation of {config.stage1} and {config.stage2}"
-        result = report.conclude(tracker, names, answers, shards, data.labels, attention=asdict(attention))
-        distributed.barrier()  # within: who waits for the report is alive, listens to signals, and looks after rank 0
-    return result
+        result: dict[str, Any] | None = None
+        if world.is_main:
+            names = f"Zero-shot evaluation of {config.stage1} and {config.stage2}"
+            result = report.conclude(tracker, names, answers, shards, data.labels, attention=asdict(attention))
+            remove(out)
+        # within: who waits for the report is alive, listens to signals, and looks after rank 0
+        agreed: dict[str, Any] = distributed.agree(result)
+    return agreed
+
+
+def _made_of(config: cfg.Evaluation, card: dict[str, Any], clips: Examples, attention: Attention) -> dict[str, Any]:
+    """All that a model's scores of the clips depend on."""
+    settings = {key: value for key, value in flatten(config).items() if not key.startswith(_NO_SCORES)}
+    return {
+        "version": __version__,
+        "settings": settings,
+        "card": card,
+        "clips": clips.shards.fingerprint(),
+        "attention": asdict(attention),
+    }
 
 
 def _heard(
-    clips: Examples, speech: SpeechModel, config: cfg.Evaluation, world: distributed.World, go_on: Callable[[], object]
+    clips: Examples,
+    speech: SpeechModel,
+    config: cfg.Evaluation,
+    world: distributed.World,
+    before_each: Callable[[], Callable[[], None]],
 ) -> Iterator[tuple[bool, str]]:
     """Ways to normalise the clips' features, ready one after the other: whether it is adapted, and a line on it.
 
@@ -195,7 +165,7 @@ def _heard(
     line = "features: by an encoder that was trained"
     if frozen is not None:
         frozen.to("cuda" if torch.cuda.is_available() else "cpu")
-        line = encode_once(clips, frozen, config.encoder, world, workers=workers, go_on=go_on)
+        line = encode_once(clips, frozen, config.encoder, world, workers=workers, go_on=before_each())
     trained = speech.statistics
     if frozen is None or trained is None:
         yield False, line
@@ -204,7 +174,7 @@ def _heard(
     yield False, line
     # Speakers and not corpora, where training knows neither: a speaker is of a corpus.
     mode = "speaker" if trained.mode == "overall" else trained.mode
-    speech.statistics = statistics_of(clips, frozen, mode, world, workers=workers, parent=trained, go_on=go_on)
+    speech.statistics = statistics_of(clips, frozen, mode, world, workers=workers, parent=trained, go_on=before_each())
     bind(clips, speech.statistics)
     yield True, f"adapted: {describe(speech.statistics)}, of this evaluation"
 

@@ -44,8 +44,13 @@ def score(reference: NDArray[np.int64], predicted: NDArray[np.int64], classes: i
         raise ValueError(f"{len(reference)} references and {len(predicted)} predictions")
     confusion = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(confusion, (reference, predicted), 1)
+    return of_confusion(confusion)
+
+
+def of_confusion(confusion: NDArray[np.int64]) -> Metrics:
+    """Metrics of a confusion matrix (K, K), reference by prediction, of a clip or more."""
     return Metrics(
-        n=len(reference),
+        n=int(confusion.sum()),
         k=int((confusion.sum(1) > 0).sum()),
         ua=float(ua(confusion)),
         wa=float(wa(confusion)),

@@ -5,7 +5,7 @@ Languages are never pooled: a mean over languages is the mean of their own UAs.
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class Answers:
     scores: NDArray[np.float32]  # (n, K)
     heard: Collection[str]  # the languages that it was trained on
     statistics: "Statistics | None" = None  # that the clips' features were normalised by
+    more: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # what else the model tells of the clips: (n, …)
 
     @property
     def predicted(self) -> NDArray[np.int64]:

@@ -1,4 +1,7 @@
-"""How each stage scores the labels of a clip. One scorer for validation in training and for the final evaluation."""
+"""How each stage scores the labels of a clip. One scorer for validation in training and for the final evaluation.
+
+A scorer tells of B clips "scores" (B, K), the largest of which is its answer, and what else it knows, (B, …) by name.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,11 +35,12 @@ class PromptScorer:
         ]  # K × (P_k, text_width)
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """(B, K) cosines."""
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """ "scores": cosines (B, K); "embedding": of the clips in the shared space, of unit length (B, D)."""
         labels = torch.stack([self.model.embed_text(text).mean(0) for text in self.texts])  # (K, D)
         speech = self.model.embed_speech(batch["speech"], batch["lengths"])  # (B, D)
-        return speech @ nn.functional.normalize(labels, dim=-1).T
+        cosines = speech @ nn.functional.normalize(labels, dim=-1).T
+        return {"scores": cosines.float(), "embedding": speech.float()}
 
 
 class AnswerScorer:
@@ -59,8 +63,8 @@ class AnswerScorer:
         return self._chat.ids(self._tokenizer, self._instructions[number], queries, SPEECH, transcript)
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """(B, K) log-likelihoods, summed over an answer's tokens. Collective where there are several wordings."""
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """ "scores": log-likelihoods (B, K), of all of an answer's tokens. Collective if there are several wordings."""
         speech, lengths = batch["speech"], batch["lengths"]
         asked = batch.get("wording") or [0] * len(speech)
         if self._chat.transcript:
@@ -68,7 +72,7 @@ class AnswerScorer:
             for row, (number, text) in enumerate(zip(asked, batch["text"], strict=True)):
                 score = Likelihoods(self.model, self._ids(number, text), self._answers[number], speech.device)
                 found.append(score(speech[row : row + 1], lengths[row : row + 1]))
-            return torch.cat(found)
+            return {"scores": torch.cat(found).float()}
         scores = speech.new_zeros((len(speech), len(self.answers)), dtype=torch.float32)
         # A forward pass under ZeRO-3 is one of all ranks: what one has to score, the others score on a clip of theirs.
         present = [int(number in asked) for number in range(len(self._answers))]
@@ -83,4 +87,4 @@ class AnswerScorer:
             found_here = self.score[number](speech[given], lengths[given])
             if rows:
                 scores[given] = found_here.float()
-        return scores
+        return {"scores": scores}

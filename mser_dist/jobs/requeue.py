@@ -64,7 +64,8 @@ def _job() -> str | None:
 def _no_step_forward(out: Path, code: int, job: str) -> str | None:
     """Write the end of this start down; why there should be no other one, if the last ones were all at one step."""
     found = [p.name[5:] for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
-    step = max(map(int, found), default=0)
+    # Of an evaluation: the files of clips that are scored.
+    step = max(map(int, found), default=sum(1 for _ in out.glob("parts/*/*.npz")))
     end = {"step": step, "code": code, "job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
     file = out / "ends.jsonl"
     ends = [end]

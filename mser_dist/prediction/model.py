@@ -260,7 +260,7 @@ class Model:
         scorer = self.scorer(labels)
         scale = float(self.network.scale()[0][0]) if self.stage == 1 else 1.0
         for inputs in self._batches(pieces, batch):
-            scores: Tensor = scorer(inputs).double().cpu() * scale / self.temperature
+            scores: Tensor = scorer(inputs)["scores"].double().cpu() * scale / self.temperature
             yield scores.softmax(-1).numpy()
 
     @property

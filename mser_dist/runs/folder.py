@@ -114,7 +114,7 @@ def check_no_training(out: Path) -> None:
 
 
 def prepare_evaluation(out: Path, config_text: str) -> None:
-    """`prepare`: one that was stopped begins anew in its MLflow run; one that has ended is followed by another."""
+    """`prepare`: one that was stopped goes on in its MLflow run; one that has ended is followed by another."""
     prepare(out, config_text, anew=status_of(out) in ("FINISHED", "FAILED"))
 
 

@@ -5,7 +5,7 @@ is a function of these (`plan`), so a resume costs the same at the end of an epo
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from mser_dist.stream.plan import Plan, Position
 
 ORDER_VERSION = {"shuffle": 1, "bucket": 1, "tokens": 2}  # of the order as a function of seed, epoch and step
 TOKEN = 0.02  # seconds a token: one step of a Whisper-type encoder
-SORTED_ROUNDS = 32  # rounds of `one_pass` whose clips are sorted by length together
+SORTED_BATCHES = 128  # of `one_pass`, whose clips are sorted by length together
 FETCH_AHEAD = 8  # steps whose remote shards are fetched before a worker asks for them
 
 
@@ -174,28 +174,46 @@ def _fetch_ahead(shards: ShardSet, batches: list[list[ClipRequest]]) -> None:
             shards.reader.cache.ahead(shard.name, shard.sha256, shard.bytes, shard.own_hash)
 
 
+def batch_count(clips: Examples, batch: int) -> int:
+    """The batches of a pass over the whole set."""
+    return -(-len(clips) // batch)
+
+
 def one_pass(
-    clips: Examples, batch: int, rank: int, world_size: int, collate: Collate, workers: int
-) -> tuple[int, Iterator[tuple[NDArray[np.int64], dict[str, Any]]]]:
-    """How many batches, and the (indices, batch) of this rank's share of the whole set; -1 marks what is no clip.
+    clips: Examples,
+    batch: int,
+    rank: int,
+    world_size: int,
+    collate: Collate,
+    workers: int,
+    done: Collection[int] = (),
+) -> tuple[int, Iterator[tuple[int | None, NDArray[np.int64], dict[str, Any]]]]:
+    """How many rounds, and the (number, clips, batch) of this rank's share of a pass over the set; -1: no clip.
 
-    Every rank has equally many batches, for a ZeRO-3 forward is collective: the set is filled up with repeats, marked
-    by -1 as is a clip that could not be read (`max_bad`). Neighbours are sorted by length, for little padding.
+    The batches are the same on however many ranks, and so is what a model makes of them to the last bit; those `done`
+    are left out. Every rank has equally many, for a ZeRO-3 forward is collective: one that only keeps step has no
+    number. The last batch is filled up with repeats, marked by -1 as is a clip that could not be read (`max_bad`).
+    Neighbours are sorted by length, for little padding.
     """
-    together = batch * world_size
-    rounds = -(-len(clips) // together)
-    window = np.arange(len(clips)) // (SORTED_ROUNDS * together)
+    window = np.arange(len(clips)) // (SORTED_BATCHES * batch)
     order = np.lexsort((-clips.shards.duration, window))
-    mine = np.resize(order, rounds * together).reshape(rounds, world_size, batch)[:, rank]
-    is_clip = (np.arange(rounds * together) < len(order)).reshape(rounds, world_size, batch)[:, rank]
+    count = batch_count(clips, batch)
+    full = np.resize(order, count * batch).reshape(count, batch)
+    is_clip = (np.arange(count * batch) < len(order)).reshape(count, batch)
+    numbers = np.setdiff1d(np.arange(count), list(done))
+    rounds = -(-len(numbers) // world_size)
+    mine: list[int | None] = numbers[rank::world_size].tolist()
+    mine += [None] * (rounds - len(mine))
 
-    def batches() -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
+    def batches() -> Iterator[tuple[int | None, NDArray[np.int64], dict[str, Any]]]:
         bad = BadClips(clips.max_bad, clips.shards.where)
-        requests = (Request(0, 0, [clips.requests(indices)]) for indices in mine)
+        requests = (Request(0, 0, [clips.requests(full[number or 0])]) for number in mine)
         decoder = clips.decoder(collate)
         decoder.or_silence = True
         answered: Iterator[Answer] = answers(decoder, requests, workers, bad)
-        for indices, real, answer in zip(mine, is_clip, answered, strict=True):
-            yield np.where(real & ~np.isin(indices, list(answer.bad)), indices, -1), answer.batches[0]
+        for number, answer in zip(mine, answered, strict=True):
+            real = np.zeros(batch, dtype=bool) if number is None else is_clip[number]
+            indices = full[number or 0]
+            yield number, np.where(real & ~np.isin(indices, list(answer.bad)), indices, -1), answer.batches[0]
 
     return rounds, batches()

@@ -26,7 +26,7 @@ from typing import Any
 from mser_dist import config as cfg
 from mser_dist.config.file import flatten
 from mser_dist.errors import Stopped
-from mser_dist.evaluation.evaluate import validate
+from mser_dist.evaluation.predict import validate
 from mser_dist.files import write_text
 from mser_dist.ranks import distributed, preempt
 from mser_dist.runs import folder

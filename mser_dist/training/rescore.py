@@ -60,7 +60,7 @@ def heard_by(model: Any, scorer: Any, device: str) -> Heard:
     try:
         given = speech.prepared(batch, device)
         tokens = speech(given["speech"], given["lengths"]).mean(1)
-        return Heard(scorer(given).float().cpu(), tokens.float().cpu())
+        return Heard(scorer(given)["scores"].cpu(), tokens.float().cpu())
     finally:
         model.train(was_training)
 

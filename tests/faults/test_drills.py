@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import pandas
 import psutil
 import pytest
 import torch
@@ -165,13 +166,24 @@ def test_a_signal_to_one_rank_saves_the_same_step_everywhere(work: Path) -> None
 
 
 @pytest.mark.drill("signal-one-rank")
-def test_a_signal_to_one_rank_ends_an_evaluation_which_begins_anew(work: Path) -> None:
-    words = ["eval", "demo_eval", "data.sets=shards", "stage1=runs/whole", "stage2=null", "batch=2", "out=runs/eval"]
-    error = drilled("1|evaluate stage 1|USR2", *words, cwd=work, code=SAVED)
-    assert "SIGUSR2: stopped before the end; the same command begins anew" in error
+def test_a_signal_to_one_rank_ends_an_evaluation_which_goes_on(work: Path) -> None:
+    """What was scored before the signal, what after it, and what one process scores, are the same to the last bit."""
+    words = ["eval", "demo_eval", "data.sets=shards", "stage1=runs/whole", "stage2=null", "batch=4"]
+    mser(*words, "out=runs/alone", "tracking.enabled=false", cwd=work)
+    words.append("out=runs/eval")
+    error = drilled("1|evaluate stage 1, batch 1|USR2", *words, cwd=work, code=SAVED)
+    assert "SIGUSR2: stopped between two batches; the same command goes on from there" in error
     stopped = json.loads((work / "runs/eval/mlflow.json").read_text())
     assert stopped["status"] == "KILLED"
-    assert "unseen languages" in mser(*words, *TWO, cwd=work)
+    output = mser(*words, *TWO, cwd=work)
+    clips = pandas.read_parquet(work / "runs/alone/predictions.parquet")
+    assert len(clips) % 4, "the last batch is filled up"
+    assert f"evaluate stage 1: 2 of {-(-len(clips) // 4)} batches were done before" in output
+    assert "unseen languages" in output
+    pandas.testing.assert_frame_equal(
+        pandas.read_parquet(work / "runs/eval/predictions.parquet"), clips, check_exact=True
+    )
+    assert not (work / "runs/eval/parts").exists()
     ended = json.loads((work / "runs/eval/mlflow.json").read_text())
     assert ended["status"] == "FINISHED" and ended["key"] == stopped["key"], "the same MLflow run"
 

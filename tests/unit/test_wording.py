@@ -120,14 +120,15 @@ def test_each_clip_is_scored_in_its_own_wording(transcript: bool) -> None:
     mel, lengths = clips()
     text = ["so", "", "ach"] if transcript else [""] * 3
     batch: dict[str, Any] = {"speech": mel, "lengths": lengths, "wording": [1, 0, 1], "text": text}
-    scores = AnswerScorer(model, TOKENIZER, made, LABELS)(batch)
+    scores = AnswerScorer(model, TOKENIZER, made, LABELS)(batch)["scores"]
     for row, wording in enumerate(batch["wording"]):
         alone = {"speech": mel[row : row + 1], "lengths": lengths[row : row + 1], "text": text[row : row + 1]}
         words = ChatPrompt(made.before, made.between, made.after, order=made.order, transcript=transcript)
         named = GERMAN.values() if wording else LABELS
-        expected = AnswerScorer(model, TOKENIZER, words, list(named))(alone)
+        expected = AnswerScorer(model, TOKENIZER, words, list(named))(alone)["scores"]
         assert torch.allclose(scores[row], expected[0], atol=1e-4)
-    assert not torch.allclose(scores, AnswerScorer(model, TOKENIZER, made, LABELS)({**batch, "wording": [0, 0, 0]}))
+    default = AnswerScorer(model, TOKENIZER, made, LABELS)({**batch, "wording": [0, 0, 0]})["scores"]
+    assert not torch.allclose(scores, default)
 
 
 def test_clips_are_given_their_wording_and_languages_without_words_are_told(tiny_set: Path) -> None:
