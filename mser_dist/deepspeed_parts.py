@@ -76,7 +76,7 @@ INNER: dict[str, dict[str, str]] = {
         "ds_id": "is_partitioned: marks a parameter of which each rank holds a part",
         "ds_numel": "numel: of the whole parameter",
         "ds_shape": "trained, frozen, shape: of the whole parameter",
-        "ds_tensor": "frozen, clamp, gather: this rank's part",
+        "ds_tensor": "frozen, clamp, gather, own_numel: this rank's part",
         "ds_secondary_tensor": "rewriting: a second copy within the node, made anew",
         "partition_numel": "trained, frozen: elements of a rank's part, with the padding",
     },
@@ -368,6 +368,11 @@ def is_partitioned(tensor: Tensor) -> bool:
 def numel(parameter: Tensor) -> int:
     """Elements of the whole parameter: ZeRO-3 leaves an empty tensor behind."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def own_numel(parameter: Any) -> int:
+    """Elements of a parameter that this rank holds."""
+    return int(parameter.ds_tensor.numel() if is_partitioned(parameter) else parameter.numel())
 
 
 def shape(parameter: Tensor) -> tuple[int, ...]:

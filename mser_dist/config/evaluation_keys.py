@@ -23,6 +23,7 @@ class Evaluation(Section):
         False, "a clip is given one of the labels that clips of its corpus and language have, not of all `data.labels`"
     )
     batch: PositiveInt = opt(32, "clips per forward pass")
+    zero3: Bool = opt(False, "share the LLM's weights out over the ranks, for one that no GPU holds alone")
     dtype: Dtype = opt("float32", "number format that the models compute in")
     attention: Kernel = opt("auto", "attention kernel; auto: the fastest that runs here")
     tracking: TrackingConfig = opt(TrackingConfig, "MLflow")

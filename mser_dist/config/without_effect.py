@@ -111,6 +111,8 @@ RULES = (
     Rule("contrastive.beta_schedule", lambda c, f: f.parallel_clips, _NO_PARALLEL),
     Rule("contrastive.gather", lambda c, f: f.ranks > 1, "there is one rank"),
     Rule("contrastive.tile", lambda c, f: c.contrastive.tile < _columns(c, f), "a batch fits one block"),
+    Rule("zero3", lambda c, f: bool(c.stage2), "no stage 2 is evaluated"),
+    Rule("zero3", lambda c, f: f.ranks > 1, "there is one rank"),
     Rule("llm.allow_missing", lambda c, f: c.llm.pretrained is not None, "llm.pretrained is not set"),
 )
 

@@ -21,7 +21,7 @@ from mser_dist.evaluation.asking import ask
 from mser_dist.evaluation.parts import FOLDER, Parts, remove
 from mser_dist.evaluation.predict import predict
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
-from mser_dist.models import chat, exported
+from mser_dist.models import chat, exported, zero3
 from mser_dist.models.attention import Attention, choose
 from mser_dist.models.chat import ChatPrompt
 from mser_dist.models.self_check import check_llm, check_speech
@@ -75,7 +75,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     if world.world_size > 1:
         distributed.init(world, 30.0, device)
     if world.is_main:
-        for line in unused_keys(config, Facts()):
+        for line in unused_keys(config, Facts(ranks=world.world_size)):
             distributed.warn(line)
         run_folder.prepare_evaluation(out, to_yaml(config))
     links = {f"mser.stage{stage}_run_id": export.parent for stage, export in exports.items()}
@@ -95,7 +95,9 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                 without = ask(clips, ChatPrompt(**card["prompt"]))
                 for line in without if world.is_main else ():
                     distributed.warn(line)
-            scorer = _scorer(stage, export, data.labels, attention, dtype, device)
+            scorer = _scorer(
+                stage, export, data.labels, attention, dtype, device, config.zero3 and world.world_size > 1
+            )
 
             def before_each(title: str = title) -> Callable[[], None]:
                 """For each pass: called before its forward passes."""
@@ -180,19 +182,28 @@ def _heard(
 
 
 def _scorer(
-    stage: int, export: Path, labels: list[str], attention: Attention, dtype: torch.dtype, device: str
+    stage: int,
+    export: Path,
+    labels: list[str],
+    attention: Attention,
+    dtype: torch.dtype,
+    device: str,
+    shared: bool,
 ) -> PromptScorer | AnswerScorer:
-    """What scores the labels of clips with a stage's exported model."""
+    """What scores the labels of clips with a stage's exported model; `shared`: its LLM is, out over the ranks."""
     if stage == 1:
         aligner = exported.load_aligner(export, attention, dtype).to(device)
         check_speech(aligner.speech, device)
         card = exported.read_card(export)
         return PromptScorer(aligner, TextTower(card["text"], device), labels, card.get("captions"))
-    model, tokenizer = exported.load_speech_llm(export, attention, dtype)
+    model, tokenizer = exported.load_speech_llm(
+        export, attention, dtype, zero3=zero3.settings(dtype) if shared else None
+    )
     kept = exported.read_card(export).get("prompt")  # exports of 0.1.0 keep none
     prompt = ChatPrompt(**kept) if kept else chat.render(tokenizer, "speech_first")
+    told = [zero3.share_out(model.llm, dtype)] if shared else []
     scorer = AnswerScorer(model.to(device), tokenizer, prompt, labels)
     checked = check_llm(model, [scorer.prompt], scorer.answers, device)
     if distributed.discover().is_main:
-        print(checked, flush=True)
+        print(*told, checked, sep="\n", flush=True)
     return scorer

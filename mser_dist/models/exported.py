@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
-from mser_dist import __version__
+from mser_dist import __version__, deepspeed_parts
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256, fsync_tree, write_json
@@ -276,12 +276,18 @@ def load_aligner(
 
 
 def load_speech_llm(
-    export: Path, attention: Attention, dtype: torch.dtype = torch.float32, *, mapped: bool = False
+    export: Path,
+    attention: Attention,
+    dtype: torch.dtype = torch.float32,
+    *,
+    mapped: bool = False,
+    zero3: dict[str, Any] | None = None,
 ) -> tuple[SpeechLLM, Any]:
     """The whole stage-2 model and its tokenizer.
 
-    mapped: as of `load_speech`; the base of adapters then stays in the dtype of its files, and a weight is cast when it
-    is computed with. One from a GGUF file is dequantised whole all the same.
+    zero3: as of `pretrained.load`, for the LLM. mapped: as of `load_speech`; the base of adapters then stays in the
+    dtype of its files, and a weight is cast when it is computed with. One from a GGUF file is dequantised whole all the
+    same.
     """
     card = read_card(export)
     speech = load_speech(export, attention, mapped=mapped)
@@ -291,12 +297,12 @@ def load_speech_llm(
         from peft import PeftModel, get_peft_model_state_dict
 
         named = cfg.LLMConfig(pretrained=card["llm"])
-        base, _ = build_llm(named, card["labels"], attention, dtype="auto" if mapped else dtype)
+        base, _ = build_llm(named, card["labels"], attention, zero3, "auto" if mapped else dtype)
         llm = PeftModel.from_pretrained(base, str(folder))
         adapter = load_file(folder / "adapter_model.safetensors")
         pretrained.check_tensors(adapter, get_peft_model_state_dict(llm), str(folder / "adapter_model.safetensors"))
     else:
-        llm = load_llm(folder, attention, dtype)
+        llm = load_llm(folder, attention, dtype, zero3)
     with _without_weights(mapped):
         model = SpeechLLM(speech, llm)
     return _ready(with_heads(model, export, mapped), card, dtype, mapped), tokenizer
@@ -343,7 +349,7 @@ def _ready(model: Any, card: dict[str, Any], dtype: torch.dtype, mapped: bool) -
 def cast(model: Any, dtype: torch.dtype) -> Any:
     """A model with its floating-point parameters in `dtype`, in place; buffers such as RoPE's frequencies stay fp32."""
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not deepspeed_parts.is_partitioned(parameter):  # which is in it already
             parameter.data = parameter.data.to(dtype)
     return model
 

@@ -112,10 +112,12 @@ def _dequantised(model: PreTrainedModel, attention: Attention) -> PreTrainedMode
     return plain
 
 
-def load_llm(folder: Path, attention: Attention, dtype: torch.dtype) -> PreTrainedModel:
-    """An LLM from a folder in Hugging Face format that an export holds."""
+def load_llm(
+    folder: Path, attention: Attention, dtype: torch.dtype, zero3: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """An LLM from a folder in Hugging Face format that an export holds; zero3: as of `pretrained.load`."""
     source = sources.Source(str(folder))
     attention = for_class(check_kind(pretrained.read_config("llm", str(folder), source), str(folder)), attention)
     return pretrained.load(
-        AutoModelForCausalLM, "llm", str(folder), source, attn_implementation=attention.kernel, dtype=dtype
+        AutoModelForCausalLM, "llm", str(folder), source, zero3=zero3, attn_implementation=attention.kernel, dtype=dtype
     )

@@ -11,7 +11,6 @@ from mser_dist.models import exported
 from mser_dist.models.weights import SHARD_BYTES
 from mser_dist.prediction import mlflow_model
 from mser_dist.ranks import distributed
-from mser_dist.runs.plots import curves
 from mser_dist.runs.tracking import Tracker
 from mser_dist.training import rescore
 from mser_dist.training.facts import facts_of
@@ -37,7 +36,9 @@ def finish(run: Run, validation: dict[str, float], tracker: Tracker | None) -> d
         **run.ended,
     }
     if tracker:
-        curves(tracker.rows(), out / "curves.png")
+        from mser_dist.runs import plots  # with matplotlib, which the other ranks need not wait for
+
+        plots.curves(tracker.rows(), out / "curves.png")
         tracker.artifact(out / "curves.png")
         tracker.artifact(out / "export" / "card.json")
         if run.config.tracking.enabled and run.config.tracking.model != "off":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,11 +139,15 @@ def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> N
     words = ["eval", "demo_eval", "data.sets=shards", "stage1=runs/whole", "stage2=runs/two", "batch=5"]
     table = mser(*words, "out=runs/eval1", cwd=trained)
     assert "el" in table and "unseen languages" in table
-    mser(*words, "out=runs/eval2", "--nproc", "2", cwd=trained)
+    output = mser(*words, "out=runs/eval2", "zero3=true", "--nproc", "2", cwd=trained)
+    [whole, here] = map(float, re.findall(r"llm: (\S+)M parameters, (\S+)M of them on this rank", output)[0])
+    assert 0 < here <= 0.55 * whole, "ZeRO-3 has shared the LLM out"
 
     one, two = (pandas.read_parquet(trained / name / "predictions.parquet") for name in ("runs/eval1", "runs/eval2"))
     assert len(one) == 2 * 18, "every clip of 3 languages × 6 emotions once, by each stage"
     assert one[["model", "key", "predicted"]].equals(two[["model", "key", "predicted"]])
+    scores, others = (table.filter(like="score_") for table in (one, two))
+    assert np.allclose(scores, others, rtol=0, atol=1e-5)
     best = one.filter(like="score_").idxmax(axis=1).str.removeprefix("score_")
     assert best.tolist() == one["predicted"].tolist() and not one["speaker"].isna().any()
     rows = json.loads((trained / "runs/eval1/report.json").read_text())["zero_shot"]
@@ -218,7 +223,8 @@ def test_a_pretrained_llm_is_partitioned_as_it_loads(trained: Path) -> None:
         assert (after[name] - weight).abs().max() < 0.05, f"{name} did not start from the pretrained weights"
     adapters_of_the_best_step(trained, folder)
     same_from_a_checkpoint(trained)
-    mser("eval", "demo_eval", "data.sets=shards", "stage1=null", "stage2=runs/lora", "out=runs/eval3", cwd=trained)
+    words = ["eval", "demo_eval", "data.sets=shards", "stage1=null", "stage2=runs/lora", "out=runs/eval3"]
+    assert "on this rank (ZeRO-3)" in mser(*words, "zero3=true", "--nproc", "2", cwd=trained)
 
 
 def whole_copies(rank: int, llm: str, ds_json: dict[str, Any]) -> int:

@@ -94,6 +94,8 @@ CASES = [
     Case("contrastive.beta_schedule", 1, "source_id", "contrastive.beta_schedule=[[0,1]]", in_vain=NO_PAIRS),
     Case("contrastive.gather", 1, "one rank", "contrastive.gather=ring", in_vain=Facts(ranks=1)),
     Case("contrastive.tile", 1, "one block", "", "contrastive.tile=64", "contrastive.tile=63"),
+    Case("zero3", 0, "no stage 2", "zero3=true", "stage2=null", "stage2=a"),
+    Case("zero3", 0, "one rank", "zero3=true stage2=a", in_vain=Facts(ranks=1)),
     Case("llm.allow_missing", 2, "not set", "llm.allow_missing=[a]", "", "llm.pretrained=b"),
 ]
 

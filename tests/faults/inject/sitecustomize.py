@@ -17,8 +17,8 @@ from typing import Any
 def _install(drills: dict[str, list[str]]) -> None:
     from mser_dist.models.speech import SpeechModel
     from mser_dist.ranks import watchdog
+    from mser_dist.runs import plots
     from mser_dist.state import checkpoint, engine_state
-    from mser_dist.training import finish
 
     poisoned = False
 
@@ -76,7 +76,7 @@ def _install(drills: dict[str, list[str]]) -> None:
     engine_state.write = write
     around(checkpoint, "seal", before="written", after="sealed")
     around(checkpoint, "publish", after="published")
-    around(finish, "curves", before="drawing")
+    around(plots, "curves", before="drawing")
     checkpoint.prune = prune
 
 
