@@ -31,4 +31,4 @@ def share_out(llm: Any, dtype: torch.dtype) -> str:
     parameters = [*base_of(llm).parameters()]
     whole = sum(map(deepspeed_parts.numel, parameters))
     here = sum(map(deepspeed_parts.own_numel, parameters))
-    return f"llm: {whole / 1e6:.1f}M parameters, {here / 1e6:.1f}M of them on this rank (ZeRO-3)"
+    return f"llm: {whole:,} parameters, {here:,} of them on this rank (ZeRO-3)"

@@ -140,7 +140,8 @@ def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> N
     table = mser(*words, "out=runs/eval1", cwd=trained)
     assert "el" in table and "unseen languages" in table
     output = mser(*words, "out=runs/eval2", "zero3=true", "--nproc", "2", cwd=trained)
-    [whole, here] = map(float, re.findall(r"llm: (\S+)M parameters, (\S+)M of them on this rank", output)[0])
+    [sizes] = re.findall(r"llm: (\S+) parameters, (\S+) of them on this rank", output)
+    whole, here = (int(size.replace(",", "")) for size in sizes)
     assert 0 < here <= 0.55 * whole, "ZeRO-3 has shared the LLM out"
 
     one, two = (pandas.read_parquet(trained / name / "predictions.parquet") for name in ("runs/eval1", "runs/eval2"))

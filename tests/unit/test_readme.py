@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mser_dist"
 README = ROOT / "README.md"
 MANUALS = sorted(PACKAGE.glob("*/README.md"))
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "slurm/README.md", ROOT / "ds_configs/README.md", *MANUALS]
+COOKBOOK = PACKAGE / "evaluation/COOKBOOK.md"
+PAGES = [README, COOKBOOK, ROOT / "CONTRIBUTING.md", ROOT / "slurm/README.md", ROOT / "ds_configs/README.md", *MANUALS]
 ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 # First words of lines that are other programs' own.
 OTHERS = ("source", "bash", "export", "apt-get", "squeue;", ".venv/bin/pre-commit")
