@@ -7,6 +7,7 @@ DeepSpeed's public `safe_get_…`/`safe_set_…` functions are not enough for a 
 GPU, work only after the first step, and stages 1 and 2 have no local ones.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,10 +86,23 @@ INNER: dict[str, dict[str, str]] = {
 """Holder → its inner name → which function here needs it, and for what."""
 
 
-def moved(engine: Any) -> list[str]:
-    """A sentence for each name of `INNER` that this engine should have, and has not."""
+def module() -> Any:
+    """DeepSpeed, imported without MLflow, which its autotuner, of no use here, would bring: three modules of four."""
+    if "deepspeed" not in sys.modules and "mlflow" not in sys.modules:
+        hidden: Any = None  # an import of it fails, which the autotuner is prepared for
+        sys.modules["mlflow"] = hidden
+        try:
+            import deepspeed
+        finally:
+            del sys.modules["mlflow"]
     import deepspeed
 
+    return deepspeed
+
+
+def moved(engine: Any) -> list[str]:
+    """A sentence for each name of `INNER` that this engine should have, and has not."""
+    deepspeed = module()
     return [
         f"DeepSpeed {deepspeed.__version__}: {holder} ({type(thing).__name__}) has no {name} any more, "
         f"which deepspeed_parts.py needs ({use})"
@@ -107,8 +121,7 @@ def check_moved(engine: Any) -> None:
 
 def holders(engine: Any) -> dict[str, Any]:
     """Those keys of `INNER` that an engine's stage and dtype have, with the objects that they speak of."""
-    import deepspeed
-
+    deepspeed = module()
     stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
     held: dict[str, Any] = {"the engine": engine, "deepspeed.ops": deepspeed.ops}
     parameter = next(p for p in engine.module.parameters() if p.requires_grad)

@@ -24,10 +24,8 @@ def share_out(llm: Any, dtype: torch.dtype) -> str:
     What `models.pretrained` has shared out while it loaded stays as it is: no rank held all of it at any time.
     Returns a line on it.
     """
-    import deepspeed
-
     llm.requires_grad_(False)
-    deepspeed.initialize(model=llm, config=settings(dtype), dist_init_required=False)
+    deepspeed_parts.module().initialize(model=llm, config=settings(dtype), dist_init_required=False)
     parameters = [*base_of(llm).parameters()]
     whole = sum(map(deepspeed_parts.numel, parameters))
     here = sum(map(deepspeed_parts.own_numel, parameters))

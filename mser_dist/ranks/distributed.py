@@ -206,9 +206,11 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
 
 
 def _join(world: World, backend: str, limit: timedelta) -> None:
-    import deepspeed
     import torch
 
+    from mser_dist import deepspeed_parts
+
+    deepspeed = deepspeed_parts.module()
     if world.launcher == "srun":
         from mser_dist.ranks import rendezvous
 

@@ -148,8 +148,6 @@ class Engine:
     """A model under DeepSpeed. `total` is the number of optimizer steps of the whole training."""
 
     def __init__(self, model: nn.Module, config: cfg.Common, world: World, total: int, device: str) -> None:
-        import deepspeed
-
         self.timer = Timer(device == "cuda")
         self.json = resolve_json(config, world.world_size)
         zero = self.json.get("zero_optimization", {})
@@ -168,7 +166,7 @@ class Engine:
         else:
             optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=betas, fused=device == "cuda")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config.train, total))
-        self._engine, *_ = deepspeed.initialize(
+        self._engine, *_ = deepspeed_parts.module().initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
         )
         deepspeed_parts.check_moved(self._engine)

@@ -1,6 +1,9 @@
 """What other libraries do not promise to keep is used in known places only."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +49,19 @@ def test_inner_names_of_deepspeed_are_used_in_one_file() -> None:
             mine = ((line, name) for line, name in named(tree) if name not in OWN)
             found = [f"{path}:{line}: {name}" for line, name in mine if name in inner or name.startswith("ds_")]
             assert found == [], "DeepSpeed's inner names belong into deepspeed_parts.py"
+
+
+def test_deepspeed_comes_through_one_door_and_without_mlflow() -> None:
+    for path, tree in files():
+        if path != HOME:
+            imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+            assert "deepspeed" not in imported, f"{path}: take deepspeed_parts.module()"
+    code = (
+        "import sys; from mser_dist import deepspeed_parts; deepspeed_parts.module()\n"
+        "assert 'mlflow' not in sys.modules\n"
+        "import mlflow; mlflow.MlflowClient"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
 
 
 def test_every_listed_name_is_used() -> None:
