@@ -12,6 +12,7 @@ from mser_dist.models.weights import SHARD_BYTES
 from mser_dist.prediction import mlflow_model
 from mser_dist.ranks import distributed
 from mser_dist.runs.tracking import Tracker
+from mser_dist.shards.ledger import FILE
 from mser_dist.training import rescore
 from mser_dist.training.facts import facts_of
 from mser_dist.training.model_card import render
@@ -63,5 +64,6 @@ def export_model(run: Run, validation: dict[str, float], shard_bytes: int = SHAR
         main=main,
         shard_bytes=shard_bytes,
         readme=render(card, run.setup.out.resolve().name, validation, run.setup.out) if main else "",
+        ledger=run.setup.out / FILE,
         check=lambda export: rescore.check(export, expected, getattr(torch, run.config.engine.dtype)),
     )
