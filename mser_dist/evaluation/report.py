@@ -216,7 +216,7 @@ def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         lines = []
         for row in (row for row in rows if row["model"] == model):
             what = [shown(model), row["corpus"], row["language"], "yes" if row["seen_language"] else "no"]
-            what += [unseen.shown(row) if "zero_shot" in row else ""] if known else []
+            what += [unseen.shown(row)] if known else []
             what += ["" if row["adapted_on"] is None else str(row["adapted_on"])] if adapted else []
             chance, ua, *others = (f"{row[name]:.3f}" for name in ("chance", "ua", "wa", "macro_f1"))
             lines.append([*what, str(row["n"]), chance, ua, _between(row["ua_low"], row["ua_high"]), *others])

@@ -239,6 +239,8 @@ def _refusal(asked: str, found: Found) -> str | None:
 
 def shown(row: Mapping[str, Any]) -> str:
     """The cell of a table."""
+    if "zero_shot" not in row:  # of an older version
+        return "unknown"
     if row["zero_shot"]:
         return "yes"
     if row["leaks"]:

@@ -28,6 +28,7 @@ def unknown(run: str, card: dict[str, Any]) -> Ledger:
     A card names those of the stage 1 too, but not which is whose: each stage is taken to have heard all.
     """
     stage = int(card.get("stage", 1))
-    listed = [sorted(map(str, card.get(name, []))) for name in ("languages", "corpora", "labels")]
-    parts = [Part(run, number, TRAINING, *listed, known=False) for number in range(stage, 0, -1)]
-    return Ledger(tuple(parts), card.get("bases", {}).get("speech.encoder.", {}).get("name"))
+    languages, corpora, labels = (sorted(map(str, card.get(name, []))) for name in ("languages", "corpora", "labels"))
+    stages = range(stage, 0, -1)
+    parts = tuple(Part(run, number, TRAINING, languages, corpora, labels, known=False) for number in stages)
+    return Ledger(parts, card.get("bases", {}).get("speech.encoder.", {}).get("name"))

@@ -110,6 +110,11 @@ class Ledger:
             save_file(arrays, staging, metadata={"ledger": json.dumps(about, ensure_ascii=False)})
 
     @classmethod
+    def kept(cls, path: Path) -> Self | None:
+        """`load`, or None where there is no such file."""
+        return cls.load(path) if path.is_file() else None
+
+    @classmethod
     def load(cls, path: Path) -> Self:
         """Raises `UserError` for a file that is not there, damaged, or of a later version."""
         try:
