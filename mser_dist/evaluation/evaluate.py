@@ -37,7 +37,17 @@ from mser_dist.stream.examples import Examples, open_evaluation_clips
 
 STOPPED = "between two batches; the same command goes on from there"
 # Keys of a config that no score depends on.
-_NO_SCORES = ("out", "stage1", "stage2", "tracking.", "data.workers", "data.cache", "encoder.", "native_labels")
+_NO_SCORES = (
+    "out",
+    "stage1",
+    "stage2",
+    "tracking.",
+    "data.workers",
+    "data.cache",
+    "encoder.",
+    "native_labels",
+    "require",
+)
 
 
 def exports_of(config: cfg.Evaluation) -> dict[int, Path]:
