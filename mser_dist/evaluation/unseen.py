@@ -29,20 +29,24 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Found:
-    """What is said of a row. `unseen` is as in report.json; `why_not` is None where it is zero-shot."""
+    """What is said of a row.
+
+    unseen: by stage, as in report.json. leaks: the clips and speakers that it shares with training. unknown: where the
+    records are silent. why_not: all that keeps it from being zero-shot, these two among it; None where nothing does.
+    """
 
     unseen: dict[str, dict[str, Any]]
     leaks: str | None
+    unknown: str | None
     why_not: str | None
-    known: bool
 
     def as_row(self) -> dict[str, Any]:
         return {
             "unseen": self.unseen,
             "zero_shot": self.why_not is None,
             "leaks": self.leaks,
+            "unknown": self.unknown,
             "why_not_zero_shot": self.why_not,
-            "ledger_known": self.known,
         }
 
 
@@ -110,8 +114,7 @@ class Unseen:
         encoder, why = self._encoder(language, labels)
         unseen["encoder"] = encoder
         reasons += [*leaks, *([why] if why else [])]
-        all_of = "; ".join([*reasons, *silent])
-        return Found(unseen, "; ".join(leaks) or None, all_of or None, known=bool(reasons) or not silent)
+        return Found(unseen, *("; ".join(said) or None for said in (leaks, silent, [*reasons, *silent])))
 
     def _untold(
         self, own: Sequence[_Hits], corpus: str, numbers: NDArray[np.int64], named: NDArray[np.bool_]
@@ -121,15 +124,17 @@ class Unseen:
         for hits in own:
             part = hits.part
             if not part.known:
-                lines.append(f"{part.run} has kept no ledger (train it with this version)")
+                lines.append(f"{part.run} has kept no ledger, as older versions: train it again to know")
                 continue
             if part.unhashed:
-                lines.append(f"{count(part.unhashed, 'clip')} of its {part.use} had no hash (mser verify, then train)")
+                lines.append(
+                    f"{count(part.unhashed, 'clip')} of its {part.use} had no hash (mser verify, then train again)"
+                )
             if corpus in part.corpora and (part.unnamed or not named.all()):
                 lines.append(f"clips of {corpus} without a speaker's name")
         unhashed = numbers[~self._hashed[numbers]]
         if missing := int((~np.any([hits.clip[unhashed] for hits in own], axis=0)).sum()):
-            lines.append(f"{count(missing, 'clip')} of the test without a hash (mser verify, or pack the set again)")
+            lines.append(f"{count(missing, 'clip')} of the test without a hash (mser verify, or pack it again)")
         return list(dict.fromkeys(lines))
 
     def _encoder(self, language: str | None, labels: Sequence[str]) -> tuple[dict[str, Any], str | None]:
@@ -227,10 +232,11 @@ def _refusal(asked: str, found: Found) -> str | None:
     for stage, said in found.unseen.items():
         if stage == "encoder":
             continue
+        name = stage.replace("stage", "stage ")
         if asked == "unseen_corpus" and said[key] is not True:
-            return f"{stage} was trained on that corpus" if said[key] is False else "; ".join(said["unknown"])
+            return f"{name} was trained on that corpus" if said[key] is False else "; ".join(said["unknown"])
         if asked == "unseen_speakers" and said[key] != 0:
-            return f"{stage} heard {said[key]} of them" if said[key] else "; ".join(said["unknown"])
+            return f"{name} heard {said[key]} of them" if said[key] else "; ".join(said["unknown"])
         unnamed = [line for line in said["unknown"] if "speaker" in line]
         if asked == "unseen_speakers" and unnamed:
             return unnamed[0]
@@ -245,19 +251,22 @@ def shown(row: Mapping[str, Any]) -> str:
         return "yes"
     if row["leaks"]:
         return "leaks"
-    return "no" if row["ledger_known"] else "unknown"
+    return "unknown" if row["unknown"] and row["unknown"] == row["why_not_zero_shot"] else "no"
 
 
 def leak_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What makes a row's number wrong, or not to be judged, below the table."""
-    said: dict[str, None] = {}
+    """What makes a row's number wrong, or not to be judged: a line each, below the table."""
+    leaks: dict[str, dict[str, None]] = {}  # of a place, what each stage heard
+    unknown: dict[str, dict[str, None]] = {}  # of a reason, the places
     for row in (row for row in rows if "unseen" in row):
         where = f"{row['language']} of {row['corpus']}"
         if row["leaks"]:
-            said[f"leaks, {where}: {row['leaks']}"] = None
-        if not row["ledger_known"]:
-            said[f"whether {where} is zero-shot is unknown: {row['why_not_zero_shot']}"] = None
-    return list(said)
+            leaks.setdefault(where, {}).update(dict.fromkeys(row["leaks"].split("; ")))
+        for reason in (row["unknown"] or "").split("; "):
+            if reason:
+                unknown.setdefault(reason, {})[where] = None
+    said = [f"leaks: {where}: {'; '.join(heard)}" for where, heard in leaks.items()]
+    return said + [f"what training heard of {', '.join(of)} is not known: {reason}" for reason, of in unknown.items()]
 
 
 def notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
