@@ -167,10 +167,16 @@ def part_of(shards: ShardSet, run: str, stage: int | None, use: str = TRAINING) 
         counts=counts,
         unhashed=unhashed,
         unnamed=int((~named).sum()),
-        clips=np.unique(shards.content_keys()),
-        speakers=np.unique(voices[named]),
-        texts=np.unique(shards.source.astype(np.uint64)),
+        clips=_each_once(shards.content_keys()),
+        speakers=_each_once(voices[named]),
+        texts=_each_once(shards.source.astype(np.uint64)),
     )
+
+
+def _each_once(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Sorted, each once. numpy 2.4's `unique` takes 30 times as long for numbers that are nearly all different."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]
 
 
 def speakers_of(shards: ShardSet) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
