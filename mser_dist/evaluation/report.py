@@ -223,7 +223,7 @@ def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         for seen, name in ((True, "seen languages"), (False, "unseen languages")):
             mean = macro_ua(rows, model, seen)
             if mean == mean:
-                blank = [""] * (4 + adapted + known)
+                blank = ["", ""] + [unseen.together(rows, model, seen)] * known + ["", ""] + [""] * adapted
                 between = _between(*(macro_interval(rows, model, seen) or (None, None)))
                 lines.append([shown(model), f"mean over {name}", *blank, f"{mean:.3f}", between, "", ""])
         sections.append(lines)

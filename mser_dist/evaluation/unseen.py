@@ -254,6 +254,12 @@ def shown(row: Mapping[str, Any]) -> str:
     return "unknown" if row["unknown"] and row["unknown"] == row["why_not_zero_shot"] else "no"
 
 
+def together(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> str:
+    """The cell of a mean over a model's languages that were, or were not, seen in training."""
+    cells = {shown(row) for row in rows if row["model"] == model and row["seen_language"] is seen}
+    return cells.pop() if len(cells) == 1 else "in part"
+
+
 def leak_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """What makes a row's number wrong, or not to be judged: a line each, below the table."""
     leaks: dict[str, dict[str, None]] = {}  # of a place, what each stage heard

@@ -15,11 +15,22 @@ from mser_dist.state import fork
 
 
 def keep(config: cfg.Stage1 | cfg.Stage2, shards: ShardSet, held_out: ShardSet | None) -> None:
-    """Write the ledger of a training into its run folder. Rank 0 alone.
+    """Write the ledger of a training into its run folder, on rank 0. Collective.
 
     One that is there is kept once there is a checkpoint, which is of the same clips: what the run was forked from may
-    be gone by now.
+    be gone by now. Raises `UserError`, on every rank, for a damaged ledger of a run that it builds on.
     """
+    problem = None
+    if distributed.discover().is_main:
+        try:
+            _keep(config, shards, held_out)
+        except UserError as error:
+            problem = str(error)
+    if problem := distributed.agree(problem):
+        raise UserError(problem)
+
+
+def _keep(config: cfg.Stage1 | cfg.Stage2, shards: ShardSet, held_out: ShardSet | None) -> None:
     out = Path(config.out)
     if folder.steps_done(out) and (out / FILE).is_file():
         try:

@@ -82,7 +82,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             run = load(setup, flag)
             if world.is_main:
                 facts.keep(run)
-                ledgers.keep(config, setup.shards, setup.held_out)
+            ledgers.keep(config, setup.shards, setup.held_out)
             state = RunState.from_json(run.resumed) if run.resumed else RunState(order=run.order)
             state.total, state.bases = run.total, run.bases
             if noted := run.checkpoints.noted(state.step):  # validated behind the save, by the start before this one

@@ -333,6 +333,7 @@ def test_the_table_and_the_name_of_an_evaluation(ledger: Ledger, tmp_path: Path)
         ["a", "ru", "no", "leaks"],
         ["c", "el", "no", "yes"],
     ]
+    assert [line.split()[5:8] for line in table[5:7]] == [["languages", "no", "1.000"], ["languages", "in", "part"]]
     assert max(map(len, table)) <= 120
     assert unseen.leak_lines(rows) == ["leaks: ru of a: stage 1 heard 3 of its 3 speakers"]
     assert unseen.kind(rows) == "Evaluation, zero-shot in el and not in de, ru"
