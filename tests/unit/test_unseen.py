@@ -4,15 +4,18 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mser_dist import audio
+from mser_dist.cli import folds
 from mser_dist.cli import main as cli
 from mser_dist.errors import UserError
 from mser_dist.evaluation import report, unseen
+from mser_dist.evaluation.gathered import of_folders
 from mser_dist.models.declared import declared
 from mser_dist.models.heard import ledger_of
 from mser_dist.shards.ledger import FILE, VALIDATION, Ledger, part_of
@@ -20,6 +23,7 @@ from mser_dist.shards.shard_set import ShardSet
 from mser_dist.shards.verify import verify
 from tests.unit import tiny_exports
 from tests.unit.made_up_ledger import LABELS, opened, republish, write, write_trained
+from tests.unit.made_up_runs import evaluate
 from tests.unit.made_up_set import pcm
 
 
@@ -156,12 +160,34 @@ def test_an_export_of_an_older_version_is_unknown(tmp_path: Path) -> None:
 # ---- what is printed
 
 
-def rows_of(ledger: Ledger, shards: ShardSet) -> list[dict[str, Any]]:
+def given_of(ledger: Ledger, shards: ShardSet) -> report.Answers:
     n = len(shards)
     reference = np.array([LABELS.index(label) for label in shards.column("label")])
     scores = np.eye(2, dtype=np.float32)[reference]
-    given = report.Answers(np.arange(n), reference, scores, ["de", "fr"], ledger=ledger)
-    return [report.as_row(group) for group in report.measure({"stage1": given}, shards)]
+    return report.Answers(np.arange(n), reference, scores, ["de", "fr"], ledger=ledger)
+
+
+def rows_of(ledger: Ledger, shards: ShardSet) -> list[dict[str, Any]]:
+    return [report.as_row(group) for group in report.measure({"stage1": given_of(ledger, shards)}, shards)]
+
+
+def test_what_is_written_and_what_folds_and_comparisons_tell_of_it(ledger: Ledger, tmp_path: Path) -> None:
+    clips = {f"el{i}": (100 + i, {"language": "el", "corpus": "c"}) for i in range(3)}
+    clips |= {f"ru{i}": (200 + i, {"language": "ru", "corpus": "a"}) for i in range(3)}
+    shards = opened(write(tmp_path / "set", clips))
+    out = evaluate(tmp_path / "eval", shards, {"stage1": given_of(ledger, shards)}, labels=LABELS)
+    leak = "stage 1 heard 3 of its 3 speakers"
+    table = (out / "table.txt").read_text()
+    assert f"leaks: ru of a: {leak}" in table and "\nzero-shot: no training behind the model had" in table
+    found = json.loads((out / "report.json").read_text())
+    assert found["ledger"]["models"]["stage1"]["parts"][0]["run"] == "one"
+    assert (
+        found["ledger"]["notes"] == unseen.notes(found["zero_shot"]) and f"leaks: ru of a: {leak}" in found["warnings"]
+    )
+    _, notes = of_folders([out])
+    assert [note for note in notes if "leaks" in note] == [f"{out}: ru of a leaks: {leak}"]
+    fold: Any = SimpleNamespace(number=3, evaluation=SimpleNamespace(out=str(out)))
+    assert folds._leaks(SimpleNamespace(folds=[fold])) == [f"fold 3: leaks: ru of a: {leak}"]  # type: ignore[arg-type]
 
 
 def test_the_table_and_the_name_of_an_evaluation(ledger: Ledger, tmp_path: Path) -> None:
