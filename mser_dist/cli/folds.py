@@ -187,7 +187,8 @@ def _pool(planned: Plan, tracker: Any) -> None:
     table = pooled.table(results, {fold.number: fold.speakers for fold in planned.folds})
     with whole(out / "predictions.parquet") as staging:
         parquet.write_table(predictions, staging, compression="zstd")
-    text = "\n\n".join([str(table), *planned.warnings])
+    warnings = [*planned.warnings, *_leaks(planned)]
+    text = "\n\n".join([str(table), *warnings])
     write_text(out / "table.txt", text + "\n")
     files = [out / "table.txt", out / "predictions.parquet"]
     for model in dict.fromkeys(one.model for one in results):
@@ -206,13 +207,21 @@ def _pool(planned: Plan, tracker: Any) -> None:
             for fold in planned.folds
         ],
         "results": pooled.as_rows(results),
-        "warnings": planned.warnings,
+        "warnings": warnings,
         "mlflow_run_id": tracker.run_id,
         "tracking_uri": tracker.uri,
     }
     write_json(out / "folds.json", report)
     for path in [*files, out / "folds.json"]:
         tracker.artifact(path)
+
+
+def _leaks(planned: Plan) -> list[str]:
+    """What the ledgers say of a fold's clips: a model that training starts from may have heard them."""
+    from mser_dist.evaluation.unseen import leak_lines
+
+    reports = {fold.number: read_json(Path(fold.evaluation.out) / "report.json") for fold in planned.folds}
+    return [f"fold {fold}: {line}" for fold, report in reports.items() for line in leak_lines(report["zero_shot"])]
 
 
 def _show(planned: Plan) -> None:

@@ -1,6 +1,7 @@
 """What can be set in an evaluation: :class:`Evaluation` for ``mser eval``, :class:`Baseline` for ``mser baseline``."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mser_dist.config.data_keys import DataConfig
 from mser_dist.config.fields import Bool, List, PositiveInt, Section, opt
@@ -8,6 +9,8 @@ from mser_dist.config.keys import Dtype, Kernel, Stage1, TrackingConfig
 from mser_dist.config.model_keys import CacheConfig
 from mser_dist.config.validate import check_values
 from mser_dist.errors import UserError
+
+Requirement = Literal["zero_shot", "unseen_corpus", "unseen_speakers"]
 
 
 @dataclass(kw_only=True)
@@ -21,6 +24,11 @@ class Evaluation(Section):
     encoder: CacheConfig = opt(CacheConfig, "where the features of a frozen encoder are kept")
     native_labels: Bool = opt(
         False, "a clip is given one of the labels that clips of its corpus and language have, not of all `data.labels`"
+    )
+    require: Requirement | None = opt(
+        None,
+        "what every row has to be by the runs' ledgers, else nothing is scored: zero_shot, of a corpus or of speakers "
+        "never trained on",
     )
     batch: PositiveInt = opt(32, "clips per forward pass")
     zero3: Bool = opt(False, "share the LLM's weights out over the ranks, for one that no GPU holds alone")

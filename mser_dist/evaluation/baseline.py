@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mser_dist.config.file import flatten, to_yaml
 from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import mean_pooled
 from mser_dist.errors import Stopped, UserError
-from mser_dist.evaluation import report
+from mser_dist.evaluation import report, unseen
 from mser_dist.evaluation.classifiers import CLASSIFIERS, Heard, fitted, majority, normalised, scores
 from mser_dist.models import egemaps
 from mser_dist.models.attention import choose
@@ -24,11 +25,13 @@ from mser_dist.progress import bar
 from mser_dist.ranks import distributed, preempt
 from mser_dist.runs import folder as run_folder
 from mser_dist.runs.tracking import tracked
+from mser_dist.shards.ledger import Ledger, part_of
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.examples import Examples, open_evaluation_clips, open_training_clips
 from mser_dist.stream.features import Features
 
 ENCODER, EGEMAPS = "", "egemaps_"  # what the name of a system begins with, by what it hears
+HEARD = tuple(CLASSIFIERS)  # with which the names of those begin that hear the encoder
 
 
 def baseline(config: cfg.Baseline) -> dict[str, Any]:
@@ -49,6 +52,9 @@ def baseline(config: cfg.Baseline) -> dict[str, Any]:
         told.append("data.augment has no effect: a baseline is fitted to the clips as they are")
     out = Path(config.out)
     run_folder.check_no_training(out)
+    fitted_to = part_of(shards, out.resolve().name, None)
+    ledgers = {ENCODER: Ledger((fitted_to,), trained.encoder.pretrained or ""), EGEMAPS: Ledger((fitted_to,), "")}
+    unseen.require(on.require, {"the baselines": ledgers[ENCODER]}, test)
     run_folder.prepare_evaluation(out, to_yaml(config))
     tags = {"mser.stage": "baseline"}
     with preempt.listen() as flag, tracked(on.tracking, out, tags, flatten(config), main=True) as tracker:
@@ -63,9 +69,13 @@ def baseline(config: cfg.Baseline) -> dict[str, Any]:
         for kind, make in ((ENCODER, lambda: _encoder(trained)), (EGEMAPS, egemaps.Egemaps)):
             if own := [kind + name for name in CLASSIFIERS if kind + name in systems]:
                 answers |= _answers(own, make(), config, shards, test, columns, go_on)
+        answers = {
+            model: replace(given, ledger=ledgers[ENCODER if model.startswith(HEARD) else EGEMAPS])
+            for model, given in answers.items()
+        }
         if on.native_labels:
             answers = {model: report.of_native_labels(given, test) for model, given in answers.items()}
-        title = f"Baselines fitted to {', '.join(trained.data.sets)}"
+        title = f"of baselines fitted to {', '.join(trained.data.sets)}"
         return report.conclude(tracker, title, answers, test, on.data.labels, told)
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: each clip's labels scored by each stage; `report` makes numbers, a table and files of it."""
+"""Evaluation: each clip's labels scored by each stage; `report` makes numbers, a table and files of it."""
 
 import itertools
 import signal
@@ -16,7 +16,7 @@ from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped
-from mser_dist.evaluation import report
+from mser_dist.evaluation import report, unseen
 from mser_dist.evaluation.asking import ask
 from mser_dist.evaluation.parts import FOLDER, Parts, remove
 from mser_dist.evaluation.predict import predict
@@ -24,6 +24,7 @@ from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
 from mser_dist.models import chat, exported, zero3
 from mser_dist.models.attention import Attention, choose
 from mser_dist.models.chat import ChatPrompt
+from mser_dist.models.heard import ledger_of
 from mser_dist.models.self_check import check_llm, check_speech
 from mser_dist.models.speech import SpeechModel
 from mser_dist.models.text import TextTower
@@ -36,7 +37,17 @@ from mser_dist.stream.examples import Examples, open_evaluation_clips
 
 STOPPED = "between two batches; the same command goes on from there"
 # Keys of a config that no score depends on.
-_NO_SCORES = ("out", "stage1", "stage2", "tracking.", "data.workers", "data.cache", "encoder.", "native_labels")
+_NO_SCORES = (
+    "out",
+    "stage1",
+    "stage2",
+    "tracking.",
+    "data.workers",
+    "data.cache",
+    "encoder.",
+    "native_labels",
+    "require",
+)
 
 
 def exports_of(config: cfg.Evaluation) -> dict[int, Path]:
@@ -70,6 +81,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
     attention = choose(config.attention, dtype, device)
     exports = exports_of(config)
     shards = open_shards(config, exports)
+    ledgers = {stage: ledger_of(export) for stage, export in exports.items()}
+    unseen.require(config.require, {f"stage {stage}": ledger for stage, ledger in ledgers.items()}, shards)
     out = Path(config.out)
     run_folder.check_no_training(out)
     if world.world_size > 1:
@@ -127,11 +140,12 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                     card["languages"],
                     scorer.model.speech.statistics,
                     more,
+                    ledgers[stage],
                 )
                 answers[name] = report.of_native_labels(given, shards) if config.native_labels else given
         result: dict[str, Any] | None = None
         if world.is_main:
-            names = f"Zero-shot evaluation of {config.stage1} and {config.stage2}"
+            names = f"of {' and '.join(run for run in (config.stage1, config.stage2) if run)}"
             result = report.conclude(tracker, names, answers, shards, data.labels, attention=asdict(attention))
             remove(out)
         # within: who waits for the report is alive, listens to signals, and looks after rank 0

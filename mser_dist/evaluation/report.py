@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist import __version__
+from mser_dist.evaluation import unseen
 from mser_dist.evaluation.bootstrap import clusters_of, draw_ua, mean_interval
 from mser_dist.evaluation.metrics import Metrics, score
 from mser_dist.files import whole, write_json, write_text
 from mser_dist.ranks import distributed
 from mser_dist.runs.names import Name
 from mser_dist.runs.tracking import Tracker
+from mser_dist.shards.ledger import Ledger, primary
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.tables import Table
 
@@ -41,6 +43,7 @@ class Answers:
     heard: Collection[str]  # the languages that it was trained on
     statistics: "Statistics | None" = None  # that the clips' features were normalised by
     more: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # what else the model tells of the clips: (n, …)
+    ledger: Ledger | None = None  # of what it was trained on; None: not asked for
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -54,7 +57,8 @@ class Group:
 
     model: stage1, stage2, or a baseline's name; ``…_adapted`` where features are normalised by statistics of the clips
     themselves, without their labels: of `adapted_on` clips. interval: of the UA, at 95 %, over its `speakers`; over
-    its clips where they are None: not named, or one alone; None where there is one clip.
+    its clips where they are None: not named, or one alone; None where there is one clip. found: what training heard
+    of them.
     """
 
     model: str
@@ -65,6 +69,7 @@ class Group:
     adapted_on: int | None = None
     interval: tuple[float, float] | None = None
     speakers: int | None = None
+    found: unseen.Found | None = None
 
     @property
     def stage(self) -> int | None:
@@ -88,11 +93,13 @@ def of_native_labels(given: Answers, shards: ShardSet) -> Answers:
 def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
     """Metrics of every model, corpus and language; of a model, those of the languages seen in training first."""
     groups = []
-    speaker = shards.column("speaker")
+    speaker, label = shards.column("speaker"), shards.column("label")
+    known: dict[int, unseen.Unseen] = {}  # by ledger: several models may have one
     for model, given in answers.items():
+        heard = set(map(primary, given.heard))
         corpora, languages = (shards.column(name)[given.numbers] for name in ("corpus", "language"))
         pairs = set(zip(corpora, languages, strict=True))
-        for unseen, corpus, language in sorted((one[1] not in given.heard, *one) for one in pairs):
+        for is_new, corpus, language in sorted((primary(one[1]) not in heard, *one) for one in pairs):
             mine = (corpora == corpus) & (languages == language)
             found = score(given.reference[mine], given.predicted[mine], given.scores.shape[1])
             adapted_on = None
@@ -100,7 +107,13 @@ def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
                 assert given.statistics is not None
                 adapted_on = given.statistics.clips[f"{corpus} {language}"]
             about = _interval(given, mine, speaker[given.numbers[mine]])
-            groups.append(Group(model, corpus, language, not unseen, found, adapted_on, *about))
+            told = None
+            if given.ledger is not None:
+                if id(given.ledger) not in known:
+                    known[id(given.ledger)] = unseen.Unseen(given.ledger, shards)
+                own = given.numbers[mine]
+                told = known[id(given.ledger)].of(corpus, language, sorted({*map(str, label[own])}), own)
+            groups.append(Group(model, corpus, language, not is_new, found, adapted_on, *about, told))
     return groups
 
 
@@ -123,7 +136,8 @@ def as_row(group: Group) -> dict[str, Any]:
     what |= {"corpus": group.corpus, "language": group.language, "seen_language": group.seen}
     low, high = group.interval or (None, None)
     what |= {"ua_low": low, "ua_high": high, "speakers": group.speakers}
-    return what | numbers | {"constant": m.constant is not None}
+    what |= numbers | {"constant": m.constant is not None}
+    return what | (group.found.as_row() if group.found else {})
 
 
 def warnings(groups: Sequence[Group], labels: Sequence[str]) -> list[str]:
@@ -149,7 +163,13 @@ def warnings(groups: Sequence[Group], labels: Sequence[str]) -> list[str]:
             said.append(f"{shown(model)} {what}: it does not tell them apart, and its numbers are those of chance")
         elif constant := [f"{place(g)} ({labels[g.metrics.constant]})" for g in own if g.metrics.constant is not None]:
             said.append(f"{shown(model)} gives one answer to all clips of {', '.join(constant)}")
-    return said
+    return [*unseen.leak_lines(map(_told, groups)), *said]
+
+
+def _told(group: Group) -> dict[str, Any]:
+    """The part of a row that its ledger makes."""
+    of = {"corpus": group.corpus, "language": group.language}
+    return of | (group.found.as_row() if group.found else {})
 
 
 def place(group: Group) -> str:
@@ -187,24 +207,27 @@ def _between(low: float | None, high: float | None) -> str:
 def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table that a person reads: a section a model. What was adapted says on how many clips, without labels."""
     adapted = any(row["adapted_on"] is not None for row in rows)
-    head = ["model", "corpus", "language", "seen", *(["adapted on"] if adapted else [])]
+    known = any("zero_shot" in row for row in rows)
+    head = ["model", "corpus", "language", "seen", *(["zero-shot"] if known else [])]
+    head += ["adapted on"] if adapted else []
     head += ["n", "chance", "UA", "95 %", "WA", "macroF1"]
     sections = []
     for model in dict.fromkeys(row["model"] for row in rows):
         lines = []
         for row in (row for row in rows if row["model"] == model):
             what = [shown(model), row["corpus"], row["language"], "yes" if row["seen_language"] else "no"]
+            what += [unseen.shown(row)] if known else []
             what += ["" if row["adapted_on"] is None else str(row["adapted_on"])] if adapted else []
             chance, ua, *others = (f"{row[name]:.3f}" for name in ("chance", "ua", "wa", "macro_f1"))
             lines.append([*what, str(row["n"]), chance, ua, _between(row["ua_low"], row["ua_high"]), *others])
         for seen, name in ((True, "seen languages"), (False, "unseen languages")):
             mean = macro_ua(rows, model, seen)
             if mean == mean:
-                blank = [""] * (5 if adapted else 4)
+                blank = ["", ""] + [unseen.together(rows, model, seen)] * known + ["", ""] + [""] * adapted
                 between = _between(*(macro_interval(rows, model, seen) or (None, None)))
                 lines.append([shown(model), f"mean over {name}", *blank, f"{mean:.3f}", between, "", ""])
         sections.append(lines)
-    return Table(head, sections, align="llll" + "r" * (len(head) - 4))
+    return Table(head, sections, align="llll" + "l" * known + "r" * (len(head) - 4 - known))
 
 
 def predictions(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequence[str]) -> "pyarrow.Table":
@@ -243,7 +266,8 @@ def publish(
     from pyarrow import parquet
 
     rows = [as_row(group) for group in groups]
-    table, out = "\n\n".join([str(zero_shot_table(rows)), *told, *warnings(groups, labels)]), tracker.out
+    notes = unseen.notes(rows)
+    table, out = "\n\n".join([str(zero_shot_table(rows)), *told, *warnings(groups, labels), *notes]), tracker.out
     write_text(out / "table.txt", table + "\n")
     with whole(out / "predictions.parquet") as staging:
         parquet.write_table(predicted, staging, compression="zstd")
@@ -259,7 +283,7 @@ def publish(
                 numbers[f"ua/{model}/{'seen' if seen else 'unseen'}"] = mean
     tracker.metrics(0, numbers)
     tracker.table(rows, "zero_shot.json")
-    tracker.describe(f"{title}\n\n```\n{table}\n```")
+    tracker.describe(f"{unseen.kind(rows)} {title}\n\n```\n{table}\n```")
     for path in files:
         tracker.artifact(path)
 
@@ -274,10 +298,14 @@ def conclude(
     **more: Any,
 ) -> dict[str, Any]:
     """The report on all answers, {"zero_shot": rows, "warnings": lines, …, **more}; on rank 0, which has the tracker,
-    its warnings are said, and all is written and logged. `told` are warnings of which the answers know nothing."""
+    its warnings are said, and all is written and logged. `title` says of what the evaluation is; `told` are warnings of
+    which the answers know nothing.
+    """
     groups = measure(answers, shards)
     said = [*told, *warnings(groups, labels)]
     result: dict[str, Any] = {"version": __version__, "zero_shot": [*map(as_row, groups)], "warnings": said} | more
+    if ledgers := {model: given.ledger.summary() for model, given in answers.items() if given.ledger is not None}:
+        result["ledger"] = {"models": ledgers, "notes": unseen.notes(result["zero_shot"])}
     if tracker:
         for line in said:
             distributed.warn(line)

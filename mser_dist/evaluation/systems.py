@@ -243,6 +243,9 @@ class Reader:
         systems = []
         for model in models:
             mine = [row for row in rows if row["model"] == model]
+            for row in (row for row in mine if row.get("leaks")):
+                line = f"{name}: {row['language']} of {row['corpus']} leaks: {row['leaks']}"
+                self.notes += [line] if line not in self.notes else []
             seen = frozenset(_place(row) for row in mine if row.get("seen_language", True))
             params, behind = next((known[one] for one in known if model.startswith(one)), (None, frozenset()))
             if model in predictions:

@@ -5,6 +5,7 @@
 - ``export/statistics.safetensors``: of the features by corpus, where these are normalised
 - ``export/heads.safetensors``: stage 1: projections and scales; stage 2: the projector
 - ``export/llm/``: stage 2: the LLM and its tokenizer as `from_pretrained` reads them (LoRA: the adapter)
+- ``export/ledger.safetensors``: what was heard in training (`shards.ledger`); older versions kept none
 - ``export/README.md``: the card that people, and a model hub, read
 
 What is larger than a shard is several files with an index (`weights`).
@@ -40,6 +41,7 @@ from mser_dist.models.normalize import Statistics
 from mser_dist.models.speech import SpeechModel, speech_card, speech_from_card
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.weights import SHARD_BYTES, Weights, read_part, write_part
+from mser_dist.shards import ledger as ledger_file
 from mser_dist.stream.features import Features
 
 STATISTICS = "statistics.safetensors"
@@ -110,6 +112,7 @@ def write(
     main: bool = True,
     shard_bytes: int = SHARD_BYTES,
     readme: str = "",
+    ledger: Path | None = None,
     check: Callable[[Path], None] = lambda export: None,
 ) -> None:
     """Publish an export at once: all files under a staging name, then one rename. Collective where the weights are.
@@ -120,6 +123,7 @@ def write(
             `shard_bytes` of them is in memory at a time.
         main: whether this rank writes; the others take part in what is collective.
         readme: the model card that people read.
+        ledger: of the run, to copy; one that is not there is not.
         check: is given the whole export before it is published, and raises where it is not what it should be.
 
     Raises `UserError` for a disk that is full, and what `check` raises; then an earlier export is as it was.
@@ -147,6 +151,8 @@ def write(
             tokenizer.save_pretrained(staging / "llm")
         if speech.statistics is not None:
             speech.statistics.without_speakers().save(staging / STATISTICS)
+        if ledger is not None and ledger.is_file():
+            shutil.copyfile(ledger, staging / ledger_file.FILE)
         if readme:
             (staging / "README.md").write_text(readme, encoding="utf-8")
         parts = [path for path in sorted(staging.rglob("*")) if path.is_file() and path.name != "README.md"]

@@ -131,11 +131,19 @@ class ShardSet:
         What `sound` does not know (a foreign tar's) is told by its shard and its checksum.
         """
         known = np.zeros(len(self), np.uint64) if self.sound is None else self.sound.astype(np.uint64)
-        at, crc = (self._place[PLACE.index(name)] for name in ("audio_at", "crc"))
-        for i in np.flatnonzero(known == 0):
-            place = f"{self.shards[self.shard[i]].sha256} {at[i]} {crc[i]}"
-            known[i] = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big")
+        unknown = np.flatnonzero(known == 0)
+        known[unknown] = self.place_keys(unknown)
         return known
+
+    def place_keys(self, clips: NDArray[Any] | None = None) -> NDArray[np.uint64]:
+        """(k,) numbers of clips (None: all) by their shard's bytes and their own checksum there."""
+        which = np.arange(len(self)) if clips is None else clips
+        at, crc = (self._place[PLACE.index(name)] for name in ("audio_at", "crc"))
+        keys = np.zeros(len(which), np.uint64)
+        for k, i in enumerate(which.tolist()):
+            place = f"{self.shards[self.shard[i]].sha256} {at[i]} {crc[i]}"
+            keys[k] = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big")
+        return keys
 
     def fingerprint(self) -> str:
         """A hash of which samples these are, with their content and order: equal on every machine."""

@@ -13,6 +13,7 @@ from mser_dist.models import bases, exported
 from mser_dist.models.attention import choose
 from mser_dist.models.llm import base_of
 from mser_dist.models.weights import SHARD_BYTES
+from mser_dist.shards.ledger import FILE, Ledger
 from mser_dist.state import engine_state
 from mser_dist.state.checkpoint import FORMAT, step_of
 from mser_dist.state.seal import read_seal, seal_fault
@@ -70,7 +71,8 @@ def export(
         card,
         getattr(stage, "tokenizer", None),
         shard_bytes=shard_bytes,
-        readme=render(card, out.resolve().name, validation, run),
+        readme=render(card, out.resolve().name, validation, run, Ledger.kept(run / FILE)),
+        ledger=run / FILE,
         check=lambda staging: rescore.check(staging, expected, dtype),
     )
     return {"step": step_of(folder), "validation": validation, "out": str(out)}

@@ -12,6 +12,7 @@ from mser_dist.models.weights import SHARD_BYTES
 from mser_dist.prediction import mlflow_model
 from mser_dist.ranks import distributed
 from mser_dist.runs.tracking import Tracker
+from mser_dist.shards.ledger import FILE, Ledger
 from mser_dist.training import rescore
 from mser_dist.training.facts import facts_of
 from mser_dist.training.model_card import render
@@ -54,14 +55,18 @@ def export_model(run: Run, validation: dict[str, float], shard_bytes: int = SHAR
     stage, main = run.stage, run.world.is_main
     expected = rescore.heard_by(stage.model, stage.scorer(), run.device)
     card = {**facts_of(run), "step": run.ended["exported_step"], **stage.card(), "rescored": rescore.record(expected)}
+    out, readme = run.setup.out, ""
+    if main:
+        readme = render(card, out.resolve().name, validation, out, Ledger.kept(out / FILE))
     exported.write(
-        run.setup.out / "export",
+        out / "export",
         stage.model,
         run.engine.weights(),
         card,
         getattr(stage, "tokenizer", None),
         main=main,
         shard_bytes=shard_bytes,
-        readme=render(card, run.setup.out.resolve().name, validation, run.setup.out) if main else "",
+        readme=readme,
+        ledger=out / FILE,
         check=lambda export: rescore.check(export, expected, getattr(torch, run.config.engine.dtype)),
     )

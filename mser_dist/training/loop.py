@@ -32,7 +32,7 @@ from mser_dist.ranks import distributed, preempt
 from mser_dist.runs import folder
 from mser_dist.runs.tracking import tracked
 from mser_dist.stream.plan import START, Position
-from mser_dist.training import facts
+from mser_dist.training import facts, ledgers
 from mser_dist.training.best import out_of_patience, settle
 from mser_dist.training.finish import finish
 from mser_dist.training.setup import Run, load, look_ahead, started
@@ -82,6 +82,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
             run = load(setup, flag)
             if world.is_main:
                 facts.keep(run)
+            ledgers.keep(config, setup.shards, setup.held_out)
             state = RunState.from_json(run.resumed) if run.resumed else RunState(order=run.order)
             state.total, state.bases = run.total, run.bases
             if noted := run.checkpoints.noted(state.step):  # validated behind the save, by the start before this one

@@ -10,11 +10,21 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mser_dist import __version__
 from mser_dist.config.file import read_yaml
 from mser_dist.errors import UserError
+from mser_dist.evaluation import unseen
+from mser_dist.models.declared import declared
+from mser_dist.shards.ledger import Ledger
+from mser_dist.tables import count
 
 _TASK = "audio-classification"
 
 
-def render(card: Mapping[str, Any], name: str, validation: Mapping[str, float], runs: Path | None = None) -> str:
+def render(
+    card: Mapping[str, Any],
+    name: str,
+    validation: Mapping[str, float],
+    runs: Path | None = None,
+    ledger: Ledger | None = None,
+) -> str:
     """The card as Markdown with a hub's metadata.
 
     Args:
@@ -22,6 +32,7 @@ def render(card: Mapping[str, Any], name: str, validation: Mapping[str, float], 
         name: of the model.
         validation: its metrics there, by name; empty where it was not validated.
         runs: the run folder; reports of evaluations beside it that name the run are told.
+        ledger: of the run; None where it has kept none.
     """
     evaluations = _evaluations(runs, card["stage"]) if runs else []
     results = [_result(name, "validation", "validation", value, metric) for metric, value in validation.items()]
@@ -37,12 +48,16 @@ def render(card: Mapping[str, Any], name: str, validation: Mapping[str, float], 
         model_name=name,
         eval_results=results or None,
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{_text(card, name, validation, evaluations)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_text(card, name, validation, evaluations, ledger)}"
     return str(ModelCard(text))
 
 
 def _text(
-    card: Mapping[str, Any], name: str, validation: Mapping[str, float], evaluations: list[dict[str, Any]]
+    card: Mapping[str, Any],
+    name: str,
+    validation: Mapping[str, float],
+    evaluations: list[dict[str, Any]],
+    ledger: Ledger | None,
 ) -> str:
     speech = card["speech"]
     features, layers = speech["features"], speech.get("layers", {})
@@ -71,6 +86,7 @@ def _text(
                 "Licences": "those of the corpora and of the models named here, which this card does not know",
             }
         ),
+        _ledger(ledger),
         "## Sound",
         _lines(
             {
@@ -88,9 +104,10 @@ def _text(
     if validation:
         parts.append("Validation: " + ", ".join(f"{metric} {value:.3f}" for metric, value in validation.items()) + ".")
     if evaluations:
-        head = "| model | corpus | language | heard in training | clips | UA | WA |\n|---|---|---|---|---|---|---|"
+        head = "| model | corpus | language | heard in training | zero-shot | clips | UA | WA |\n" + "|---" * 8 + "|"
         rows = [
             f"| {row['model']} | {row['corpus']} | {row['language']} | {'yes' if row['seen_language'] else 'no'} | "
+            f"{unseen.shown(row)} | "
             f"{row['n']} | {row['ua']:.3f} | {row['wa']:.3f} |"
             for row in evaluations
         ]
@@ -98,6 +115,25 @@ def _text(
     if not validation and not evaluations:
         parts.append("None were measured.")
     return "\n\n".join(parts) + "\n"
+
+
+def _ledger(ledger: Ledger | None) -> str:
+    """What was trained on, run by run."""
+    if ledger is None:
+        return "No ledger was kept: which clips and speakers it was trained on is unknown."
+    lines = []
+    for part in ledger.parts:
+        heard = (
+            f"{count(part.total, 'clip')} of {count(len(part.speakers), 'speaker')}" if part.known else "unknown clips"
+        )
+        lines.append(f"- {part.name}: {heard}; {', '.join(part.corpora)}; {' '.join(part.languages)}")
+    found = declared(ledger.encoder)
+    if ledger.encoder:
+        lines.append(f"- the pretrained encoder {ledger.encoder}, as declared: {found.what if found else 'nothing'}")
+    return (
+        "Heard in this training, and in those that it builds on (`ledger.safetensors` has the hashes of their clips "
+        "and speakers; by it `mser eval` says what is zero-shot):\n\n" + "\n".join(lines)
+    )
 
 
 def _lines(facts: Mapping[str, Any]) -> str:

@@ -56,6 +56,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 def test_unseen_languages_are_recognised(demo: Demo) -> None:
     _, report, printed = demo
+    told = {(row["language"] in UNSEEN, row["zero_shot"], row["leaks"], row["unknown"]) for row in report["zero_shot"]}
+    assert told == {(True, True, None, None), (False, False, None, None)}, "by the ledgers: no voice was trained on"
     for model in MODELS:
         assert unseen_ua(report, model) >= 0.70, model
     assert report["world_size"] == 2 and report["zero_stage"] == 3

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mser_dist import config as cfg
 from mser_dist.cli import main as cli
 from mser_dist.models.attention import Attention
+from mser_dist.models.heard import ledger_of
 from mser_dist.prediction.model import load_model
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.state.engine_state import weights
@@ -153,6 +154,29 @@ def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> N
     assert best.tolist() == one["predicted"].tolist() and not one["speaker"].isna().any()
     rows = json.loads((trained / "runs/eval1/report.json").read_text())["zero_shot"]
     assert {(row["language"], row["seen_language"]) for row in rows} == {("en", True), ("de", True), ("el", False)}
+    what_was_heard_is_known(trained, rows)
+
+
+def what_was_heard_is_known(trained: Path, rows: list[dict[str, Any]]) -> None:
+    """By the exports alone, stage 2's without its stage 1: the ledgers are of the clips that were trained on."""
+    assert {(row["language"], row["zero_shot"]) for row in rows} == {("en", False), ("de", False), ("el", True)}
+    assert not any(row["leaks"] or row["unknown"] for row in rows), "the test's voices are others"
+    shutil.copytree(trained / "runs/two/export", trained / "moved/export")
+    known = ledger_of(trained / "moved/export")
+    parts = {(part.stage, part.use): part for part in known.parts}
+    assert [*parts] == [(2, "training"), (2, "validation"), (1, "training"), (1, "validation")] and known.encoder == ""
+    heard = ShardSet.open(trained / "shards", split="train", sound=True)
+    for stage in (1, 2):
+        assert parts[stage, "training"].languages == ["de", "en"]
+        assert np.array_equal(parts[stage, "training"].clips, np.unique(heard.content_keys()))
+    said = (trained / "runs/two/export/README.md").read_text()
+    assert "- stage 2 (two): " in said and "- stage 1 (whole): " in said
+
+    words = ["eval", "demo_eval", "stage1=null", "stage2=moved", "data.split=train", "require=zero_shot"]
+    error = mser(*words, "data.sets=shards", "out=runs/refused", cwd=trained, code=2)
+    assert "require=zero_shot: for stage 2, de of" in error and "stage 1 was trained on its language" in error
+    assert f"stage 2 heard {len(heard) // 2} of its {len(heard) // 2} clips" in error
+    assert not (trained / "runs/refused").exists() and len(error.splitlines()) == 1
 
 
 def same_from_a_checkpoint(trained: Path) -> None:

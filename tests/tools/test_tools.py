@@ -270,6 +270,14 @@ def test_bench_compare(tmp_path: Path) -> None:
     assert row["name"] == "compare" and row["seconds"] > 0 and row["cpu_seconds"] > 0
 
 
+def test_bench_ledger(tmp_path: Path) -> None:
+    done = run_tool("bench_ledger", "--clips", 2000, "--tested", 500, "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert [*rows] == ["made", "saved", "loaded", "judged"] and rows["saved"]["bytes"] > 2000 * 8
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
 DRILLS = {
     "bitwise-resume", "kill9", "two-generations", "corrupt-checkpoint", "signal-one-rank", "slurm-preempt-requeue",
     "slurm-node-death", "submitit-timeout-requeue", "peer-killed", "peer-frozen", "nonfinite-one-rank", "disk-full",

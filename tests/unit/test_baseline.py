@@ -80,6 +80,10 @@ def test_the_table_is_of_the_predictions(place: Path, report: dict[str, Any]) ->
     assert rows["majority"]["ua"] == rows["majority"]["chance"] == pytest.approx(1 / 3)
     assert set(found[found["model"] == "majority"]["predicted"]) == {"happy"}
     assert all(rows[model]["ua"] > 0.9 for model in SYSTEMS)
+    for row in rows.values():
+        assert row["zero_shot"] is True and row["unseen"]["baseline"]["corpus"] is True and row["leaks"] is None
+    [part] = report["ledger"]["models"]["svm"]["parts"]
+    assert (part["clips"], part["languages"], part["stage"]) == (24, ["de", "fr"], None)
     assert not report["warnings"], "one answer to all is what the majority is"
     table = (place / "baseline/table.txt").read_text()
     assert "logistic regression adapted  c " in table and "mean over unseen languages" in table

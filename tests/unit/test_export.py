@@ -247,7 +247,7 @@ def test_the_model_card_is_one_that_a_hub_reads(tmp_path: Path) -> None:
     card: Any = ModelCard(text)
     assert card.data.language == ["de"] and card.data.model_name == "emotions"
     assert {result.metric_value for result in card.data.eval_results} == {0.61, 0.5}
-    assert "| stage2 | made-up | pl | no | 7 | 0.500 | 0.400 |" in text and '"questions"' in text
+    assert "| stage2 | made-up | pl | no | unknown | 7 | 0.500 | 0.400 |" in text and '"questions"' in text
     assert 'mser_dist.load_model("emotions")' in text and "anger, happy, sad" in text
 
 
