@@ -141,7 +141,7 @@ def as_row(group: Group) -> dict[str, Any]:
     what |= {"ua_low": low, "ua_high": high, "speakers": group.speakers}
     what |= numbers | {"constant": m.constant is not None}
     what |= group.found.as_row() if group.found else {}
-    return what | group.protocols
+    return {**what, **group.protocols}
 
 
 def warnings(groups: Sequence[Group], labels: Sequence[str]) -> list[str]:
