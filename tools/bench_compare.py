@@ -89,6 +89,24 @@ def make_store(folder: Path, runs: int, clips: int) -> str:
     return uri
 
 
+def measure(runs: int, clips: int, rounds: int) -> dict[str, Any]:
+    """Seconds, and those of cores, of the command over a store of so many evaluations: the best of some rounds."""
+    with tempfile.TemporaryDirectory(prefix="bench_compare-") as name:
+        folder = Path(name)
+        uri = make_store(folder, runs, clips)
+        words = ["compare", "--experiment", "bench", "--uri", uri, "--out", str(folder / "out")]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        found = []
+        for _ in range(rounds):
+            began, before = time.perf_counter(), os.times()
+            subprocess.run([sys.executable, "-m", "mser_dist", *words], check=True, env=env, stdout=subprocess.DEVNULL)
+            after = os.times()
+            used = after.children_user + after.children_system - before.children_user - before.children_system
+            found.append((time.perf_counter() - began, used))
+    seconds, used = min(found)
+    return {"name": "compare", "seconds": seconds, "cpu_seconds": used, "runs": runs, "clips": clips}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200, help="evaluations (default: %(default)s)")
@@ -96,22 +114,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench_compare-") as name:
-        folder = Path(name)
-        uri = make_store(folder, options.runs, options.clips)
-        words = ["compare", "--experiment", "bench", "--uri", uri, "--out", str(folder / "out")]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        found = []
-        for _ in range(options.rounds):
-            began, before = time.perf_counter(), os.times()
-            subprocess.run([sys.executable, "-m", "mser_dist", *words], check=True, env=env, stdout=subprocess.DEVNULL)
-            after = os.times()
-            used = after.children_user + after.children_system - before.children_user - before.children_system
-            found.append((time.perf_counter() - began, used))
-    seconds, used = min(found)
-    row = {"name": "compare", "seconds": seconds, "cpu_seconds": used, "runs": options.runs, "clips": options.clips}
+    row = measure(options.runs, options.clips, options.rounds)
     print(
-        f"mser compare: {options.runs} evaluations of {options.clips} clips, {seconds:.1f} s ({used:.1f} s of a core)"
+        f"mser compare: {options.runs} evaluations of {options.clips} clips, {row['seconds']:.1f} s "
+        f"({row['cpu_seconds']:.1f} s of a core)"
     )
     if options.json:
         write_json(options.json, {"rows": [row]})

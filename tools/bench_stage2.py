@@ -221,7 +221,7 @@ def scoring(task: Task, way: Way) -> Laps:
     """A lap is a batch whose six labels are scored, in one process without DeepSpeed."""
     model = model_of(task).eval()
     check_llm(model, task.prompts, task.answers, "cpu")
-    score = Likelihoods(model, task.prompts[0], task.answers, "cpu", way)
+    score = Likelihoods(model, task.prompts[:1], task.answers, "cpu", way)
     batches = [collated(task, share(task, step), "off") for step in range(task.steps + 1)]
     laps = Laps()
     for batch in batches:

@@ -1,7 +1,7 @@
 """Says what can be set in a run and what it means. Nothing heavy is imported: a typo answers at once."""
 
 from mser_dist.config.data_keys import SIX_EMOTIONS, AugmentConfig, DataConfig, TrainingDataConfig
-from mser_dist.config.evaluation_keys import BASELINES, Baseline, Evaluation, is_called
+from mser_dist.config.evaluation_keys import BASELINES, Baseline, Evaluation, ProtocolConfig, is_called
 from mser_dist.config.keys import (
     Common,
     Dtype,
@@ -42,6 +42,7 @@ __all__ = [
     "LLMConfig",
     "LoraConfig",
     "PromptConfig",
+    "ProtocolConfig",
     "QFormerConfig",
     "Schedule",
     "Stage1",

@@ -14,6 +14,36 @@ Requirement = Literal["zero_shot", "unseen_corpus", "unseen_speakers"]
 
 
 @dataclass(kw_only=True)
+class ProtocolConfig(Section):
+    """How stage 2 is asked for the label of a clip, and which score decides."""
+
+    score: Literal["sum", "mean", "prior"] = opt(
+        "sum",
+        "of a label's tokens, its end included: sum of the log-likelihoods | mean | prior: sum less that of no speech",
+    )
+    instructions: PositiveInt | list[str] = opt(
+        1, "so many of those that the run knows, or a list of texts with {} for the options; scores are their mean"
+    )
+    decode: List[Literal["constrained", "free"]] = opt(
+        [], "also decode greedily: constrained (to the labels, at no cost) | free (in the LLM's own words, much slower)"
+    )
+
+    def check(self) -> None:
+        """Raise `UserError` for instructions that are none, or one that comes twice."""
+        if isinstance(self.instructions, int):
+            return
+        if not self.instructions:
+            raise UserError("protocol.instructions names no instruction: give at least one, or a number")
+        for text in self.instructions:
+            if text.count("{}") != 1 or "\n" in text:
+                raise UserError(
+                    f"protocol.instructions: {text!r} is to be one line with one {{}}, where the options go"
+                )
+            if self.instructions.count(text) > 1:
+                raise UserError(f"protocol.instructions names {text!r} twice")
+
+
+@dataclass(kw_only=True)
 class Evaluation(Section):
     """Zero-shot evaluation of finished runs, per corpus and language."""
 
@@ -30,6 +60,7 @@ class Evaluation(Section):
         "what every row has to be by the runs' ledgers, else nothing is scored: zero_shot, of a corpus or of speakers "
         "never trained on",
     )
+    protocol: ProtocolConfig = opt(ProtocolConfig, "how stage 2 is asked, and which score decides")
     batch: PositiveInt = opt(32, "clips per forward pass")
     zero3: Bool = opt(False, "share the LLM's weights out over the ranks, for one that no GPU holds alone")
     dtype: Dtype = opt("float32", "number format that the models compute in")
@@ -40,6 +71,7 @@ class Evaluation(Section):
         """Raise `UserError` on wrong values, and unless a run is named where `runs` are evaluated."""
         check_values(self)
         self.data.check()
+        self.protocol.check()
         self.tracking.check()
         if runs and not (self.stage1 or self.stage2):
             raise UserError("stage1 and stage2 are both unset: name the run folder of a finished run")

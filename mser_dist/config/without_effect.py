@@ -62,6 +62,7 @@ _TRAINED = "the encoder is trained, so that its features change"
 _ONE_LAYER = "encoder.layers names one layer"
 _NO_DISK = "encoder.cache is neither auto nor disk"
 _STAGE_2 = "the loss of stage 2 alone knows it"
+_NO_LLM = "stage2 is not set, and only an LLM is asked"
 _INIT = "init_from brings the encoder and the Q-Former"
 RULES = (
     Rule("data.cache_dir", lambda c, f: any("://" in name for name in c.data.sets), _LOCAL),
@@ -113,6 +114,9 @@ RULES = (
     Rule("contrastive.tile", lambda c, f: c.contrastive.tile < _columns(c, f), "a batch fits one block"),
     Rule("zero3", lambda c, f: bool(c.stage2), "no stage 2 is evaluated"),
     Rule("zero3", lambda c, f: f.ranks > 1, "there is one rank"),
+    Rule("protocol.score", lambda c, f: c.stage2 is not None, _NO_LLM),
+    Rule("protocol.instructions", lambda c, f: c.stage2 is not None, _NO_LLM),
+    Rule("protocol.decode", lambda c, f: c.stage2 is not None, _NO_LLM),
     Rule("llm.allow_missing", lambda c, f: c.llm.pretrained is not None, "llm.pretrained is not set"),
 )
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mser_dist import __version__
@@ -16,7 +17,7 @@ from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped
-from mser_dist.evaluation import report, unseen
+from mser_dist.evaluation import protocols, report, unseen
 from mser_dist.evaluation.asking import ask
 from mser_dist.evaluation.parts import FOLDER, Parts, remove
 from mser_dist.evaluation.predict import predict
@@ -108,9 +109,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                 without = ask(clips, ChatPrompt(**card["prompt"]))
                 for line in without if world.is_main else ():
                     distributed.warn(line)
-            scorer = _scorer(
-                stage, export, data.labels, attention, dtype, device, config.zero3 and world.world_size > 1
-            )
+            shared = config.zero3 and world.world_size > 1
+            scorer = _scorer(stage, export, config, attention, dtype, device, shared)
 
             def before_each(title: str = title) -> Callable[[], None]:
                 """For each pass: called before its forward passes."""
@@ -133,6 +133,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                 if found is None:
                     continue
                 numbers, more = found
+                if isinstance(scorer, AnswerScorer) and "generated" in more:
+                    more["generated"] = np.array(scorer.texts(more["generated"]), dtype=object)
                 given = report.Answers(
                     numbers,
                     clips.label[numbers],
@@ -141,16 +143,24 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                     scorer.model.speech.statistics,
                     more,
                     ledgers[stage],
+                    known=[data.labels.index(label) for label in card["labels"] if label in data.labels],
                 )
                 answers[name] = report.of_native_labels(given, shards) if config.native_labels else given
         result: dict[str, Any] | None = None
         if world.is_main:
             names = f"of {' and '.join(run for run in (config.stage1, config.stage2) if run)}"
-            result = report.conclude(tracker, names, answers, shards, data.labels, attention=asdict(attention))
+            how: dict[str, Any] = {"attention": asdict(attention), "protocol": _protocol(config)}
+            result = report.conclude(tracker, names, answers, shards, data.labels, **how)
             remove(out)
         # within: who waits for the report is alive, listens to signals, and looks after rank 0
         agreed: dict[str, Any] = distributed.agree(result)
     return agreed
+
+
+def _protocol(config: cfg.Evaluation) -> dict[str, Any]:
+    """What the report says of how labels were scored. asked: not all is as by default."""
+    how = {**asdict(config.protocol), "native_labels": config.native_labels, "definitions": protocols.DEFINITIONS}
+    return {**how, "asked": config.protocol != cfg.ProtocolConfig()}
 
 
 def _made_of(config: cfg.Evaluation, card: dict[str, Any], clips: Examples, attention: Attention) -> dict[str, Any]:
@@ -198,26 +208,28 @@ def _heard(
 def _scorer(
     stage: int,
     export: Path,
-    labels: list[str],
+    config: cfg.Evaluation,
     attention: Attention,
     dtype: torch.dtype,
     device: str,
     shared: bool,
 ) -> PromptScorer | AnswerScorer:
     """What scores the labels of clips with a stage's exported model; `shared`: its LLM is, out over the ranks."""
+    labels = config.data.labels
     if stage == 1:
         aligner = exported.load_aligner(export, attention, dtype).to(device)
         check_speech(aligner.speech, device)
         card = exported.read_card(export)
-        return PromptScorer(aligner, TextTower(card["text"], device), labels, card.get("captions"))
+        tower = TextTower(card["text"], device)
+        return PromptScorer(aligner, tower, labels, card.get("captions"), each=True)
     model, tokenizer = exported.load_speech_llm(
         export, attention, dtype, zero3=zero3.settings(dtype) if shared else None
     )
     kept = exported.read_card(export).get("prompt")  # exports of 0.1.0 keep none
     prompt = ChatPrompt(**kept) if kept else chat.render(tokenizer, "speech_first")
     told = [zero3.share_out(model.llm, dtype)] if shared else []
-    scorer = AnswerScorer(model.to(device), tokenizer, prompt, labels)
-    checked = check_llm(model, [scorer.prompt], scorer.answers, device)
+    scorer = AnswerScorer(model.to(device), tokenizer, prompt, labels, config.protocol)
+    checked = check_llm(model, scorer.prompts, scorer.answers, device)
     if distributed.discover().is_main:
         print(*told, checked, sep="\n", flush=True)
     return scorer

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist import __version__
-from mser_dist.evaluation import unseen
+from mser_dist.evaluation import protocols, unseen
 from mser_dist.evaluation.bootstrap import clusters_of, draw_ua, mean_interval
 from mser_dist.evaluation.metrics import Metrics, score
 from mser_dist.files import whole, write_json, write_text
@@ -44,6 +44,7 @@ class Answers:
     statistics: "Statistics | None" = None  # that the clips' features were normalised by
     more: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # what else the model tells of the clips: (n, …)
     ledger: Ledger | None = None  # of what it was trained on; None: not asked for
+    known: Collection[int] | None = None  # numbers of the labels that it was trained on
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -70,6 +71,7 @@ class Group:
     interval: tuple[float, float] | None = None
     speakers: int | None = None
     found: unseen.Found | None = None
+    protocols: Mapping[str, Any] = field(default_factory=dict)  # as of `protocols.row`
 
     @property
     def stage(self) -> int | None:
@@ -87,7 +89,8 @@ def of_native_labels(given: Answers, shards: ShardSet) -> Answers:
     _, group = np.unique(np.array(corpora_of(shards))[given.numbers], return_inverse=True)
     has = np.zeros((group.max() + 1, given.scores.shape[1]), dtype=bool)
     has[group, given.reference] = True
-    return replace(given, scores=np.where(has[group], given.scores, -np.inf).astype(given.scores.dtype))
+    scores = np.where(has[group], given.scores, -np.inf).astype(given.scores.dtype)
+    return replace(given, scores=scores, more=protocols.masked(given.more, has[group]))
 
 
 def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
@@ -137,7 +140,8 @@ def as_row(group: Group) -> dict[str, Any]:
     low, high = group.interval or (None, None)
     what |= {"ua_low": low, "ua_high": high, "speakers": group.speakers}
     what |= numbers | {"constant": m.constant is not None}
-    return what | (group.found.as_row() if group.found else {})
+    what |= group.found.as_row() if group.found else {}
+    return {**what, **group.protocols}
 
 
 def warnings(groups: Sequence[Group], labels: Sequence[str]) -> list[str]:
@@ -235,7 +239,7 @@ def predictions(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequen
 
     model (stage1, stage1_adapted …), key, corpus, language, speaker (null where the set names none), label, predicted,
     and for each label the float32 ``score_<label>``: stage 1's cosine, stage 2's log-likelihood, a baseline's
-    log-probability or decision value. `predicted` scores best.
+    log-probability or decision value. `predicted` scores best. ``generated`` where free answers were asked for.
     """
     import pyarrow
 
@@ -250,6 +254,9 @@ def predictions(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequen
             columns[name] = pyarrow.array([value or None for value in values], pyarrow.string())
         for i, label in enumerate(labels):
             columns[f"score_{label}"] = pyarrow.array(given.scores[:, i].astype(np.float32), pyarrow.float32())
+        if any("generated" in each.more for each in answers.values()):
+            said = given.more.get("generated", [None] * len(given.numbers))
+            columns["generated"] = pyarrow.array(list(said), pyarrow.string())
         parts.append(pyarrow.table(columns))
     return pyarrow.concat_tables(parts)
 
@@ -261,13 +268,16 @@ def publish(
     predicted: "pyarrow.Table",
     labels: list[str],
     told: Sequence[str] = (),
+    protocol: bool = False,
 ) -> None:
-    """Write the table, the predictions and the plots into the run folder, and log them. `told`: below the table."""
+    """Write the table, the predictions and the plots into the run folder, and log them. `told`: below the table.
+    protocol: other protocols are asked for, and have a table of their own."""
     from pyarrow import parquet
 
     rows = [as_row(group) for group in groups]
-    notes = unseen.notes(rows)
-    table, out = "\n\n".join([str(zero_shot_table(rows)), *told, *warnings(groups, labels), *notes]), tracker.out
+    below = protocols.tables(rows, protocol) if all("protocols" in row for row in rows) else []
+    parts = [zero_shot_table(rows), *below, *told, *warnings(groups, labels), *unseen.notes(rows)]
+    table, out = "\n\n".join(map(str, parts)), tracker.out
     write_text(out / "table.txt", table + "\n")
     with whole(out / "predictions.parquet") as staging:
         parquet.write_table(predicted, staging, compression="zstd")
@@ -282,7 +292,8 @@ def publish(
             if mean == mean:
                 numbers[f"ua/{model}/{'seen' if seen else 'unseen'}"] = mean
     tracker.metrics(0, numbers)
-    tracker.table(rows, "zero_shot.json")
+    flat = [name for name in rows[0] if all(name in row and not isinstance(row[name], (dict, list)) for row in rows)]
+    tracker.table([{name: row[name] for name in flat} for row in rows], "zero_shot.json")
     tracker.describe(f"{unseen.kind(rows)} {title}\n\n```\n{table}\n```")
     for path in files:
         tracker.artifact(path)
@@ -301,7 +312,7 @@ def conclude(
     its warnings are said, and all is written and logged. `title` says of what the evaluation is; `told` are warnings of
     which the answers know nothing.
     """
-    groups = measure(answers, shards)
+    groups = protocols.told(measure(answers, shards), answers, shards)
     said = [*told, *warnings(groups, labels)]
     result: dict[str, Any] = {"version": __version__, "zero_shot": [*map(as_row, groups)], "warnings": said} | more
     if ledgers := {model: given.ledger.summary() for model, given in answers.items() if given.ledger is not None}:
@@ -309,7 +320,8 @@ def conclude(
     if tracker:
         for line in said:
             distributed.warn(line)
-        publish(tracker, title, groups, predictions(answers, shards, labels), labels, told)
+        asked = bool(more.get("protocol", {}).get("asked"))
+        publish(tracker, title, groups, predictions(answers, shards, labels), labels, told, asked)
         result |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
         write_json(tracker.out / "report.json", result)
     return result

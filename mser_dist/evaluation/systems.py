@@ -36,6 +36,7 @@ _WITHOUT_EFFECT = (
 )
 # Of an evaluation, those that are not seen by its clips and labels.
 _EVALUATION = ("dtype", "attention", "data.max_seconds")
+_PROTOCOL = {"protocol.score": "sum", "protocol.instructions": "1"}  # and as evaluations without the keys were made
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +169,8 @@ def _within(key: str, defaults: Mapping[str, str]) -> bool:
 
 def evaluation_params(flat: Mapping[str, str], prefix: str = "") -> dict[str, str]:
     """How it was evaluated, beside the clips and labels: keys behind ``eval.``."""
-    return {f"eval.{key}": flat[f"{prefix}{key}"] for key in _EVALUATION if f"{prefix}{key}" in flat}
+    found = {f"eval.{key}": flat[f"{prefix}{key}"] for key in _EVALUATION if f"{prefix}{key}" in flat}
+    return found | {f"eval.{key}": flat.get(f"{prefix}{key}", value) for key, value in _PROTOCOL.items()}
 
 
 def baseline_params(flat: Mapping[str, str]) -> dict[str, str]:

@@ -192,6 +192,8 @@ def answer_ids(tokenizer: Any, label: str) -> list[int]:
 
 def answers(tokenizer: Any, labels: list[str]) -> list[list[int]]:
     """`answer_ids` of every label. Raises `UserError` where one is the beginning of another: both would fit a text."""
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"two labels are called {twice[0]!r} in the prompt: leave one of them out of data.labels")
     found = [answer_ids(tokenizer, label) for label in labels]
     for label, ids in zip(labels, found, strict=True):
         for other, longer in zip(labels, found, strict=True):
@@ -201,6 +203,16 @@ def answers(tokenizer: Any, labels: list[str]) -> list[list[int]]:
                     "rename one of them"
                 )
     return found
+
+
+def check_length(llm: Any, longest: int) -> None:
+    """Raise `UserError` if the LLM of a config has fewer positions than its longest prompt and answer have tokens."""
+    positions = getattr(llm.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > positions:
+        raise UserError(
+            f"prompt and answer have up to {longest} tokens, and the LLM {positions} positions: name fewer labels, "
+            "or take another LLM"
+        )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -1,20 +1,24 @@
-"""How likely an LLM finds each of K answers behind a prompt with a clip in it, for batch after batch.
+"""How likely an LLM finds each of K answers behind each of P prompts with a clip in it, for batch after batch.
 
 Three ways with one result; `models/self_check.py` finds out which of them an LLM can take:
 
-- tree: the keys and values of what stands before the speech are kept for all batches, and one pass reads the clip, the
-  rest of the prompt and all answers side by side, of which none sees another.
-- cache: two passes a batch: the prompt, whose keys and values serve all answers.
-- whole: a pass over prompt and answer for each answer.
+- tree: the keys and values of what stands before the speech, of all prompts, are kept for all batches; one pass reads
+  behind them the clip, the rest of each prompt and all answers side by side. What prompts or answers begin with alike
+  is read once: with the speech before the instructions, the speech too.
+- cache: two passes a batch and prompt: the prompt, whose keys and values serve all answers.
+- whole: a pass over prompt and answer for each of both.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from mser_dist.models.packed import block_masks, prefix_of
+from mser_dist.models.packed import SPEECH, masks_of
+from mser_dist.models.token_tree import TokenTree
 
 if TYPE_CHECKING:
     from mser_dist.models.speech_llm import SpeechLLM
@@ -23,107 +27,133 @@ Way = Literal["tree", "cache", "whole"]
 
 
 class Likelihoods:
-    """Log-likelihoods of answers, while the weights stay as they are.
+    """Log-probabilities of the tokens of answers, while the weights stay as they are.
 
-    prompt: token ids with SPEECH in it. answers: K lists of token ids up to EOS. way: by default what was found for
-    `model` (`scores_by`).
+    prompts: P lists of token ids with SPEECH in them. answers: K lists of token ids up to EOS. way: by default what was
+    found for `model` (`scores_by`).
     """
 
     def __init__(
         self,
         model: "SpeechLLM",
-        prompt: list[int],
-        answers: list[list[int]],
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
         device: str | torch.device,
         way: Way | None = None,
     ) -> None:
         self.model = model
         self.way: Way = way or model.scores_by
-        self.prompt = torch.tensor(prompt, device=device)
+        self.prompts = [torch.tensor(prompt, device=device) for prompt in prompts]
         self.answers = [torch.tensor(answer, device=device) for answer in answers]
-        self.before = len(prefix_of(prompt))
-        self._prefix: Any = None  # keys and values of the prompt before the speech, of one row
+        self.longest = max(map(len, answers))
+        # Nothing is asked of what follows an end, so that it is not read.
+        self.tree = TokenTree([[*prompt, *answer[:-1]] for prompt in prompts for answer in answers]).to(device)
+        self._asked = self._places(device)
+        self._kept: Any = None  # keys and values of what stands before the speech, of one row
 
     @torch.no_grad()
     def __call__(self, speech: Tensor, lengths: Tensor) -> Tensor:
-        """(B, K) of what `SpeechModel` takes: each the sum over an answer's tokens, its end included."""
-        return {"tree": self._tree, "cache": self._cache, "whole": self._whole}[self.way](speech, lengths)
+        """(B, P, K, L) of what `SpeechModel` takes: of each answer's tokens, its end included; 0 behind the end."""
+        return self.of(self.model.speech(speech, lengths))
 
-    def _embedded(self, prompt: Tensor, speech: Tensor, lengths: Tensor) -> Tensor:
-        return self.model.embed_prompt(prompt.expand(len(speech), -1), speech, lengths)
+    @torch.no_grad()
+    def of(self, tokens: Tensor) -> Tensor:
+        """The same of the speech model's tokens (B, Q, width)."""
+        return {"tree": self._tree, "cache": self._cache, "whole": self._whole}[self.way](tokens)
 
-    def _whole(self, speech: Tensor, lengths: Tensor) -> Tensor:
-        inputs = self._embedded(self.prompt, speech, lengths)  # (B, T, D)
-        columns = []
-        for answer in self.answers:
-            rest = self.model.embed(answer[:-1]).expand(len(inputs), -1, -1)  # (B, L-1, D)
-            at = torch.arange(inputs.shape[1] - 1, inputs.shape[1] + len(answer) - 1, device=inputs.device)
-            ids = torch.cat([self.prompt, answer[:-1]]).expand(len(inputs), -1)
-            log_p = self.model.logits(torch.cat([inputs, rest], 1), ids, at)[0].float().log_softmax(-1)  # (B, L, V)
-            columns.append(log_p[:, torch.arange(len(answer)), answer].sum(1))
-        return torch.stack(columns, 1)
+    def _whole(self, tokens: Tensor) -> Tensor:
+        batch = len(tokens)
+        found = tokens.new_zeros((batch, len(self.prompts), len(self.answers), self.longest), dtype=torch.float32)
+        for p, prompt in enumerate(self.prompts):
+            inputs = self.model.embed_around(prompt.expand(batch, -1), tokens)  # (B, T, D)
+            for k, answer in enumerate(self.answers):
+                rest = self.model.embed(answer[:-1]).expand(batch, -1, -1)  # (B, L-1, D)
+                at = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1, device=inputs.device)
+                ids = torch.cat([prompt, answer[:-1]]).expand(batch, -1)
+                logits, _ = self.model.logits(torch.cat([inputs, rest], 1), ids, at)  # (B, L, V)
+                found[:, p, k, : len(answer)] = _picked(logits, torch.arange(len(answer)), answer)
+        return found
 
-    def _cache(self, speech: Tensor, lengths: Tensor) -> Tensor:
-        inputs = self._embedded(self.prompt, speech, lengths)
-        batch, count = len(inputs), len(self.answers)
-        last = torch.tensor([inputs.shape[1] - 1], device=inputs.device)
-        logits, seen = self.model.logits(inputs, self.prompt.expand(batch, -1), last, use_cache=True)
-        first = logits[:, 0].float().log_softmax(-1)  # (B, V)
-        longest = max(len(a) for a in self.answers)
-        ids = torch.zeros(count, longest, dtype=torch.long, device=inputs.device)
-        real = torch.zeros(count, longest, dtype=torch.bool, device=inputs.device)
+    def _cache(self, tokens: Tensor) -> Tensor:
+        batch, count, device = len(tokens), len(self.answers), tokens.device
+        ids = torch.zeros(count, self.longest, dtype=torch.long, device=device)
+        real = torch.zeros(count, self.longest, dtype=torch.bool, device=device)
         for row, answer in enumerate(self.answers):
             ids[row, : len(answer)] = answer
             real[row, : len(answer)] = True
-        total = first[:, ids[:, 0]]  # (B, K)
-        if longest > 1:
-            cache = seen.past_key_values
-            cache.batch_repeat_interleave(count)  # rows: clip 0 answer 0, clip 0 answer 1, …
-            behind = ids[:, :-1].repeat(batch, 1)  # (B·K, L-1)
-            logits, _ = self.model.logits(self.model.embed(behind), behind, past_key_values=cache, use_cache=True)
-            log_p = logits.float().log_softmax(-1)  # (B·K, L-1, V)
-            picked = log_p.gather(2, ids[:, 1:].repeat(batch, 1).unsqueeze(-1)).squeeze(-1)
-            total = total + (picked * real[:, 1:].repeat(batch, 1)).sum(-1).view(batch, count)
-        return total
+        found = []
+        for prompt in self.prompts:
+            inputs = self.model.embed_around(prompt.expand(batch, -1), tokens)
+            last = torch.tensor([len(prompt) - 1], device=device)
+            logits, seen = self.model.logits(inputs, prompt.expand(batch, -1), last, use_cache=True)
+            parts = [logits[:, 0].float().log_softmax(-1)[:, ids[:, 0]].unsqueeze(-1)]  # (B, K, 1)
+            if self.longest > 1:
+                cache = seen.past_key_values
+                cache.batch_repeat_interleave(count)  # rows: clip 0 answer 0, clip 0 answer 1, …
+                behind = ids[:, :-1].repeat(batch, 1)  # (B·K, L-1)
+                logits, _ = self.model.logits(self.model.embed(behind), behind, past_key_values=cache, use_cache=True)
+                log_p = logits.float().log_softmax(-1)  # (B·K, L-1, V)
+                picked = log_p.gather(2, ids[:, 1:].repeat(batch, 1).unsqueeze(-1)).squeeze(-1)
+                parts.append(picked.view(batch, count, -1))
+            found.append(torch.cat(parts, 2).masked_fill(~real, 0.0))
+        return torch.stack(found, 1)
 
-    def _tree(self, speech: Tensor, lengths: Tensor) -> Tensor:
-        batch, device = len(speech), speech.device
-        trunk = self.prompt[self.before :]  # the speech and what stands behind it
-        behind = torch.cat([answer[:-1] for answer in self.answers])  # (M,): nothing is asked of what follows an end
-        size, branches = len(self.prompt), [len(answer) - 1 for answer in self.answers]
-        own = [0] * size + [number for number, length in enumerate(branches, 1) for _ in range(length)]
-        places = [*range(size), *(size + place for length in branches for place in range(length))]
-        segments, positions = torch.tensor(own, device=device), torch.tensor(places, device=device)
-        inputs = torch.cat([self._embedded(trunk, speech, lengths), self.model.embed(behind).expand(batch, -1, -1)], 1)
-        mask = block_masks(
-            self.model.llm_config,
-            segments,
-            torch.zeros_like(segments),
-            positions,
-            size + max(branches),
-            inputs.dtype,
-            self.before,
-        )
-        given: dict[str, Any] = {"position_ids": positions[self.before :].expand(batch, -1), "attention_mask": mask}
-        if self.before:
-            if self._prefix is None:
-                self._prefix = self._read_prefix()
-            cache = copy.deepcopy(self._prefix)  # what it is given is added to it
+    def _places(self, device: str | torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where the tree is asked: tokens (n,) whose logits are wanted, counted from the first that is not shared, and
+        of each answer's token (m,) its place in (P, K, L), the one of those tokens that it follows, and its id."""
+        cells, follows, ids = [], [], []
+        paths = iter(self.tree.paths)
+        for p, prompt in enumerate(self.prompts):
+            for k, answer in enumerate(self.answers):
+                path = next(paths)
+                for place, token in enumerate(answer.tolist()):
+                    cells.append((p * len(self.answers) + k) * self.longest + place)
+                    follows.append(path[len(prompt) - 1 + place] - self.tree.shared)
+                    ids.append(token)
+        at, which = torch.tensor(follows).unique(return_inverse=True)
+        return at.to(device), torch.tensor(cells, device=device), which.to(device), torch.tensor(ids, device=device)
+
+    def _tree(self, tokens: Tensor) -> Tensor:
+        batch, tree = len(tokens), self.tree
+        own = tree.ids[tree.shared :]  # the speech, once or for each prompt, and what stands behind it
+        copies = int((own == SPEECH).sum()) // tokens.shape[1]
+        inputs = self.model.embed_around(own.expand(batch, -1), tokens.repeat(1, copies, 1))
+        given = self._seen(slice(tree.shared, None), inputs.dtype)
+        given["position_ids"] = given["position_ids"].expand(batch, -1)
+        if tree.shared:
+            if self._kept is None:
+                self._kept = self._read_shared()
+            cache = copy.deepcopy(self._kept)  # what it is given is added to it
             cache.batch_repeat_interleave(batch)
             given |= {"past_key_values": cache, "use_cache": True}
-        last = len(trunk) - 1
-        at = torch.arange(last, inputs.shape[1], device=device)  # (1 + M,): the end of the prompt, and the answers
-        ids = torch.cat([trunk, behind]).expand(batch, -1)
-        log_p = self.model.logits(inputs, ids, at, **given)[0].float().log_softmax(-1)  # (B, 1 + M, V)
-        columns, start = [], 1
-        for answer in self.answers:
-            rest = log_p[:, torch.arange(start, start + len(answer) - 1), answer[1:]]
-            columns.append(log_p[:, 0, answer[0]] + rest.sum(1))
-            start += len(answer) - 1
-        return torch.stack(columns, 1)
+        at, cells, which, ids = self._asked
+        logits, _ = self.model.logits(inputs, own.expand(batch, -1), at, **given)  # (B, n, V)
+        shape = len(self.prompts), len(self.answers), self.longest
+        found = logits.new_zeros((batch, shape[0] * shape[1] * shape[2]), dtype=torch.float32)
+        found[:, cells] = _picked(logits, which, ids)
+        return found.view(batch, *shape)
 
-    def _read_prefix(self) -> Any:
-        prefix = self.prompt[: self.before]
-        last = torch.tensor([self.before - 1], device=prefix.device)
-        _, out = self.model.logits(self.model.embed(prefix)[None], prefix[None], last, use_cache=True)
-        return out.past_key_values
+    def _seen(self, part: slice, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments of an LLM's forward that say where a part of the tree stands, and what it sees."""
+        tree = self.tree
+        visible, depth = tree.visible[part, : part.stop], tree.depth[: part.stop]
+        mask = masks_of(self.model.llm_config, visible, depth, tree.height, dtype)
+        return {"position_ids": tree.depth[part][None], "attention_mask": mask}
+
+    def _read_shared(self) -> Any:
+        shared = self.tree.ids[: self.tree.shared]
+        inputs = self.model.embed(shared)[None]
+        # Made here: one that is made by a config with a sliding window forgets what is outside of it, counted in
+        # tokens of the tree.
+        cache = DynamicCache()
+        given = self._seen(slice(0, len(shared)), inputs.dtype)
+        last = torch.tensor([len(shared) - 1], device=shared.device)
+        self.model.logits(inputs, shared[None], last, past_key_values=cache, use_cache=True, **given)
+        return cache
+
+
+def _picked(logits: Tensor, which: Tensor, ids: Tensor) -> Tensor:
+    """(B, m) log-probabilities of tokens `ids` (m,) by the logits (B, n, V) of the places `which` (m,)."""
+    # Place by place: as 32-bit numbers all of them would be most of the memory of a pass.
+    norms = torch.stack([logits[:, place].float().logsumexp(-1) for place in range(logits.shape[1])], 1)  # (B, n)
+    return logits[:, which, ids].float() - norms[:, which]

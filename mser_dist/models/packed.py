@@ -105,26 +105,30 @@ def keep_apart(config: PreTrainedConfig, batch: dict[str, Any], dtype: torch.dty
 
 
 def block_masks(
-    config: PreTrainedConfig,
-    own: Tensor,
-    seen: Tensor,
-    positions: Tensor,
-    longest: int,
-    dtype: torch.dtype,
-    at: int = 0,
+    config: PreTrainedConfig, own: Tensor, seen: Tensor, positions: Tensor, longest: int, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """The mask of a row of segments, (1, 1, T - at, T), as an LLM of this config takes it for the tokens from `at` on.
+    """The mask of a row of segments, (1, 1, T, T), as an LLM of this config takes it.
 
     own, seen, positions (T,): the segment of each token, the other one that it sees, and its place in its sample, of
-    which the longest has `longest` tokens. Where that is more than the sliding window of some layers alone, the result
-    is a mask for each type of layer.
+    which the longest has `longest` tokens.
     """
     order = torch.arange(len(own), device=own.device)
-    visible = (order[at:, None] >= order) & ((own[at:, None] == own) | (seen[at:, None] == own))
+    visible = (order[:, None] >= order) & ((own[:, None] == own) | (seen[:, None] == own))
+    return masks_of(config, visible, positions, longest, dtype)
+
+
+def masks_of(
+    config: PreTrainedConfig, visible: Tensor, positions: Tensor, longest: int, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """(Q, K) of what each of the last Q of K tokens sees, as an LLM of this config takes it, (1, 1, Q, K).
+
+    positions (K,): their places, of which there are `longest`. Where that is more than the sliding window of some
+    layers alone, the result is a mask for each type of layer.
+    """
     window, kinds = sliding_window(config)
     if window is None or longest <= window:
         return _as_taken(config, visible, dtype)
-    near = visible & (positions[at:, None] - positions < window)
+    near = visible & (positions[len(positions) - len(visible) :, None] - positions < window)
     if len(kinds) < 2:
         return _as_taken(config, near, dtype)
     return {kind: _as_taken(config, near if "sliding" in kind else visible, dtype) for kind in kinds}

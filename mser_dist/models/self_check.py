@@ -134,11 +134,16 @@ class _Trial:
         self.answers = [torch.tensor(answer, device=speech.device) for answer in (ends[0], ends[-1])]
         self.prompts = [torch.tensor(f(prompts, key=len), device=speech.device) for f in (min, max)]
         self.inputs = [self.alone(clip, self.prompts[1]) for clip in (0, 1)]
-        self.reference = self.likelihoods(self.inputs)
+        self.reference = self.likelihoods(self.inputs)  # (clips, answers)
         self._alone: float | None = None  # likelihood of the samples that the losses are of
         # What rounding does here: the same clips, their inputs moved by one unit in the last place.
         rounding = _largest(self.likelihoods([_rounded(x) for x in self.inputs]), self.reference)
         self.allowed = _FLOOR[self.inputs[0].dtype] + 8 * rounding
+        self.several = len(self.prompts[0]) != len(self.prompts[1])
+        self.by_prompt = self.reference[:, None]  # (clips, prompts, answers)
+        if self.several:
+            short = self.likelihoods([self.alone(clip, self.prompts[0]) for clip in (0, 1)], self.prompts[0])
+            self.by_prompt = torch.stack([short, self.reference], 1)
 
     def alone(self, clip: int, prompt: Tensor) -> Tensor:
         """(1, T, D): a prompt with one clip, cut to its own length."""
@@ -153,9 +158,10 @@ class _Trial:
     def likelihood(self, inputs: Tensor, prompt: Tensor, answer: Tensor) -> float:
         return float(self.plain(inputs, prompt, answer)[torch.arange(len(answer)), answer].sum())
 
-    def likelihoods(self, inputs: list[Tensor]) -> Tensor:
-        """(clips, answers) behind the long prompt."""
-        return torch.tensor([[self.likelihood(x, self.prompts[1], answer) for answer in self.answers] for x in inputs])
+    def likelihoods(self, inputs: list[Tensor], prompt: Tensor | None = None) -> Tensor:
+        """(clips, answers) behind a prompt, the long one if none is named."""
+        asked = self.prompts[1] if prompt is None else prompt
+        return torch.tensor([[self.likelihood(x, asked, answer) for answer in self.answers] for x in inputs])
 
     def hold(self, difference: float, what: str) -> float:
         """`difference`, unless it is more than rounding."""
@@ -219,10 +225,11 @@ class _Trial:
 
     def scores(self, way: Way) -> float:
         """Largest difference of the scores of both clips in one batch, and of those that a second batch is given."""
-        prompt, answers = self.prompts[1].tolist(), [answer.tolist() for answer in self.answers]
-        score = Likelihoods(self.model, prompt, answers, self.speech.device, way)
-        together = [score(self.speech, self.lengths).cpu() for _ in range(2 if way == "tree" else 1)]
-        return max(_largest(scores, self.reference) for scores in together)
+        prompts = [prompt.tolist() for prompt in self.prompts if prompt is not self.prompts[0] or self.several]
+        answers = [answer.tolist() for answer in self.answers]
+        score = Likelihoods(self.model, prompts, answers, self.speech.device, way)
+        together = [score(self.speech, self.lengths).sum(-1).cpu() for _ in range(2 if way == "tree" else 1)]
+        return max(_largest(scores, self.by_prompt) for scores in together)
 
 
 def _check_llm(

@@ -54,10 +54,10 @@ class SpeechLLM(nn.Module):
 
         Of a packed row (1, T) likewise: speech tokens go to the places of SPEECH in the order of the clips.
         """
-        return self._embed_around(input_ids, self.speech(speech, lengths))
+        return self.embed_around(input_ids, self.speech(speech, lengths))
 
-    def _embed_around(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
-        """The same around the speech model's tokens (B, Q, width)."""
+    def embed_around(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
+        """The same around the speech model's tokens (B, Q, width), or several times Q where the prompt has them so."""
         words = self.embed(input_ids.clamp(min=0))  # (B, T, D)
         first: Any = self.projector[0]
         projected = self.projector(tokens.to(first.weight.dtype))  # (B, Q, D)
@@ -91,7 +91,7 @@ class SpeechLLM(nn.Module):
         all ranks is added, and the forward pass is collective.
         """
         tokens = self.speech(batch["speech"], batch["lengths"])  # (B, Q, width)
-        inputs = self._embed_around(batch["input_ids"], tokens)
+        inputs = self.embed_around(batch["input_ids"], tokens)
         at = batch["at"]
         target = batch["labels"][:, at + 1].flatten()
         apart = keep_apart(self.llm_config, batch, inputs.dtype)

@@ -287,7 +287,7 @@ class Model:
             return PromptScorer(self.network, self._tower, labels, self.card.get("captions"))
         scorer = AnswerScorer(self.network, self._tokenizer, self._prompt, labels)
         if self.network.scores_by == "whole":  # the check finds whether a prompt need be read once only, for all labels
-            check_llm(self.network, [scorer.prompt], scorer.answers, self.device)
+            check_llm(self.network, scorer.prompts, scorer.answers, self.device)
         return scorer
 
     def _padded(self, pieces: Iterable[Piece], batch: int) -> Iterator[dict[str, Any]]:

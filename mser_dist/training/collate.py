@@ -113,12 +113,7 @@ class InstructCollate:
     def check_length(self, llm: PreTrainedConfig) -> None:
         """Raise `UserError` if the LLM has fewer positions than the longest prompt and answer have tokens."""
         longest = max(map(len, self.prompts)) + max(map(len, self.answers)) + LONGEST * self._chat.transcript
-        positions = getattr(llm.get_text_config(), "max_position_embeddings", None) or longest
-        if longest > positions:
-            raise UserError(
-                f"prompt and answer have up to {longest} tokens, and the LLM {positions} positions: name fewer labels, "
-                "or take another LLM"
-            )
+        chat.check_length(llm, longest)
 
     def __call__(self, clips: list[Example]) -> Batch:
         turn = float(clips[0].draw.random()) if self._draw == "batch" else 0.0

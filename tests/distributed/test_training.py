@@ -138,6 +138,7 @@ def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> N
     summary = json.loads((trained / "runs/two/summary.json").read_text())
     assert summary["world_size"] == 2 and summary["zero_stage"] == 3 and summary["attention"]["kernel"] == "sdpa"
     words = ["eval", "demo_eval", "data.sets=shards", "stage1=runs/whole", "stage2=runs/two", "batch=5"]
+    words += ["protocol.instructions=2", "protocol.decode=constrained,free"]
     table = mser(*words, "out=runs/eval1", cwd=trained)
     assert "el" in table and "unseen languages" in table
     output = mser(*words, "out=runs/eval2", "zero3=true", "--nproc", "2", cwd=trained)
@@ -152,7 +153,15 @@ def test_stage_2_trains_the_whole_llm_and_both_are_evaluated(trained: Path) -> N
     assert np.allclose(scores, others, rtol=0, atol=1e-5)
     best = one.filter(like="score_").idxmax(axis=1).str.removeprefix("score_")
     assert best.tolist() == one["predicted"].tolist() and not one["speaker"].isna().any()
-    rows = json.loads((trained / "runs/eval1/report.json").read_text())["zero_shot"]
+    assert one["generated"].equals(two["generated"]) and one["generated"].notna().sum() == 18
+    rows, shared = (
+        json.loads((trained / name / "report.json").read_text())["zero_shot"] for name in ("runs/eval1", "runs/eval2")
+    )
+    for row, other in zip(rows, shared, strict=True):
+        assert row["protocols"] == other["protocols"] and row.get("invalid_rate") == other.get("invalid_rate")
+        kinds = {"sum", "mean", "prior", "constrained", "free"} if row["stage"] == 2 else set()
+        assert kinds | {"native", "prompt 1", "prompt 2"} <= row["protocols"].keys()
+        assert ("constrained_agreement" in row) == (row["stage"] == 2) and row["prompt_spread"]["prompts"] >= 2
     assert {(row["language"], row["seen_language"]) for row in rows} == {("en", True), ("de", True), ("el", False)}
     what_was_heard_is_known(trained, rows)
 

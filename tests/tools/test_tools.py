@@ -278,6 +278,18 @@ def test_bench_ledger(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
+def test_bench_eval(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    words = ["--small", "--rows", "labels,compare", "--clips", 6, "--against", 5, "--batch", 4]
+    done = run_tool("bench_eval", *words, "--json", out)
+    assert done.returncode == 0, done.stderr
+    labels, compare = json.loads(out.read_text())["rows"]
+    assert (labels["name"], labels["labels"], labels["prompts"], labels["clips"]) == ("labels", 6, 4, 6)
+    assert labels["max_abs_diff"] <= 1e-4 and labels["ratio"] > 0 and labels["seconds"] > 0
+    assert compare["name"] == "compare" and compare["seconds"] > 0 and compare["ratio"] is None
+    assert "choose from" in run_tool("bench_eval", "--rows", "none").stderr
+
+
 DRILLS = {
     "bitwise-resume", "kill9", "two-generations", "corrupt-checkpoint", "signal-one-rank", "slurm-preempt-requeue",
     "slurm-node-death", "submitit-timeout-requeue", "peer-killed", "peer-frozen", "nonfinite-one-rank", "disk-full",

@@ -178,9 +178,9 @@ def test_a_cache_that_forgets_or_cannot_be_shared_is_not_used() -> None:
     assert not checked.shares_cache and "whole forward passes" in str(checked)
     assert checked.packing == "off" and "its layers of type conv go on from clip to clip" in checked.packed
     mel, lengths = torch.randn(2, 80, 50), torch.tensor([50, 50])
-    score = Likelihoods(model, PROMPTS[0], ANSWERS, "cpu")
+    score = Likelihoods(model, PROMPTS[:1], ANSWERS, "cpu")
     scores, alone = score(mel, lengths), score(mel[1:], lengths[1:])
-    assert scores.shape == (2, 3)
+    assert scores.shape == (2, 1, 3, 4)
     torch.testing.assert_close(scores[1:], alone, rtol=0, atol=1e-4)
 
 
