@@ -9,7 +9,7 @@ from typing import Any
 from mser_dist import __version__
 from mser_dist.errors import UserError
 from mser_dist.evaluation import page_sections as sections
-from mser_dist.evaluation import page_tables
+from mser_dist.evaluation import page_tables, unseen
 from mser_dist.evaluation.evaluated import Answered, Behind, Evaluated, read
 from mser_dist.evaluation.page_clips import BYTES, SECONDS, Pair, sounds, worst
 from mser_dist.evaluation.page_map import keep_embeddings
@@ -74,7 +74,7 @@ def _context(evaluated: Evaluated, others: Mapping[str, Sequence[sections.Row]],
     return {
         "said": said,
         "title": shown_path(evaluated.folder),
-        "kind": evaluated.kind,
+        "called": "Baselines" if evaluated.kind == "baseline" else unseen.kind(evaluated.rows),
         "headline": [*_headline(evaluated)],
         "about": _about(evaluated),
         "trained": [*_trained(evaluated)],
