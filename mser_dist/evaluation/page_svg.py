@@ -75,8 +75,6 @@ def reliability(
     most = max((clips for _, _, clips in [*bins, *fitted]), default=1)
     for drawn, kind, which in ((bins, "model", ""), (fitted, "model hollow", ", fitted")):
         places = [(left + size * confidence, top + size * (1 - accuracy)) for confidence, accuracy, _ in drawn]
-        if places:
-            parts.append(f'<path class="line" d="M{"L".join(f"{_n(x)} {_n(y)}" for x, y in places)}"/>')
         for (x, y), (confidence, accuracy, clips) in zip(places, drawn, strict=True):
             radius = 2 + 6 * math.sqrt(clips / most)
             told = f"<title>confidence {confidence:.3f}, accuracy {accuracy:.3f}, {clips} clips{which}</title>"
