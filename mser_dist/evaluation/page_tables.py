@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mser_dist.evaluation import page_svg
+from mser_dist.evaluation import page_svg, protocols
 from mser_dist.evaluation.evaluated import Evaluated
 from mser_dist.evaluation.page_sections import Picture, Row, in_order, is_adapted, where
 from mser_dist.evaluation.report import shown
@@ -95,45 +95,24 @@ def ledger(evaluated: Evaluated) -> Table | None:
 _UNSEEN = ("language", "corpus", "labels", "speakers_shared", "clips_shared")
 
 
-def more_tables(evaluated: Evaluated) -> Iterator[tuple[str, Table]]:
-    """(title, table) of what a report has beside its rows' scores."""
+def more_tables(evaluated: Evaluated) -> Iterator[tuple[str, list[Table | str]]]:
+    """(title, tables and what they mean) of what a report has beside its rows' scores."""
     rows, models = evaluated.rows, evaluated.models
-    spread = {"ua_min": "UA, least", "ua_max": "most", "ua_sd": "sd"}
-    flat = [{**row, **(row.get("prompt_spread") or {}), **(row.get("soft") or {})} for row in rows]
-    for title, names in (
-        (
-            "Ways to ask",
-            {
-                **spread,
-                "constrained_agreement": "constrained agrees",
-                "invalid_rate": "free answers, invalid",
-                "ua_seen_labels": "seen labels",
-                "ua_unseen_labels": "unseen labels",
-                "harmonic": "harmonic mean",
-            },
-        ),
-        ("Annotators' votes", {name: name for row in rows for name in row.get("soft") or {}}),
-    ):
-        if table := row_table(flat, names, models):
-            yield title, table
-    for title, field, head in (
-        ("Protocols", "protocols", "protocol"),
-        ("By the length of the clips", "by_length", "seconds"),
-        ("By gender", "by_gender", "gender"),
-    ):
+    if all("protocols" in row for row in rows) and (parts := protocols.tables(rows, True)):
+        yield "Other ways to ask for the label", parts
+    voted = [{**row, **(row.get("soft") or {})} for row in rows]
+    if table := row_table(voted, {name: name for row in rows for name in row.get("soft") or {}}, models):
+        yield "Annotators' votes", [table]
+    for title, field, head in (("By length", "by_length", "seconds"), ("By gender", "by_gender", "gender")):
         if table := _nested(rows, field, head):
-            yield title, table
-    if found := evaluated.report.get("retrieval"):
-        found = [_flat(one) for one in found]
+            yield title, [table]
+    if found := [_flat(one) for one in evaluated.report.get("retrieval") or ()]:
         columns = list(dict.fromkeys(name for one in found for name in one))
         lines = [
-            [shown(str(one[name])) if name == "model" else cell(one.get(name)) for name in columns] for one in found
+            [shown(cell(one.get(name))) if name == "model" else cell(one.get(name)) for name in columns]
+            for one in found
         ]
-        words = {"model", "corpus", "language", "kind", "what"}
-        yield (
-            "Retrieval across languages",
-            Table(columns, [lines], "".join("l" if one in words else "r" for one in columns)),
-        )
+        yield "Retrieval across languages", [Table(columns, [lines], "ll" + "r" * (len(columns) - 2))]
 
 
 def _flat(row: Row) -> dict[str, Any]:

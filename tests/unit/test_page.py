@@ -172,12 +172,13 @@ def test_what_a_report_may_have_beside(evaluation: Path, tmp_path: Path) -> None
         "by_length": [{"from": 8.0, "to": None, "n": 5, "ua": 0.4}],
     }
     row["reliability"] = [{"confidence": 0.55, "accuracy": 0.5, "n": 8}, {"confidence": 0.9, "accuracy": 1.0, "n": 4}]
-    row["protocols"] = {"sum": {"ua": 0.7125}, "mean": {"ua": 0.6125}}
-    row["prompt_spread"] = {"ua_min": 0.6, "ua_max": 0.75, "ua_sd": 0.05}
+    row["protocols"] |= {"sum": {"ua": 0.7125}, "mean": {"ua": 0.6125}}
+    row["prompt_spread"] = {"ua_min": 0.6, "ua_max": 0.75, "ua_sd": 0.0625}
     stage = {"language": True, "corpus": None, "labels": ["sad & so"], "speakers_shared": 2, "clips_shared": 0}
     stage["unknown"] = ["one has kept no ledger"]
     encoder = {"name": "pypi:whisper-base", "declared": "speech of the web", "language": False}
-    row |= {"unseen": {"stage1": stage, "encoder": encoder}, "zero_shot": False}
+    row |= {"unseen": {"stage1": stage, "encoder": encoder}, "zero_shot": False, "leaks": None}
+    row |= {"unknown": "one has kept no ledger", "why_not_zero_shot": "one has kept no ledger"}
     whole["ledger"] = {"notes": ["zero-shot: no training had it"]}
     whole["retrieval"] = [{"model": "stage1", "language": "el", "map": 0.8125, "recall": {"1": 0.375}}]
     write_json(folder / "report.json", whole)
@@ -191,7 +192,19 @@ def test_what_a_report_may_have_beside(evaluation: Path, tmp_path: Path) -> None
         "zero-shot: no training had it",
         "recall 1",
     )
-    for shown in ("0.123", "0.456", "1.500", "0.713", "0.613", "0.750", "0.812", "0.375", "not known", *told):
+    for shown in (
+        "0.123",
+        "0.456",
+        "1.500",
+        "0.713",
+        "0.613",
+        "0.600–0.750",
+        "0.062",
+        "0.812",
+        "0.375",
+        "not known",
+        *told,
+    ):
         assert f">{shown}<" in text or f"<bdi>{shown}" in text, shown
 
 
