@@ -222,7 +222,7 @@ def _eval(options: argparse.Namespace) -> int:
     report = evaluate(config)
     if distributed.discover().is_main:
         tables.show(zero_shot_table(report["zero_shot"]))
-        print(f"table, predictions and plots: {config.out}")
+        print(f"table, predictions and plots: {config.out}   page: {config.out}/report.html")
     distributed.shutdown()
     return 0
 
@@ -258,7 +258,7 @@ def _baseline(options: argparse.Namespace) -> None:
     from mser_dist.evaluation.report import zero_shot_table
 
     tables.show(zero_shot_table(baseline(config)["zero_shot"]))
-    print(f"table, predictions and plots: {config.out}")
+    print(f"table, predictions and plots: {config.out}   page: {config.out}/report.html")
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from mser_dist.config.file import flatten, to_yaml
 from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import mean_pooled
 from mser_dist.errors import Stopped, UserError
-from mser_dist.evaluation import report, unseen
+from mser_dist.evaluation import page, report, unseen
 from mser_dist.evaluation.classifiers import CLASSIFIERS, Heard, fitted, majority, normalised, scores
 from mser_dist.models import egemaps
 from mser_dist.models.attention import choose
@@ -24,6 +24,7 @@ from mser_dist.models.frozen import FrozenEncoder
 from mser_dist.progress import bar
 from mser_dist.ranks import distributed, preempt
 from mser_dist.runs import folder as run_folder
+from mser_dist.runs.record import versions
 from mser_dist.runs.tracking import tracked
 from mser_dist.shards.ledger import Ledger, part_of
 from mser_dist.shards.shard_set import ShardSet
@@ -76,7 +77,10 @@ def baseline(config: cfg.Baseline) -> dict[str, Any]:
         if on.native_labels:
             answers = {model: report.of_native_labels(given, test) for model, given in answers.items()}
         title = f"of baselines fitted to {', '.join(trained.data.sets)}"
-        return report.conclude(tracker, title, answers, test, on.data.labels, told)
+        result = report.conclude(tracker, title, answers, test, on.data.labels, told, versions=versions())
+        if tracker:
+            page.publish(tracker, answers)
+        return result
 
 
 def _systems(config: cfg.Baseline) -> tuple[list[str], list[str]]:

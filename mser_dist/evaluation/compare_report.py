@@ -10,6 +10,7 @@ from mser_dist.evaluation.bootstrap import DRAWS
 from mser_dist.evaluation.compare import SHOWN, Comparison, Row, Section, differing
 from mser_dist.evaluation.report import place_name, shown
 from mser_dist.evaluation.systems import cell
+from mser_dist.evaluation.templates import render
 from mser_dist.files import write_text
 from mser_dist.tables import Table
 
@@ -71,6 +72,12 @@ def table(comparison: Comparison, section: Section, most: int | None = None) -> 
             for line, text in zip(lines, cells, strict=True):
                 line.append(text)
     return Table(head, [lines], align=align)
+
+
+def best_of(section: Section) -> int | None:
+    """Number of the best row of several, which with `by` need not be the first."""
+    found = [number for number, row in enumerate(section.rows) if row.difference is None]
+    return found[0] if len(section.rows) > 1 and found else None
 
 
 def _runs(row: Row) -> str:
@@ -178,8 +185,6 @@ def check_out(folder: Path) -> None:
 
 def write(comparison: Comparison, folder: Path, command: str) -> None:
     """Write `FILES` into a folder, which `check_out` has seen. `command`: that which makes them again."""
-    import jinja2
-
     from mser_dist.evaluation.compare_plots import draw, inline
 
     pictures = []
@@ -191,11 +196,10 @@ def write(comparison: Comparison, folder: Path, command: str) -> None:
     pictures = pictures or [inline((folder / "compare.svg").read_text(encoding="utf-8"))]
     write_text(folder / "compare.csv", as_csv(comparison))
     write_text(folder / "compare.md", as_markdown(comparison, command))
-    template = Path(__file__).with_name("compare.html.j2").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-    sections: Sequence[tuple[Section, Table, str]] = [
-        (section, table(comparison, section), picture)
+    sections: Sequence[tuple[Section, Table, int | None, str]] = [
+        (section, table(comparison, section), best_of(section), picture)
         for section, picture in zip(comparison.sections, pictures, strict=True)
     ]
     told = [*comparison.notes, *legend(comparison)]
-    write_text(folder / "compare.html", page.render(sections=sections, notes=told, command=command) + "\n")
+    page = render("compare.html.j2", sections=sections, notes=told, command=command)
+    write_text(folder / "compare.html", page)

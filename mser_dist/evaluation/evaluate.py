@@ -17,7 +17,7 @@ from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped
-from mser_dist.evaluation import protocols, report, unseen
+from mser_dist.evaluation import page, protocols, report, unseen
 from mser_dist.evaluation.asking import ask
 from mser_dist.evaluation.parts import FOLDER, Parts, remove
 from mser_dist.evaluation.predict import predict
@@ -32,6 +32,7 @@ from mser_dist.models.text import TextTower
 from mser_dist.ranks import distributed, preempt
 from mser_dist.ranks.watchdog import Watchdog
 from mser_dist.runs import folder as run_folder
+from mser_dist.runs.record import versions
 from mser_dist.runs.tracking import tracked
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.examples import Examples, open_evaluation_clips
@@ -150,7 +151,10 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         if world.is_main:
             names = f"of {' and '.join(run for run in (config.stage1, config.stage2) if run)}"
             how: dict[str, Any] = {"attention": asdict(attention), "protocol": _protocol(config)}
+            how["versions"] = versions()
             result = report.conclude(tracker, names, answers, shards, data.labels, **how)
+            assert tracker is not None
+            page.publish(tracker, answers)
             remove(out)
         # within: who waits for the report is alive, listens to signals, and looks after rank 0
         agreed: dict[str, Any] = distributed.agree(result)

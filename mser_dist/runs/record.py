@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mser_dist import __version__
 from mser_dist import config as cfg
 from mser_dist.files import lock_file, write_json
 from mser_dist.runs.names import plain
@@ -47,6 +50,12 @@ def _noted(run: str | Path, what: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers may depend on."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn")}
+    return {"python": sys.version.split()[0], "mser_dist": __version__} | libraries
 
 
 def now_ms() -> int:

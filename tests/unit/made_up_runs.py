@@ -8,9 +8,10 @@ import numpy as np
 
 from mser_dist import config as cfg
 from mser_dist.config.file import flatten, load_baseline, load_evaluation, load_training, to_yaml
-from mser_dist.evaluation import report
+from mser_dist.evaluation import page_map, report
 from mser_dist.files import write_json
 from mser_dist.runs import folder
+from mser_dist.runs.record import versions
 from mser_dist.runs.tracking import tracked
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.shards.writer import DatasetWriter
@@ -86,7 +87,9 @@ def evaluate(
     folder.prepare_evaluation(out, to_yaml(config))
     links = {f"mser.stage{stage}_run_id": run for stage, run in runs.items() if run is not None}
     with tracked(config.tracking, out, {"mser.stage": "eval"}, flatten(config), True, links) as tracker:
-        report.conclude(tracker, "made up", given, shards, list(labels))
+        assert tracker is not None
+        report.conclude(tracker, "made up", given, shards, list(labels), versions=versions())
+        page_map.keep_embeddings(given, out)
     return out
 
 

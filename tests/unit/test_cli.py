@@ -24,6 +24,7 @@ VERBS = [
     "eval",
     "features",
     "compare",
+    "report",
     "config",
     "predict",
     "export",

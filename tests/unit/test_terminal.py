@@ -30,6 +30,7 @@ COMMANDS = [
     ["train", "demo_stage1", *RUN, *TRAIN, "out=stage1"],
     ["eval", "demo_eval", *RUN, *EVAL, "out=eval"],
     ["compare", "eval", "stage1", "--out", "Вывод"],
+    ["report", "eval", "--audio", "--out", "Отчёт.html"],
     ["predict", "stage1", "c0.wav", "--labels", "радость,грусть", "--json", "ответ.json"],
     ["predict", "stage1", "c0.wav", "--labels", "радость,грусть"],
     ["export", "stage1", "вывод"],
