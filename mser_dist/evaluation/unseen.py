@@ -264,15 +264,20 @@ def leak_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """What makes a row's number wrong, or not to be judged: a line each, below the table."""
     leaks: dict[str, dict[str, None]] = {}  # of a place, what each stage heard
     unknown: dict[str, dict[str, None]] = {}  # of a reason, the places
+    places: dict[str, None] = {}
     for row in (row for row in rows if "unseen" in row):
         where = f"{row['language']} of {row['corpus']}"
+        places[where] = None
         if row["leaks"]:
             leaks.setdefault(where, {}).update(dict.fromkeys(row["leaks"].split("; ")))
         for reason in (row["unknown"] or "").split("; "):
             if reason:
                 unknown.setdefault(reason, {})[where] = None
     said = [f"leaks: {where}: {'; '.join(heard)}" for where, heard in leaks.items()]
-    return said + [f"what training heard of {', '.join(of)} is not known: {reason}" for reason, of in unknown.items()]
+    for reason, of in unknown.items():
+        what = f" of {', '.join(of)}" if len(of) < len(places) else ""
+        said.append(f"which clips and speakers{what} were trained on is not known: {reason}")
+    return said
 
 
 def notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
