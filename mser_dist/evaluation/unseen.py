@@ -249,9 +249,9 @@ def shown(row: Mapping[str, Any]) -> str:
         return "unknown"
     if row["zero_shot"]:
         return "yes"
-    if row["leaks"]:
+    if row.get("leaks"):
         return "leaks"
-    return "unknown" if row["unknown"] and row["unknown"] == row["why_not_zero_shot"] else "no"
+    return "unknown" if row.get("unknown") and row["unknown"] == row.get("why_not_zero_shot") else "no"
 
 
 def together(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> str:
