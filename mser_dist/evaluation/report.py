@@ -209,29 +209,31 @@ def _between(low: float | None, high: float | None) -> str:
 
 
 def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table that a person reads: a section a model. What was adapted says on how many clips, without labels."""
+    """The table that a person reads: a section a model. What was adapted says to how many clips, without labels.
+
+    Where ledgers are known, a column says what is zero-shot; of older reports, whether training heard the language.
+    """
     adapted = any(row["adapted_on"] is not None for row in rows)
     known = any("zero_shot" in row for row in rows)
-    head = ["model", "corpus", "language", "seen", *(["zero-shot"] if known else [])]
-    head += ["adapted on"] if adapted else []
+    head = ["model", "corpus", "language", "zero-shot" if known else "seen", *(["adapted"] if adapted else [])]
     head += ["n", "chance", "UA", "95 %", "WA", "macroF1"]
     sections = []
     for model in dict.fromkeys(row["model"] for row in rows):
         lines = []
         for row in (row for row in rows if row["model"] == model):
-            what = [shown(model), row["corpus"], row["language"], "yes" if row["seen_language"] else "no"]
-            what += [unseen.shown(row)] if known else []
+            what = [shown(model), row["corpus"], row["language"]]
+            what.append(unseen.shown(row) if known else "yes" if row["seen_language"] else "no")
             what += ["" if row["adapted_on"] is None else str(row["adapted_on"])] if adapted else []
             chance, ua, *others = (f"{row[name]:.3f}" for name in ("chance", "ua", "wa", "macro_f1"))
             lines.append([*what, str(row["n"]), chance, ua, _between(row["ua_low"], row["ua_high"]), *others])
         for seen, name in ((True, "seen languages"), (False, "unseen languages")):
             mean = macro_ua(rows, model, seen)
             if mean == mean:
-                blank = ["", ""] + [unseen.together(rows, model, seen)] * known + ["", ""] + [""] * adapted
+                blank = ["", unseen.together(rows, model, seen) if known else "", "", ""] + [""] * adapted
                 between = _between(*(macro_interval(rows, model, seen) or (None, None)))
                 lines.append([shown(model), f"mean over {name}", *blank, f"{mean:.3f}", between, "", ""])
         sections.append(lines)
-    return Table(head, sections, align="llll" + "l" * known + "r" * (len(head) - 4 - known))
+    return Table(head, sections, align="llll" + "r" * (len(head) - 4))
 
 
 def predictions(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequence[str]) -> "pyarrow.Table":

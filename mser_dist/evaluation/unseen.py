@@ -249,9 +249,9 @@ def shown(row: Mapping[str, Any]) -> str:
         return "unknown"
     if row["zero_shot"]:
         return "yes"
-    if row["leaks"]:
+    if row.get("leaks"):
         return "leaks"
-    return "unknown" if row["unknown"] and row["unknown"] == row["why_not_zero_shot"] else "no"
+    return "unknown" if row.get("unknown") and row["unknown"] == row.get("why_not_zero_shot") else "no"
 
 
 def together(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> str:
@@ -264,15 +264,20 @@ def leak_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """What makes a row's number wrong, or not to be judged: a line each, below the table."""
     leaks: dict[str, dict[str, None]] = {}  # of a place, what each stage heard
     unknown: dict[str, dict[str, None]] = {}  # of a reason, the places
+    places: dict[str, None] = {}
     for row in (row for row in rows if "unseen" in row):
         where = f"{row['language']} of {row['corpus']}"
+        places[where] = None
         if row["leaks"]:
             leaks.setdefault(where, {}).update(dict.fromkeys(row["leaks"].split("; ")))
         for reason in (row["unknown"] or "").split("; "):
             if reason:
                 unknown.setdefault(reason, {})[where] = None
     said = [f"leaks: {where}: {'; '.join(heard)}" for where, heard in leaks.items()]
-    return said + [f"what training heard of {', '.join(of)} is not known: {reason}" for reason, of in unknown.items()]
+    for reason, of in unknown.items():
+        what = f" of {', '.join(of)}" if len(of) < len(places) else ""
+        said.append(f"which clips and speakers{what} were trained on is not known: {reason}")
+    return said
 
 
 def notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -251,10 +251,15 @@ def test_the_demos_table_is_as_eval_prints_it() -> None:
         if not found or "mean over" in line:
             continue
         stage, adapted, rest = found.groups()
-        _, language, seen, *on, n, chance, ua, between, wa, f1 = rest.split()
+        _, language, zero_shot, *on, n, chance, ua, between, wa, f1 = rest.split()
         low, high = map(float, between.split("–"))
         row = {"model": f"stage{stage}{'_adapted' if adapted else ''}", "corpus": "m5ser-espeak", "language": language}
-        row |= {"seen_language": seen == "yes", "adapted_on": int(on[0]) if on else None, "n": int(n)}
+        row |= {
+            "seen_language": False,
+            "zero_shot": zero_shot == "yes",
+            "adapted_on": int(on[0]) if on else None,
+            "n": int(n),
+        }
         row |= {"chance": float(chance), "ua": float(ua), "ua_low": low, "ua_high": high}
         rows.append({**row, "wa": float(wa), "macro_f1": float(f1)})
     whole = str(zero_shot_table(rows)).splitlines()
