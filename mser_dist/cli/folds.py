@@ -178,7 +178,7 @@ def _pool(planned: Plan, tracker: Any) -> None:
     from pyarrow import parquet
 
     from mser_dist.evaluation import pooled
-    from mser_dist.evaluation.report import shown
+    from mser_dist.evaluation.summary import shown
     from mser_dist.runs import plots
 
     out, labels = planned.out, planned.base.data.labels

@@ -7,6 +7,7 @@ recording that a list names and that is not there is met by whoever reads it (`m
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def parse_meld(src: Path) -> Iterator[Recording]:
 
 _IEMOCAP_WORDS = {"ang": "anger", "hap": "happiness", "neu": "neutral", "fea": "fear", "sur": "surprise"}
 _IEMOCAP_WORDS |= {"sad": "sadness", "exc": "excitement", "fru": "frustration", "dis": "disgust"}
+_IEMOCAP_VOTE = re.compile(r"C-E\d+:\t([^\t]*)\t.*")
 _IEMOCAP_TURN = re.compile(r"\[[\d.]+ - [\d.]+\]\t(Ses\d\d[FM]_\w+_([FM])\d+)\t(\w+)\t.*")
 
 
@@ -61,7 +63,9 @@ def parse_iemocap(src: Path) -> Iterator[Recording]:
     for table in _lists(src, "Session*/dialog/EmoEvaluation/Ses*.txt", "iemocap", layout):
         session = table.parents[2]
         spoken = _iemocap_texts(session / "dialog" / "transcriptions" / table.name)
-        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
+        lines = table.read_text(encoding="utf-8", errors="replace").splitlines()
+        votes = _iemocap_votes(lines)
+        for line in lines:
             if turn := _IEMOCAP_TURN.fullmatch(line):
                 name, gender, code = turn.groups()
                 word = _IEMOCAP_WORDS.get(code, code)
@@ -75,7 +79,23 @@ def parse_iemocap(src: Path) -> Iterator[Recording]:
                     name=name,
                     gender=_gender(gender),
                     text=spoken.get(name),
+                    votes=votes.get(name),
                 )
+
+
+def _iemocap_votes(lines: Iterable[str]) -> dict[str, dict[str, float]]:
+    """By turn, of those who listened and not of the actors; who names several emotions gives each a share."""
+    votes: dict[str, dict[str, float]] = {}
+    name = ""
+    for line in lines:
+        if turn := _IEMOCAP_TURN.fullmatch(line):
+            name = turn[1]
+        elif name and (vote := _IEMOCAP_VOTE.fullmatch(line)):
+            words = [word.strip().lower().removesuffix(" state") for word in vote[1].split(";") if word.strip()]
+            own = votes.setdefault(name, {}) if words else {}
+            for word in words:
+                own[word] = own.get(word, 0) + 1 / len(words)
+    return votes
 
 
 def _iemocap_texts(file: Path) -> dict[str, str]:
@@ -143,6 +163,7 @@ def parse_dusha(src: Path) -> Iterator[Recording]:
                 label=label_of(word, table, "dusha", layout),
                 language="ru",
                 speaker=row.get("source_id") or name,
+                votes=dict(sorted(votes[name].items())),
                 name=f"{table.stem.removeprefix('raw_')}_{name}",
                 text=row.get("speaker_text"),
                 split="test" if table.stem.endswith("_test") else "train",
@@ -182,6 +203,26 @@ def parse_msp_podcast(src: Path) -> Iterator[Recording]:
             gender=_gender(row["Gender"]),
             split=split,
         )
+
+
+_CREMAD_WORDS = {"A": "anger", "D": "disgust", "F": "fear", "H": "happy", "N": "neutral", "S": "sad"}
+
+
+def with_cremad_votes(src: Path, clips: Iterable[Recording]) -> Iterator[Recording]:
+    """CREMA-D's clips with what listeners heard, where its `tabulatedVotes.csv` lies in the folder or below: its rows
+    of those who heard the voice alone, whose numbers begin with 1.
+    """
+    votes: dict[str, dict[str, float]] = {}
+    for table in [path for path in sorted(src.rglob("tabulatedVotes.csv")) if not path.name.startswith(".")][:1]:
+        for line, row in _filled(table, ("fileName", *_CREMAD_WORDS)):
+            if row.get("", "").startswith("1"):
+                counts = [row[letter] for letter in _CREMAD_WORDS]
+                if not all(count.isdecimal() for count in counts):
+                    raise UserError(f"{table}, line {line}: {counts} are no numbers of votes; fetch it anew")
+                given = dict(zip(_CREMAD_WORDS.values(), map(int, counts), strict=True))
+                votes[row["fileName"]] = {word: count for word, count in given.items() if count}
+    for clip in clips:
+        yield replace(clip, votes=votes.get(clip.path.stem) or None)
 
 
 def _lists(src: Path, pattern: str, corpus: str, layout: str) -> list[Path]:

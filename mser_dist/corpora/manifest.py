@@ -1,5 +1,6 @@
 """Any list of recordings as a corpus: CSV, TSV or JSONL with a line for each clip."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from mser_dist.corpora.recording import Recording, safe_id, why_no_file
 from mser_dist.errors import UserError
 from mser_dist.shards.emotions import to_label
 from mser_dist.shards.metadata import SPLITS
+from mser_dist.shards.votes import Votes, check_votes
 
 _SPLIT_ALIASES = {"dev": "val", "valid": "val", "validation": "val"}
 REQUIRED_COLUMNS = ("path", "emotion", "language", "speaker")
-OPTIONAL_COLUMNS = ("id", "label", "gender", "text", "split", "source_id", "corpus")
+OPTIONAL_COLUMNS = ("id", "label", "gender", "text", "split", "source_id", "corpus", "votes")
 COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
 
 
@@ -66,8 +68,9 @@ def parse_manifest(file: Path, reading: Reading | None = None) -> Iterator[Recor
     """Clips of a list: CSV or TSV with a header line (separated by , ; tab or |), or JSONL with an object a line.
 
     Columns path (relative to the list's folder, or absolute), emotion, language and speaker are required; id, label,
-    gender, text, split, source_id and corpus may be there. A word that `emotions` does not know is an error unless
-    `label` names its class. reading: for a list with other columns, without some, or with other words.
+    gender, text, split, source_id, corpus and votes (a JSON object, {"anger": 3, "sad": 1}) may be there. A word that
+    `emotions` does not know is an error unless `label` names its class. reading: for a list with other columns,
+    without some, or with other words.
     """
     reading = reading or Reading()
     if why := why_no_file(file):
@@ -125,4 +128,14 @@ def _manifest_clip(file: Path, where: str, row: Mapping[str, str | None], readin
         gender=gender,
         text=cells["text"] or None,
         split=split,
+        votes=_votes(cells["votes"], where),
     )
+
+
+def _votes(cell: str, where: str) -> Votes | None:
+    if not cell:
+        return None
+    try:
+        return check_votes(json.loads(cell), where)
+    except (ValueError, RecursionError):
+        raise UserError(f'{where}: the votes {cell[:40]!r} are no JSON; write {{"anger": 3, "sad": 1}}') from None

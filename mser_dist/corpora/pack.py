@@ -278,6 +278,7 @@ def _meta(clip: Recording, duration: float) -> dict[str, Any]:
         "synthetic": False,
         "duration": duration,
         "sample_rate": audio.SAMPLE_RATE,
+        **({"votes": clip.votes} if clip.votes else {}),
     }
 
 

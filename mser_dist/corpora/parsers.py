@@ -37,6 +37,11 @@ _LISTED = {
     "resd": Corpus(listed.parse_resd, "ru", "train-….parquet and test-….parquet", 1396),
 }
 
+
+def _cremad(src: Path) -> Iterable[Recording]:
+    return listed.with_cremad_votes(src, by_name(src, "cremad", NAMED["cremad"]))
+
+
 CORPORA: dict[str, Corpus] = {
     "manifest": Corpus(parse_manifest, "any", "CSV, TSV or JSONL: path, emotion, language, speaker"),
     **dict(
@@ -44,7 +49,10 @@ CORPORA: dict[str, Corpus] = {
             (
                 {
                     name: Corpus(
-                        partial(by_name, corpus=name, naming=naming), naming.language, naming.layout, naming.clips
+                        _cremad if name == "cremad" else partial(by_name, corpus=name, naming=naming),
+                        naming.language,
+                        naming.layout,
+                        naming.clips,
                     )
                     for name, naming in NAMED.items()
                 }

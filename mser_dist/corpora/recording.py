@@ -28,6 +28,7 @@ class Recording:
     gender: str | None = None  # "female", "male" or not known
     text: str | None = None
     split: str | None = None  # "train", "val" or "test" where the source prescribes it
+    votes: dict[str, float] | None = None  # annotators by the emotion that they heard, in the corpus's words
     inside: tuple[str, int] | None = None  # of a parquet file: column (with a field `bytes`) and row
 
 

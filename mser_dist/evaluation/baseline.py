@@ -113,7 +113,8 @@ def _majority(config: cfg.Baseline, shards: ShardSet, test: ShardSet, columns: N
     nothing = Features()
     clips, asked = _examples(config, shards, nothing), _asked(config, test, nothing)
     found = majority(clips.label, len(config.stage1.data.labels), len(asked))
-    return report.Answers(np.arange(len(asked)), asked.label, _restricted(found, columns), _languages(shards))
+    scores = _restricted(found, columns)
+    return report.Answers(np.arange(len(asked)), asked.label, scores, _languages(shards), scale=1.0)
 
 
 def _answers(
@@ -131,7 +132,7 @@ def _answers(
     train = _hear(clips, frozen, config, trained.data, go_on)
     test = _hear(asked, frozen, config, config.on.data, go_on)
     ways = normalised(train, test, trained.encoder.normalize)
-    label, numbers = clips.label[train.numbers], test.numbers
+    label, numbers, heard = clips.label[train.numbers], test.numbers, _languages(shards)
     answers = {}
     for system in bar(systems, title="fit", unit="system", total=len(systems), leave=False):
         for x, x_test, statistics in ways:
@@ -139,7 +140,8 @@ def _answers(
             classifier = fitted(system.removeprefix(EGEMAPS), x, label, trained.seed)
             found = _restricted(scores(classifier, x_test, len(trained.data.labels)), columns)
             name = system if statistics is None else system + report.ADAPTED
-            answers[name] = report.Answers(numbers, asked.label[numbers], found, _languages(shards), statistics)
+            scale = 1.0 if hasattr(classifier, "predict_log_proba") else None  # an SVM's values are no logarithms
+            answers[name] = report.Answers(numbers, asked.label[numbers], found, heard, statistics, scale=scale)
     return answers
 
 

@@ -88,6 +88,19 @@ def draw_difference(
     return Drawn(found[: len(ours)].mean(0) - found[len(ours) :].mean(0), clusters)
 
 
+def draw_values(values: NDArray[Any], cluster: NDArray[np.int64], draws: int = DRAWS, seed: int = 0) -> Drawn:
+    """The mean of values of the clips (n,) in each draw of clusters (n,)."""
+    _, who = np.unique(cluster, return_inverse=True)
+    number = int(who.max()) + 1
+    sums = np.stack([np.bincount(who, values, number), np.bincount(who, minlength=number)], 1)  # (clusters, 2)
+    random, found = np.random.default_rng(seed), []
+    for start in range(0, draws, step := max(1, _CHUNK // number)):
+        weights = random.multinomial(number, np.full(number, 1 / number), size=min(step, draws - start))
+        drawn = weights.astype(np.float64) @ sums
+        found.append(drawn[:, 0] / drawn[:, 1])
+    return Drawn(np.concatenate(found), number)
+
+
 def _draw(
     reference: NDArray[np.int64],
     predicted: NDArray[np.int64],
@@ -101,19 +114,26 @@ def _draw(
     number, who = np.unique(cluster, return_inverse=True)
     tables = np.zeros((len(number), len(predicted), classes, classes), dtype=np.int64)
     for run, answers in enumerate(predicted):
-        np.add.at(tables[:, run], (who, reference, answers), 1)
+        place = (who * classes + reference) * classes + answers
+        tables[:, run] = np.bincount(place, minlength=tables[:, run].size).reshape(-1, classes, classes)
     random = np.random.default_rng(seed)
-    # Clusters with the same tables are drawn as one kind, which comes to the same, and is quick where each is a clip.
     flat = tables.reshape(len(number), -1)
-    digest = flat @ random.integers(-(2**62), 2**62, flat.shape[1])
-    _, first, many = np.unique(digest, return_index=True, return_counts=True)
-    kinds = flat[first]
+    first, many = kinds_of(flat, random)
+    kinds = flat[first].astype(np.float64)
     found = []
     for start in range(0, draws, step := max(1, _CHUNK // len(kinds))):
         weights = random.multinomial(len(number), many / len(number), size=min(step, draws - start))
         drawn = (weights.astype(np.float64) @ kinds).reshape(-1, *tables.shape[1:])  # (draws, m, K, K)
         found.append(SCORES[score](drawn).T)
     return np.concatenate(found, axis=1), len(number)
+
+
+def kinds_of(tables: NDArray[np.int64], random: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of clusters (C, …) with the same table one, and how many there are: they are drawn as one kind, which comes to
+    the same, and is quick where each is a clip."""
+    digest = tables @ random.integers(-(2**62), 2**62, tables.shape[1])
+    _, first, many = np.unique(digest, return_index=True, return_counts=True)
+    return first, many
 
 
 def mean_interval(

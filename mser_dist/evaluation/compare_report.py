@@ -8,7 +8,8 @@ from pathlib import Path
 from mser_dist.errors import UserError
 from mser_dist.evaluation.bootstrap import DRAWS
 from mser_dist.evaluation.compare import SHOWN, Comparison, Row, Section, differing
-from mser_dist.evaluation.report import place_name, shown
+from mser_dist.evaluation.report import place_name
+from mser_dist.evaluation.summary import shown
 from mser_dist.evaluation.systems import cell
 from mser_dist.evaluation.templates import render
 from mser_dist.files import write_text

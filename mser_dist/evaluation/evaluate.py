@@ -131,6 +131,9 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                 name = f"stage{stage}{report.ADAPTED if adapted else ''}"
                 parts = Parts(out / FOLDER / name, _made_of(config, card, clips, attention), world)
                 found = predict(scorer, clips, config.batch, data.workers, world, device, title, parts, before_each())
+                scale = scorer.scale()
+                # The temperature is of the scores that a validation has.
+                as_validated = stage == 1 or (config.protocol.score, config.protocol.instructions) == ("sum", 1)
                 if found is None:
                     continue
                 numbers, more = found
@@ -145,6 +148,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                     more,
                     ledgers[stage],
                     known=[data.labels.index(label) for label in card["labels"] if label in data.labels],
+                    scale=scale,
+                    temperature=card.get("temperature") if as_validated else None,
                 )
                 answers[name] = report.of_native_labels(given, shards) if config.native_labels else given
         result: dict[str, Any] | None = None

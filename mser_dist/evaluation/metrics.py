@@ -32,6 +32,11 @@ class Metrics:
         return 1 / self.k
 
     @property
+    def majority(self) -> float:
+        """WA of the one answer to all clips that most of them have."""
+        return float(self.confusion.sum(1).max() / self.n)
+
+    @property
     def constant(self) -> int | None:
         """The class that all clips, of several classes, are taken for; None where predictions differ."""
         answered = np.flatnonzero(self.confusion.sum(0))

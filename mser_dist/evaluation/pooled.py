@@ -12,7 +12,7 @@ import numpy as np
 
 from mser_dist.errors import UserError
 from mser_dist.evaluation.metrics import Metrics, score
-from mser_dist.evaluation.report import shown
+from mser_dist.evaluation.summary import shown
 from mser_dist.runs.names import Name
 from mser_dist.tables import Table
 

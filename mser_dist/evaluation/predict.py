@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
+from mser_dist.evaluation.calibration import Likelihood, fit_temperature
 from mser_dist.evaluation.metrics import of_confusion
 from mser_dist.evaluation.parts import Parts
 from mser_dist.progress import bar
@@ -117,12 +118,14 @@ def validate(
     device: str,
     go_on: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """UA, WA and macro-F1 on the validation split; None where `go_on` ended it. Collective.
+    """UA, WA, macro-F1 and, where one can be fitted, the temperature (`calibration`) on the validation split; None
+    where `go_on` ended it. Collective.
 
     `go_on` is asked before each forward pass, and has to say the same on all ranks. Of the clips nothing is gathered
-    but how many of a label were taken for which.
+    but how many of a label were taken for which, and the sums of their losses at some temperatures.
     """
     read = np.zeros(len(clips), dtype=bool)  # by this rank
+    scores = np.zeros((len(clips), len(stage.labels)), dtype=np.float32)  # of those
     confusion = np.zeros((len(stage.labels), len(stage.labels)))
 
     def before_each() -> None:
@@ -130,11 +133,14 @@ def validate(
             raise _Ended
 
     stage.model.eval()
+    scorer = stage.scorer()
     try:
-        for made in scored(stage.scorer(), clips, batch, workers, world, device, "validate", before_each, False):
+        for made in scored(scorer, clips, batch, workers, world, device, "validate", before_each, False):
             if made is not None:
                 np.add.at(confusion, (clips.label[made.clips], made.found["scores"].argmax(1)), 1)
                 read[made.clips] = True
+                scores[made.clips] = made.found["scores"]
+        scale = scorer.scale()
     except _Ended:
         return None
     finally:
@@ -143,4 +149,7 @@ def validate(
     if int(confusion.sum()) < len(clips):  # on every rank, or none
         _check_found(clips, np.array(distributed.most(read.astype(int).tolist()), dtype=bool))
     result = of_confusion(confusion.astype(np.int64))
-    return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
+    loss = Likelihood(scores[read] * scale, clips.label[read])
+    temperature = fit_temperature(lambda tried: np.array(distributed.all_sum(loss(tried).tolist())))
+    found = {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
+    return found if temperature is None else found | {"temperature": temperature}

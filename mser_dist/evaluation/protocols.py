@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist.evaluation.metrics import Metrics, score
+from mser_dist.evaluation.summary import shown
 from mser_dist.tables import Table
 
 if TYPE_CHECKING:
@@ -131,8 +132,6 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[Ta
     used = [i for i in range(len(columns)) if any(line[i] for line in cells)]
     if not used:
         return []
-    from mser_dist.evaluation.report import shown
-
     sections = []
     for model in dict.fromkeys(row["model"] for row in rows):
         lines = zip(rows, cells, strict=True)

@@ -3,7 +3,6 @@
 Languages are never pooled: a mean over languages is the mean of their own UAs.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist import __version__
-from mser_dist.evaluation import protocols, unseen
+from mser_dist.evaluation import protocols, summary, unseen
 from mser_dist.evaluation.bootstrap import clusters_of, draw_ua, mean_interval
+from mser_dist.evaluation.calibration import probabilities
+from mser_dist.evaluation.details import Clips, details
 from mser_dist.evaluation.metrics import Metrics, score
+from mser_dist.evaluation.retrieval import across_languages
+from mser_dist.evaluation.summary import between, shown
 from mser_dist.files import whole, write_json, write_text
 from mser_dist.ranks import distributed
 from mser_dist.runs.names import Name
@@ -45,6 +48,8 @@ class Answers:
     more: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # what else the model tells of the clips: (n, …)
     ledger: Ledger | None = None  # of what it was trained on; None: not asked for
     known: Collection[int] | None = None  # numbers of the labels that it was trained on
+    scale: float | None = None  # that makes scores log-probabilities up to a constant; None: they are no such thing
+    temperature: float | None = None  # that they are divided by then (`calibration`); None: none was fitted
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -72,6 +77,7 @@ class Group:
     speakers: int | None = None
     found: unseen.Found | None = None
     protocols: Mapping[str, Any] = field(default_factory=dict)  # as of `protocols.row`
+    details: Mapping[str, Any] = field(default_factory=dict)  # as of `details.details`
 
     @property
     def stage(self) -> int | None:
@@ -93,10 +99,10 @@ def of_native_labels(given: Answers, shards: ShardSet) -> Answers:
     return replace(given, scores=scores, more=protocols.masked(given.more, has[group]))
 
 
-def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
+def measure(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequence[str]) -> list[Group]:
     """Metrics of every model, corpus and language; of a model, those of the languages seen in training first."""
     groups = []
-    speaker, label = shards.column("speaker"), shards.column("label")
+    speaker, gender, label = (shards.column(name) for name in ("speaker", "gender", "label"))
     known: dict[int, unseen.Unseen] = {}  # by ledger: several models may have one
     for model, given in answers.items():
         heard = set(map(primary, given.heard))
@@ -109,14 +115,18 @@ def measure(answers: Mapping[str, Answers], shards: ShardSet) -> list[Group]:
             if model.endswith(ADAPTED):
                 assert given.statistics is not None
                 adapted_on = given.statistics.clips[f"{corpus} {language}"]
-            about = _interval(given, mine, speaker[given.numbers[mine]])
+            own = given.numbers[mine]
+            about = _interval(given, mine, speaker[own])
             told = None
             if given.ledger is not None:
                 if id(given.ledger) not in known:
                     known[id(given.ledger)] = unseen.Unseen(given.ledger, shards)
-                own = given.numbers[mine]
                 told = known[id(given.ledger)].of(corpus, language, sorted({*map(str, label[own])}), own)
-            groups.append(Group(model, corpus, language, not is_new, found, adapted_on, *about, told))
+            votes = [(shards.votes or {}).get(number) for number in own.tolist()]
+            clips = Clips(speaker[own], gender[own], shards.duration[own], votes)
+            scored = given.reference[mine], given.scores[mine], given.scale, given.temperature
+            more = details(labels, *scored, clips)
+            groups.append(Group(model, corpus, language, not is_new, found, adapted_on, *about, told, more))
     return groups
 
 
@@ -139,7 +149,7 @@ def as_row(group: Group) -> dict[str, Any]:
     what |= {"corpus": group.corpus, "language": group.language, "seen_language": group.seen}
     low, high = group.interval or (None, None)
     what |= {"ua_low": low, "ua_high": high, "speakers": group.speakers}
-    what |= numbers | {"constant": m.constant is not None}
+    what |= numbers | {"constant": m.constant is not None, **group.details}
     what |= group.found.as_row() if group.found else {}
     return {**what, **group.protocols}
 
@@ -186,11 +196,6 @@ def place_name(corpus: str, language: str) -> str:
     return f"{language} of {corpus}"
 
 
-def shown(model: str) -> str:
-    """A model's name to a person."""
-    return re.sub(r"^stage(?=\d)", "stage ", model).replace("_", " ")
-
-
 def macro_ua(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> float:
     """Mean UA over the languages that were, or were not, seen in training; NaN if there is none."""
     values = [row["ua"] for row in rows if row["model"] == model and row["seen_language"] is seen]
@@ -204,8 +209,28 @@ def macro_interval(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) ->
     return mean_interval([row["ua"] for row in mine], ends)
 
 
-def _between(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.2f}–{high:.2f}"
+def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of every model, the mean UA over the languages that were, or were not, seen in training, and its interval."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for seen in (True, False):
+            over = [row for row in rows if row["model"] == model and row["seen_language"] is seen]
+            if over:
+                low, high = macro_interval(rows, model, seen) or (None, None)
+                mean = {"model": model, "seen": seen, "ua": macro_ua(rows, model, seen), "low": low, "high": high}
+                found.append({**mean, "n_languages": len({row["language"] for row in over}), "n_rows": len(over)})
+    return found
+
+
+def retrieval(answers: Mapping[str, Answers], shards: ShardSet) -> list[dict[str, Any]]:
+    """How well clips find those of other languages, of the models that have embeddings (`across_languages`)."""
+    language, speaker, found = shards.column("language"), shards.column("speaker"), []
+    for model, given in answers.items():
+        if (embedding := given.more.get("embedding")) is not None:
+            own = given.numbers
+            of_clips = given.reference, language[own], shards.source[own], speaker[own]
+            found += [{"model": model, **row} for row in across_languages(embedding, *of_clips)]
+    return found
 
 
 def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -225,13 +250,13 @@ def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             what.append(unseen.shown(row) if known else "yes" if row["seen_language"] else "no")
             what += ["" if row["adapted_on"] is None else str(row["adapted_on"])] if adapted else []
             chance, ua, *others = (f"{row[name]:.3f}" for name in ("chance", "ua", "wa", "macro_f1"))
-            lines.append([*what, str(row["n"]), chance, ua, _between(row["ua_low"], row["ua_high"]), *others])
+            lines.append([*what, str(row["n"]), chance, ua, between(row["ua_low"], row["ua_high"]), *others])
         for seen, name in ((True, "seen languages"), (False, "unseen languages")):
             mean = macro_ua(rows, model, seen)
             if mean == mean:
                 blank = ["", unseen.together(rows, model, seen) if known else "", "", ""] + [""] * adapted
-                between = _between(*(macro_interval(rows, model, seen) or (None, None)))
-                lines.append([shown(model), f"mean over {name}", *blank, f"{mean:.3f}", between, "", ""])
+                interval = between(*(macro_interval(rows, model, seen) or (None, None)))
+                lines.append([shown(model), f"mean over {name}", *blank, f"{mean:.3f}", interval, "", ""])
         sections.append(lines)
     return Table(head, sections, align="llll" + "r" * (len(head) - 4))
 
@@ -239,9 +264,10 @@ def zero_shot_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def predictions(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequence[str]) -> "pyarrow.Table":
     """A row for every model and clip, for ``pandas.read_parquet``: the columns
 
-    model (stage1, stage1_adapted …), key, corpus, language, speaker (null where the set names none), label, predicted,
-    and for each label the float32 ``score_<label>``: stage 1's cosine, stage 2's log-likelihood, a baseline's
-    log-probability or decision value. `predicted` scores best. ``generated`` where free answers were asked for.
+    model (stage1, stage1_adapted …), key, corpus, language, speaker (null where the set names none), gender (the same),
+    label, predicted, duration in seconds, and for each label the float32 ``score_<label>``: stage 1's cosine, stage 2's
+    log-likelihood, a baseline's log-probability or decision value. `predicted` scores best. ``probability_<label>``:
+    calibrated if the model is; null where scores tell of none. ``generated`` where free answers were asked for.
     """
     import pyarrow
 
@@ -250,12 +276,21 @@ def predictions(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequen
         columns: dict[str, Any] = {}
         texts: dict[str, Iterable[Any]] = {"model": [model] * len(given.numbers)}
         texts["key"] = map(shards.key, given.numbers)
-        texts |= {name: shards.column(name)[given.numbers] for name in ("corpus", "language", "speaker", "label")}
+        texts |= {
+            name: shards.column(name)[given.numbers] for name in ("corpus", "language", "speaker", "gender", "label")
+        }
         texts["predicted"] = (labels[choice] for choice in given.predicted)
         for name, values in texts.items():
             columns[name] = pyarrow.array([value or None for value in values], pyarrow.string())
+        columns["duration"] = pyarrow.array(shards.duration[given.numbers], pyarrow.float32())
+        known = None
+        if given.scale is not None:
+            known = probabilities(given.scores, given.scale, given.temperature or 1.0).astype(np.float32)
         for i, label in enumerate(labels):
             columns[f"score_{label}"] = pyarrow.array(given.scores[:, i].astype(np.float32), pyarrow.float32())
+        for i, label in enumerate(labels):
+            column = pyarrow.nulls(len(given.numbers), pyarrow.float32()) if known is None else known[:, i]
+            columns[f"probability_{label}"] = pyarrow.array(column, pyarrow.float32())
         if any("generated" in each.more for each in answers.values()):
             said = given.more.get("generated", [None] * len(given.numbers))
             columns["generated"] = pyarrow.array(list(said), pyarrow.string())
@@ -271,15 +306,16 @@ def publish(
     labels: list[str],
     told: Sequence[str] = (),
     protocol: bool = False,
+    found: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the table, the predictions and the plots into the run folder, and log them. `told`: below the table.
-    protocol: other protocols are asked for, and have a table of their own."""
+    protocol: other protocols are asked for, and have a table of their own. found: as of `retrieval`."""
     from pyarrow import parquet
 
     rows = [as_row(group) for group in groups]
     below = protocols.tables(rows, protocol) if all("protocols" in row for row in rows) else []
     parts = [zero_shot_table(rows), *below, *told, *warnings(groups, labels), *unseen.notes(rows)]
-    table, out = "\n\n".join(map(str, parts)), tracker.out
+    table, out = "\n\n".join(map(str, [*parts, *summary.below(rows, found)])), tracker.out
     write_text(out / "table.txt", table + "\n")
     with whole(out / "predictions.parquet") as staging:
         parquet.write_table(predicted, staging, compression="zstd")
@@ -293,9 +329,8 @@ def publish(
             mean = macro_ua(rows, model, seen)
             if mean == mean:
                 numbers[f"ua/{model}/{'seen' if seen else 'unseen'}"] = mean
-    tracker.metrics(0, numbers)
-    flat = [name for name in rows[0] if all(name in row and not isinstance(row[name], (dict, list)) for row in rows)]
-    tracker.table([{name: row[name] for name in flat} for row in rows], "zero_shot.json")
+    tracker.metrics(0, numbers | summary.numbers(rows, found))
+    tracker.table(summary.flat(rows), "zero_shot.json")
     tracker.describe(f"{unseen.kind(rows)} {title}\n\n```\n{table}\n```")
     for path in files:
         tracker.artifact(path)
@@ -314,16 +349,17 @@ def conclude(
     its warnings are said, and all is written and logged. `title` says of what the evaluation is; `told` are warnings of
     which the answers know nothing.
     """
-    groups = protocols.told(measure(answers, shards), answers, shards)
-    said = [*told, *warnings(groups, labels)]
-    result: dict[str, Any] = {"version": __version__, "zero_shot": [*map(as_row, groups)], "warnings": said} | more
+    groups, found = protocols.told(measure(answers, shards, labels), answers, shards), retrieval(answers, shards)
+    said, rows = [*told, *warnings(groups, labels)], [*map(as_row, groups)]
+    result: dict[str, Any] = {"version": __version__, "labels": labels, "zero_shot": rows, "means": means(rows)}
+    result |= {"retrieval": found, "warnings": said} | more
     if ledgers := {model: given.ledger.summary() for model, given in answers.items() if given.ledger is not None}:
-        result["ledger"] = {"models": ledgers, "notes": unseen.notes(result["zero_shot"])}
+        result["ledger"] = {"models": ledgers, "notes": unseen.notes(rows)}
     if tracker:
         for line in said:
             distributed.warn(line)
         asked = bool(more.get("protocol", {}).get("asked"))
-        publish(tracker, title, groups, predictions(answers, shards, labels), labels, told, asked)
+        publish(tracker, title, groups, predictions(answers, shards, labels), labels, told, asked, found)
         result |= {"mlflow_run_id": tracker.run_id, "tracking_uri": tracker.uri}
         write_json(tracker.out / "report.json", result)
     return result
@@ -343,4 +379,8 @@ def _draw(groups: Sequence[Group], rows: list[dict[str, Any]], labels: list[str]
         }
         pictures.append(out / f"confusion_{model}.png")
         plots.confusions(tables, labels, f"{shown(model)}: confusion by language", pictures[-1])
+        own = [row for row in rows if row["model"] == model and "reliability" in row]
+        if own:
+            pictures.append(out / f"reliability_{model}.png")
+            plots.reliability(own, f"{shown(model)}: as sure as it is right?", pictures[-1])
     return pictures

@@ -61,6 +61,11 @@ class PromptScorer:
             found["by_prompt"] = torch.einsum("bd,pkd->bpk", speech, nn.functional.normalize(alone, dim=-1)).float()
         return found
 
+    @torch.no_grad()
+    def scale(self) -> float:
+        """That makes the scores log-probabilities up to a constant, as training has learned it. Collective."""
+        return float(self.model.scale()[0][0])
+
 
 class AnswerScorer:
     """Stage 2: log-likelihood of each label's answer, its end included. For weights that stay as they are: see `score`.
@@ -167,6 +172,10 @@ class AnswerScorer:
             found["generated"] = said
             found["free"] = torch.tensor([words.index(name) if name in words else -1 for name in names])
         return found
+
+    def scale(self) -> float | None:
+        """Log-likelihoods are log-probabilities as they are; None for their means over tokens, which are none."""
+        return None if self.protocol and self.protocol.score == "mean" else 1.0
 
     def texts(self, generated: Any) -> list[str]:
         """What was generated, (n, MOST_TOKENS) token ids, as text, without the tokens that no text has."""

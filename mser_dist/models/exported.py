@@ -1,6 +1,7 @@
 """A finished run's model on disk: ``<run>/export``, in safetensors and Hugging Face format.
 
-- ``export/card.json``: stage, labels, languages trained on, shapes, hashes; written last, so that it means "whole"
+- ``export/card.json``: stage, labels, languages trained on, shapes, hashes, the temperature that validation fitted
+  (`evaluation.calibration`; null where none could be); written last, so that it means "whole"
 - ``export/speech.safetensors``: encoder + Q-Former, what stage 2 takes from stage 1
 - ``export/statistics.safetensors``: of the features by corpus, where these are normalised
 - ``export/heads.safetensors``: stage 1: projections and scales; stage 2: the projector

@@ -258,7 +258,7 @@ class Model:
     ) -> Iterator[NDArray[np.float64]]:
         """(b, K) of each batch of windows, in order: a softmax over the labels' scores, calibrated if the export is."""
         scorer = self.scorer(labels)
-        scale = float(self.network.scale()[0][0]) if self.stage == 1 else 1.0
+        scale = scorer.scale()
         for inputs in self._batches(pieces, batch):
             scores: Tensor = scorer(inputs)["scores"].double().cpu() * scale / self.temperature
             yield scores.softmax(-1).numpy()

@@ -79,6 +79,39 @@ def confusions(tables: dict[str, NDArray[np.int64]], labels: list[str], title: s
     _save(figure, path)
 
 
+def reliability(rows: list[dict[str, Any]], title: str, path: Path, bins: int = 15) -> None:
+    """Share of clips that are right against the probability of the likeliest label, of the languages seen in training
+    and of the others; a bin's dot is as large as it has clips. Beside it with the temperature, if one was fitted."""
+    panels = {"as it is": "reliability"}
+    if any("reliability_calibrated" in row for row in rows):
+        panels[f"with the temperature {rows[0]['temperature']:.2f}"] = "reliability_calibrated"
+    size = (4.5 * len(panels), 4.8)
+    figure, axes = _subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (name, key) in zip(axes.flat, panels.items(), strict=True):
+        axis.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+        for seen, colour in ((True, SEEN), (False, UNSEEN)):
+            found = [one for row in rows if row["seen_language"] is seen for one in row.get(key, [])]
+            if not found:
+                continue
+            sure, right, n = (np.array([one[of] for one in found]) for of in ("confidence", "accuracy", "n"))
+            place = np.minimum((sure * bins).astype(int), bins - 1)
+            clips = np.bincount(place, n, bins)
+            there = clips > 0
+            x, y = (np.bincount(place, values * n, bins)[there] / clips[there] for values in (sure, right))
+            label = "languages seen in training" if seen else "unseen languages"
+            axis.plot(x, y, color=colour, linewidth=1.2, label=label)
+            axis.scatter(x, y, 8 + 120 * clips[there] / clips.sum(), color=colour)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("probability of the likeliest label", fontsize=8)
+        axis.set_xlim(0, 1.02)
+        axis.set_ylim(-0.02, 1.02)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("share of the clips that is right", fontsize=8)
+    figure.suptitle(title)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    _save(figure, path)
+
+
 def ua_by_language(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of UA per language with its interval, a panel per model, unseen languages in their own colour, chance as a
     line."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mser_dist.errors import UserError
 from mser_dist.shards import index as shard_index
 from mser_dist.shards.reader import Shard
+from mser_dist.shards.votes import Votes
 
 FIELDS = (*shard_index.CODED, "split", "set")
 """The coded columns. `set` is the number of the data set among those opened together."""
@@ -124,12 +125,14 @@ def _joined(name: str, columns: Mapping[str, Any]) -> tuple[list[str], NDArray[n
 
 
 class Gathered:
-    """The columns of many shards on their way into a `ShardSet`; `sound` and `peak` only where they are asked for."""
+    """The columns of many shards on their way into a `ShardSet`; `sound` with `peak`, and `votes`, only where they are
+    asked for."""
 
-    def __init__(self, keep: Filter, *, sound: bool = False) -> None:
+    def __init__(self, keep: Filter, *, sound: bool = False, votes: bool = False) -> None:
         self.shards: list[Shard] = []
         self.keys = Keys()
         self.sound = sound
+        self.votes: dict[int, Votes] | None = {} if votes else None  # by sample, of those that have them
         self._filter = keep
         self._parts: dict[str, list[NDArray[Any]]] = {}
         self._numbers: dict[str, dict[Any, int]] = {name: {} for name in FIELDS}  # value → code
@@ -154,6 +157,9 @@ class Gathered:
             self._put(name, codes[np.array(given["codes"], dtype=np.int64)][mask] if count else codes[:0])
         for name in (*PLACE, "source", *(["sound", "peak"] if self.sound else [])):
             self._put(name, np.array(columns[name], dtype=np.int64)[mask])
+        if self.votes is not None and "votes" in columns:
+            given = (columns["votes"][row] for row in np.flatnonzero(mask))
+            self.votes |= {i: one for i, one in enumerate(given, self._count) if one}
         self._put("duration", np.array(columns["duration"], dtype=np.float64)[mask])
         self._put("row", np.flatnonzero(mask))
         self._put("shard", np.full(int(mask.sum()), len(self.shards)))

@@ -8,7 +8,7 @@ the order of the tar: `key`; `audio_at`, `audio_size`, `json_at`, `json_size` (b
 identical audio, 0 where nobody has decoded it (a tar that is not ours, before `mser verify`) or the index is an older
 one. The fields that repeat (`CODED`) are {"names": [...], "codes": [...]}: it is columns so that millions of samples
 are opened in seconds. `peak` is the largest absolute sample in steps of 16 bits (`audio.peak`), before it was stored;
-0 where `sound` is.
+0 where `sound` is. `votes` (`votes.py`) is there only where some sample has them.
 """
 
 import hashlib
@@ -28,9 +28,10 @@ from mser_dist.files import write_json
 from mser_dist.shards import tarsafe
 from mser_dist.shards.emotions import to_label
 from mser_dist.shards.metadata import as_text
+from mser_dist.shards.votes import are_sound, check_votes
 
 VERSION = 2
-SCAN = 2  # of what a scan of a tar that is not ours notes: an index of an earlier one is made anew
+SCAN = 3  # of what a scan of a tar that is not ours notes: an index of an earlier one is made anew
 SUFFIX = ".idx.json"
 AUDIO_EXTENSIONS = frozenset({"wav", "flac", "ogg", "opus", "mp3"})
 IGNORED_EXTENSIONS = frozenset({"txt", "cls"})  # common beside audio in WebDataset shards; what they say is not used
@@ -53,7 +54,7 @@ META_FIELDS: dict[str, type | tuple[type, ...]] = {
     "duration": (float, int),
     "sample_rate": int,
 }
-"""The fields of a sample's json and their types: the data contract."""
+"""The fields of a sample's json and their types: the data contract. It may have `votes` too (`votes.py`)."""
 
 CODED = ("label", "emotion", "language", "speaker", "gender", "corpus", "synthetic", "sample_rate")
 """The fields of the json that the index repeats, to filter and balance by."""
@@ -81,6 +82,7 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name!r} is {meta[name]!r}, with control characters; take them out")
     if meta["label"] == "":
         raise UserError(f"{where}: 'label' is empty; it is null where annotators named no emotion")
+    check_votes(meta.get("votes"), where)
     if not 0 < meta["duration"] < float("inf") or meta["sample_rate"] <= 0:
         raise UserError(f"{where}: duration {meta['duration']} s at {meta['sample_rate']} Hz; both must be above 0")
 
@@ -112,6 +114,8 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         number: dict[Any, int] = {}
         codes = [number.setdefault(row[name], len(number)) for row in rows]
         result[name] = {"names": list(number), "codes": codes}
+    if any(row.get("votes") for row in rows):
+        result["votes"] = [row.get("votes") for row in rows]
     return result
 
 
@@ -120,6 +124,7 @@ def rows(index: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     listed = index["columns"]
     for i in range(index["count"]):
         row = {name: listed[name][i] for name in PLAIN}
+        row["votes"] = listed["votes"][i] if "votes" in listed else None
         yield row | {name: listed[name]["names"][listed[name]["codes"][i]] for name in CODED}
 
 
@@ -193,6 +198,7 @@ def _check(index: dict[str, Any], name: str) -> None:
             and _places_fit(index["columns"], index["count"], index["bytes"])
             and all(map(str.isprintable, index["columns"]["key"]))
             and all(_names_fit(column, index["columns"][column], index["count"]) for column in CODED)
+            and ("votes" not in index["columns"] or are_sound(index["columns"]["votes"], index["count"]))
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         sound = False
@@ -344,6 +350,8 @@ def _foreign_row(
         "corpus": corpus,
         "synthetic": (as_text(meta.get("synthetic")) or "").lower() in ("true", "1"),
         "sample_rate": int(rate or 0),
+        # Elsewhere the word may mean anything; only what looks like ours is held to be.
+        "votes": check_votes(votes, where) if isinstance(votes := meta.get("votes"), dict) else None,
     }
     return row, word("split", None)
 

@@ -53,6 +53,7 @@ class ShardSet:
         self.source = gathered.take("source")
         self.sound: NDArray[Any] | None = gathered.take("sound") if gathered.sound else None
         self.peak: NDArray[Any] | None = gathered.take("peak") if gathered.sound else None
+        self.votes = gathered.votes  # by sample, of those that have them; None of a set opened without
         self.shard = gathered.take("shard")
         self.coded = {name: gathered.take_coded(name) for name in FIELDS}
         self._row = gathered.take("row")  # of the shard's index
@@ -71,6 +72,7 @@ class ShardSet:
         drop: Mapping[str, Any] | None = None,
         cache: RemoteCache | None = None,
         sound: bool = False,
+        votes: bool = False,
     ) -> Self:
         """Open data sets (folders, URLs) or single tars by their indexes alone, in the order given.
 
@@ -81,13 +83,14 @@ class ShardSet:
                 ["emodb/03"]} is no other corpus' 03.
             cache: of remote sets.
             sound: take the hashes of the clips' samples and their peaks too, 10 bytes a clip, for `inspect`.
+            votes: take the annotators' votes too.
 
         Raises UserError for a missing or truncated shard, a key that comes twice, a value that no sample has, or a
         filter that leaves nothing.
         """
         listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
         cache = cache or RemoteCache()
-        gathered = Gathered(Filter(split, labels, keep or {}, drop or {}), sound=sound)
+        gathered = Gathered(Filter(split, labels, keep or {}, drop or {}), sound=sound, votes=votes)
         for number, path in enumerate(listed):
             for shard, index in load_all(path, cache):
                 gathered.add(number, shard, index)

@@ -21,6 +21,7 @@ from mser_dist.shards.index import SUFFIX
 from mser_dist.shards.reader import Ref, Shard, ShardReader
 from mser_dist.shards.remote import is_remote
 from mser_dist.shards.source import check_there, extra_shards, facts, list_shards
+from mser_dist.shards.votes import check_votes
 from mser_dist.shards.writer import DATASET_FILE, describe
 from mser_dist.tables import count
 
@@ -165,6 +166,8 @@ def _verify_samples(shard: Path, index: dict[str, Any]) -> tuple[dict[str, list[
             )
         if meta:
             differing = [name for name in (*shard_index.CODED, "duration") if meta[name] != row[name]]
+            if check_votes(meta.get("votes"), where) != row["votes"]:
+                differing.append("votes")
             if row["sound"] not in (0, sounds[i]):
                 differing.append("sound")
             if row["peak"] and min(row["peak"], 32767) != min(peaks[i], 32767):  # 16 bits end there

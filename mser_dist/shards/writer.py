@@ -21,6 +21,7 @@ from mser_dist.files import file_sha256, write_json
 from mser_dist.shards import index as shard_index
 from mser_dist.shards import tarsafe
 from mser_dist.shards.journal import JOURNAL_FILE, Journal
+from mser_dist.shards.votes import check_votes
 
 DATASET_FILE = "dataset.json"
 LOCK_FILE = ".lock"  # in a staging folder only: held by its writer, and the mark of a set that is not whole
@@ -252,6 +253,7 @@ class _Shard:
     ) -> None:
         row: dict[str, Any] = {name: meta[name] for name in ("duration", *shard_index.CODED)}
         row["key"], row["sound"], row["peak"] = key, sound, peak
+        row["votes"] = check_votes(meta.get("votes"), key)
         row["source"] = shard_index.source(meta["corpus"], meta["source_id"])
         row["audio_at"], row["audio_size"], crc = self._member(f"{key}.{ext}", audio, 0)
         row["json_at"], row["json_size"], row["crc"] = self._member(f"{key}.json", text, crc)

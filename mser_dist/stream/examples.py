@@ -46,7 +46,7 @@ def open_evaluation_clips(data: cfg.DataConfig, trained: Collection[str]) -> Sha
     It does where a clip of the sets has it, in any split, or where it is one of the `trained` labels of the exports or
     of `emotions.LABELS`: a corpus without surprise can be asked about it.
     """
-    shards = open_clips(data, data.split)
+    shards = open_clips(data, data.split, votes=True)
     if absent := _absent_labels(data, shards):
         there = _labels_there(data, None)
         if strange := [label for label in absent if label not in {*there, *trained, *LABELS}]:
@@ -74,16 +74,15 @@ def _nearest(label: str, there: list[str], others: Collection[str] = ()) -> str:
     return f"did you mean {near[0]}?" if near else f"labels there: {', '.join(there)}"
 
 
-def open_clips(data: cfg.DataConfig, split: str | list[str]) -> ShardSet:
-    """The clips of a split, of several, or of `all` that a config wants.
+def open_clips(data: cfg.DataConfig, split: str | list[str], *, votes: bool = False) -> ShardSet:
+    """The clips of a split, of several, or of `all` that a config wants; with their annotators' votes, or without.
 
     Raises `UserError` if none is left, not even of one of several splits, or one is too long.
     """
     keep = {**({"language": data.languages} if data.languages else {}), **data.keep}
     parts = _wanted(split)
-    shards = ShardSet.open(
-        data.sets, split=parts, labels=data.labels, keep=keep, drop=data.drop, cache=_cache(data), sound=True
-    )
+    more: dict[str, Any] = {"cache": _cache(data), "sound": True, "votes": votes}
+    shards = ShardSet.open(data.sets, split=parts, labels=data.labels, keep=keep, drop=data.drop, **more)
     if isinstance(split, list) and (absent := [name for name in split if name not in shards.coded["split"].names]):
         there = ShardSet.open(data.sets, cache=_cache(data)).coded["split"].names
         raise UserError(

@@ -62,8 +62,9 @@ def export(
         if not (stage_2 and hasattr(model.llm, "peft_config")):
             raise UserError(f"{run}: --merge is of adapters, and this run has none (llm.lora)")
         model.llm = base_of(model.llm.merge_and_unload())
-    card = {**facts, **stage.card(), "rescored": rescore.record(expected)}
     validation = _notes(run).get(step_of(folder), {})
+    card = {**facts, **stage.card(), "rescored": rescore.record(expected)}
+    card["temperature"] = validation.get("temperature")
     exported.write(
         out,
         model,

@@ -58,6 +58,7 @@ def export_model(run: Run, validation: dict[str, float], shard_bytes: int = SHAR
     out, readme = run.setup.out, ""
     if main:
         readme = render(card, out.resolve().name, validation, out, Ledger.kept(out / FILE))
+    card["temperature"] = validation.get("temperature")
     exported.write(
         out / "export",
         stage.model,

@@ -11,7 +11,8 @@ by none, because what decides is the same on all of them: the config, the step, 
 5. poll:      one all-reduce of five integers (`ranks.boundary`): signals, time, saves under way.
 6. save:      a gather of bad clips, a digest of buffers, who writes where. What is written later is agreed on in 5;
               the last one is waited for, as in 9.
-7. validate:  between two batches a poll as in 5; then a gather of the scores.
+7. validate:  between two batches a poll as in 5; then sums: which labels were taken for which, and the losses at
+              temperatures to choose from, twice.
 8. save best: as 6, where 6 has not saved this step.
 9. stop:      a gather that ends the saves under way.
 

@@ -35,7 +35,11 @@ def render(
         ledger: of the run; None where it has kept none.
     """
     evaluations = _evaluations(runs, card["stage"]) if runs else []
-    results = [_result(name, "validation", "validation", value, metric) for metric, value in validation.items()]
+    results = [
+        _result(name, "validation", "validation", value, metric)
+        for metric, value in validation.items()
+        if metric != "temperature"  # which is no result
+    ]
     for row in evaluations:
         where = f"{row['corpus']} ({row['language']})"
         results.append(_result(name, f"{row['corpus']}_{row['language']}", where, row["ua"], "ua"))

@@ -69,6 +69,9 @@ def test_the_best_validation_is_saved_also_where_no_save_is_due(trained: Path) -
     assert states["step-000006"]["validated"] == 3 and states["step-000006"]["best_ua"] == scores[3]
     noted = json.loads((run / "validations.json").read_text())
     assert {int(step): found["ua"] for step, found in noted.items()} == scores
+    # The card has the temperature that was fitted to the step that is exported.
+    card = json.loads((run / "export/card.json").read_text())
+    assert card["temperature"] == noted[str(card["step"])].get("temperature")
 
 
 def test_what_a_step_costs_is_logged_and_traced(trained: Path) -> None:

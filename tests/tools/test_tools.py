@@ -270,6 +270,14 @@ def test_bench_compare(tmp_path: Path) -> None:
     assert row["name"] == "compare" and row["seconds"] > 0 and row["cpu_seconds"] > 0
 
 
+def test_bench_bootstrap(tmp_path: Path) -> None:
+    done = run_tool("bench_bootstrap", "--clips", 2000, "--rows", 2, "--speakers", 8, "--json", tmp_path / "rows.json")
+    assert done.returncode == 0 and "2 rows of 2000 clips by 8 speakers" in done.stdout, done.stderr
+    [row] = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["name"] == "bootstrap" and row["seconds"] > 0 and row["ratio"] > 0
+    assert row["max_abs_diff"] == 0, "the same draws"
+
+
 def test_bench_ledger(tmp_path: Path) -> None:
     done = run_tool("bench_ledger", "--clips", 2000, "--tested", 500, "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr

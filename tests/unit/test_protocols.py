@@ -66,7 +66,7 @@ def test_rows_by_hand(shards: ShardSet) -> None:
     by_prompt = np.stack([scores(RIGHT), scores(other)], 1)
     given = {"sum": scores(MAIN), "mean": scores(other), "constrained": scores(MAIN), "free": free}
     answers = {"stage2": said(shards, MAIN, by_prompt=by_prompt, **given)}
-    groups = protocols.told(report.measure(answers, shards), answers, shards)
+    groups = protocols.told(report.measure(answers, shards, LABELS), answers, shards)
     german, greek = (report.as_row(group) for group in groups)
     assert [german[name] for name in ("language", "n", "k")] == ["de", 6, 3] and greek["language"] == "el"
     found = german["protocols"]

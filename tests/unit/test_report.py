@@ -1,6 +1,8 @@
 """What an evaluation writes and prints, of answers that are made up."""
 
+import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +40,19 @@ def answers(scores: list[list[float]], shards: ShardSet) -> report.Answers:
     return report.Answers(numbers, reference[numbers], np.array(scores, dtype=np.float32), ["de"])
 
 
+def sure(given: report.Answers, temperature: float | None = None) -> report.Answers:
+    """The same answers, whose scores are log-probabilities."""
+    return replace(given, scale=1.0, temperature=temperature)
+
+
 @pytest.fixture(scope="module")
 def two_stages(shards: ShardSet) -> dict[str, report.Answers]:
     right, wrong = [[0.75, 0.25], [0.125, 0.875]], [[-2.5, -1.5], [-3.0, -3.5]]
-    return {"stage1": answers(right + right, shards), "stage2": answers(right + wrong, shards)}
+    return {"stage1": answers(right + right, shards), "stage2": sure(answers(right + wrong, shards))}
 
 
 def test_the_table(two_stages: dict[str, report.Answers], shards: ShardSet) -> None:
-    rows = [report.as_row(group) for group in report.measure(two_stages, shards)]
+    rows = [report.as_row(group) for group in report.measure(two_stages, shards, LABELS)]
     assert str(report.zero_shot_table(rows)).splitlines() == [
         "model    corpus                         language  seen  n  chance     UA       95 %     WA  macroF1",
         "───────────────────────────────────────────────────────────────────────────────────────────────────",
@@ -62,23 +69,29 @@ def test_the_table(two_stages: dict[str, report.Answers], shards: ShardSet) -> N
 
 
 def test_a_mean_over_no_language_has_no_row(two_stages: dict[str, report.Answers], shards: ShardSet) -> None:
-    rows = [report.as_row(group) for group in report.measure(two_stages, shards) if group.seen]
+    rows = [report.as_row(group) for group in report.measure(two_stages, shards, LABELS) if group.seen]
     assert "unseen" not in str(report.zero_shot_table(rows))
 
 
 def test_what_is_published(two_stages: dict[str, report.Answers], shards: ShardSet, tmp_path: Path) -> None:
-    groups = report.measure(two_stages, shards)
+    groups = report.measure(two_stages, shards, LABELS)
     with tracked(cfg.TrackingConfig(enabled=False), tmp_path, {}, {}, True) as tracker:
         assert tracker is not None
         report.publish(tracker, "title", groups, report.predictions(two_stages, shards, LABELS), LABELS)
     table = (tmp_path / "table.txt").read_text(encoding="utf-8")
-    assert table == f"{report.zero_shot_table([report.as_row(group) for group in groups])}\n"
+    whole = f"{report.zero_shot_table([report.as_row(group) for group in groups])}\n"
+    assert table.startswith(whole) and table[len(whole) :].startswith("\nUA: the mean of the classes' recalls")
+    assert max(map(len, table.splitlines())) <= 120
     found = pandas.read_parquet(tmp_path / "predictions.parquet")
     assert [*found.columns] == [
-        *("model", "key", "corpus", "language", "speaker", "label", "predicted", "score_happy", "score_sad")
+        *("model", "key", "corpus", "language", "speaker", "gender", "label", "predicted", "duration"),
+        *("score_happy", "score_sad", "probability_happy", "probability_sad"),
     ]
-    assert found["score_sad"].dtype == np.float32
-    assert found.iloc[6].tolist() == ["stage2", "k2", CORPUS, "el", "s2", "happy", "sad", -2.5, -1.5]
+    assert found["score_sad"].dtype == found["probability_sad"].dtype == np.float32
+    words = ["stage2", "k2", CORPUS, "el", "s2", "female", "happy", "sad"]
+    sure = 1 / (1 + np.exp(-1.0))
+    assert found.iloc[6].tolist() == [*words, pytest.approx(0.102), -2.5, -1.5, *map(pytest.approx, [1 - sure, sure])]
+    assert found["probability_sad"][:4].isna().all(), "of scores that are no logarithms"
     assert found["predicted"].tolist() == ["happy", "sad"] * 3 + ["sad", "happy"]
     group = parquet.ParquetFile(tmp_path / "predictions.parquet").metadata.row_group(0)
     assert {group.column(i).compression for i in range(group.num_columns)} == {"ZSTD"}
@@ -87,16 +100,50 @@ def test_what_is_published(two_stages: dict[str, report.Answers], shards: ShardS
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_report_tells_what_each_row_is_made_of(
+    two_stages: dict[str, report.Answers], shards: ShardSet, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    told = {name: replace(given, more={"embedding": random.normal(size=(4, 3))}) for name, given in two_stages.items()}
+    told["stage2"] = sure(told["stage2"], 2.0)
+    with tracked(cfg.TrackingConfig(enabled=False), tmp_path, {}, {}, True) as tracker:
+        report.conclude(tracker, "title", told, shards, LABELS)
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert found["labels"] == LABELS
+    first, *_, last = found["zero_shot"]
+    assert last["confusion"] == [[0, 1], [1, 0]] and last["majority"] == 0.5
+    assert last["classes"]["sad"] == {"n": 1, "recall": 0.0, "precision": 0.0, "f1": 0.0}
+    assert "ece" not in first and "temperature" not in first, "cosines without a scale are no probabilities"
+    flat = 1 / (1 + np.exp(-1 / 2))
+    assert last["temperature"] == 2 and last["brier_calibrated"] < last["brier"]
+    assert last["ece_calibrated"] == pytest.approx((flat + 1 / (1 + np.exp(-1 / 4))) / 2)
+    assert last["by_gender"]["female"]["n"] == 2 and [one["from"] for one in last["by_length"]] == [0.0]
+    mean = {"model": "stage2", "seen": False, "ua": 0.0, "low": 0.0, "high": 0.0, "n_languages": 1, "n_rows": 1}
+    assert found["means"][-1] == mean
+    assert [(row["model"], row["language"], row["n"], row["parallel"]) for row in found["retrieval"]] == [
+        *(("stage1", "de", 2, 0), ("stage1", "el", 2, 0), ("stage2", "de", 2, 0), ("stage2", "el", 2, 0))
+    ]
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = {name for line in logged for name in line}
+    assert {"ece/stage2/c/de", "brier_calibrated/stage2/c/de", "map/stage1/de", "map/stage1/mean"} <= names
+    assert not any(name.startswith("ece/stage1") for name in names)
+    assert (tmp_path / "reliability_stage2.png").is_file() and not (tmp_path / "reliability_stage1.png").exists()
+    table = (tmp_path / "table.txt").read_text(encoding="utf-8")
+    assert "ECE  with T" in table and "\nretrieval" in table and max(map(len, table.splitlines())) <= 120
+    (row,) = json.loads((tmp_path / "zero_shot.json").read_text(encoding="utf-8"))["data"][-1:]
+    assert not any(isinstance(value, (dict, list)) for value in row)
+
+
 def test_what_is_told_of_labels_and_constant_answers(shards: ShardSet, tmp_path: Path) -> None:
     right, constant = [[0.75, 0.25], [0.125, 0.875]], [[0.75, 0.25], [0.875, 0.125]]
     told = {"stage1": answers(right + constant, shards), "stage2": answers(constant + constant, shards)}
-    groups = report.measure(told, shards)
+    groups = report.measure(told, shards, LABELS)
     assert [report.as_row(group)["constant"] for group in groups] == [False, True, True, True]
     assert report.warnings(groups, LABELS) == [
         f"stage 1 gives one answer to all clips of el of {CORPUS} (happy)",
         "stage 2 answers 'happy' to all 4 clips: it does not tell them apart, and its numbers are those of chance",
     ]
-    assert report.warnings(report.measure({"stage1": answers(right + right, shards)}, shards), LABELS) == []
+    assert report.warnings(report.measure({"stage1": answers(right + right, shards)}, shards, LABELS), LABELS) == []
     with tracked(cfg.TrackingConfig(enabled=False), tmp_path, {}, {}, True) as tracker:
         assert tracker is not None
         report.publish(tracker, "title", groups, report.predictions(told, shards, LABELS), LABELS)
@@ -111,7 +158,7 @@ def test_a_label_that_no_clip_has_lowers_no_chance(shards: ShardSet) -> None:
         ([0, 1, 0, 0], [1 / 2, 1], ["no clip has the label fear", f"do not count there: el of {CORPUS} (sad)"]),
     ):
         given = report.Answers(np.arange(4), np.array(reference), scores, ["de"])
-        groups = report.measure({"stage1": given, "stage2": given}, shards)
+        groups = report.measure({"stage1": given, "stage2": given}, shards, ["happy", "sad", "fear"])
         assert [report.as_row(group)["chance"] for group in groups] == chances * 2
         told = report.warnings(groups, ["happy", "sad", "fear"])
         assert len(told) == len(says) and all(part in line for part, line in zip(says, told, strict=True)), told

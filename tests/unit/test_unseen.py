@@ -168,7 +168,7 @@ def given_of(ledger: Ledger, shards: ShardSet) -> report.Answers:
 
 
 def rows_of(ledger: Ledger, shards: ShardSet) -> list[dict[str, Any]]:
-    return [report.as_row(group) for group in report.measure({"stage1": given_of(ledger, shards)}, shards)]
+    return [report.as_row(group) for group in report.measure({"stage1": given_of(ledger, shards)}, shards, LABELS)]
 
 
 def test_what_is_written_and_what_folds_and_comparisons_tell_of_it(ledger: Ledger, tmp_path: Path) -> None:
