@@ -10,6 +10,7 @@ from typing import Any
 
 from mser_dist import __version__, tables
 from mser_dist import config as cfg
+from mser_dist.config.chosen import chosen
 from mser_dist.config.file import flatten, read_yaml, to_yaml
 from mser_dist.errors import Stopped, UserError
 from mser_dist.files import lock_file, read_json, unlock_file, whole, write_json, write_text
@@ -111,7 +112,7 @@ def _work(planned: Plan, left: Sequence[Left], nproc: int, flag: preempt.Flag, f
         enabled=planned.base.tracking.enabled,
         parent=planned.base.tracking.parent,
     )
-    with tracked(tracking, place, {"mser.stage": "folds"}, flatten(planned.base) | facts, True) as tracker:
+    with tracked(tracking, place, {"mser.stage": "folds"}, chosen(planned.base) | facts, True) as tracker:
         assert tracker is not None
         for one in left:
             _fold(one, len(left), nproc, flag, tracker.run_id)

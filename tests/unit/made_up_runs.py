@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from mser_dist import config as cfg
-from mser_dist.config.file import flatten, load_baseline, load_evaluation, load_training, to_yaml
-from mser_dist.evaluation import report
+from mser_dist.config.chosen import chosen
+from mser_dist.config.file import load_baseline, load_evaluation, load_training, to_yaml
+from mser_dist.evaluation import headline, report
 from mser_dist.files import write_json
 from mser_dist.runs import folder
 from mser_dist.runs.tracking import tracked
@@ -45,7 +46,7 @@ def train(out: Path, *words: str, stage: int = 1, ua: float | None = 0.5, **how:
     folder.prepare(out, to_yaml(config))
     links = {"mser.stage1_run_id": Path(config.stage1)} if isinstance(config, cfg.Stage2) else {}
     validation = {} if ua is None else {"ua": ua, "wa": ua, "macro_f1": ua}
-    params = flatten(config) | {"world_size": "1"}
+    params = chosen(config)
     with tracked(config.tracking, out, {"mser.stage": str(stage)}, params, True, links) as tracker:
         assert tracker is not None
         tracker.metrics(1, {f"val/{name}": value for name, value in validation.items()})
@@ -85,8 +86,11 @@ def evaluate(
     config = load_evaluation("demo_eval", base, runs=False)
     folder.prepare_evaluation(out, to_yaml(config))
     links = {f"mser.stage{stage}_run_id": run for stage, run in runs.items() if run is not None}
-    with tracked(config.tracking, out, {"mser.stage": "eval"}, flatten(config), True, links) as tracker:
-        report.conclude(tracker, "made up", given, shards, list(labels))
+    with tracked(config.tracking, out, {"mser.stage": "eval"}, chosen(config), True, links) as tracker:
+        assert tracker is not None
+        result = report.conclude(tracker, "made up", given, shards, list(labels))
+        trained = [(stage, run, 1) for stage, run in runs.items() if run is not None]
+        headline.tell(tracker, trained, result["zero_shot"], config.tracking.enabled)
     return out
 
 
@@ -96,6 +100,6 @@ def baseline(out: Path, shards: ShardSet, given: Mapping[str, report.Answers], *
     on = [f"on.{word}" for word in tracking(**how)]
     config = load_baseline("demo_stage1", "demo_eval", [f"out={out}", *more, *on, *words])
     folder.prepare_evaluation(out, to_yaml(config))
-    with tracked(config.on.tracking, out, {"mser.stage": "baseline"}, flatten(config), True) as tracker:
+    with tracked(config.on.tracking, out, {"mser.stage": "baseline"}, chosen(config), True) as tracker:
         report.conclude(tracker, "made up", given, shards, LABELS)
     return out

@@ -96,7 +96,7 @@ def test_the_runs_are_children_of_one_mlflow_run(tmp_path: Path, monkeypatch: py
         planned = sweep.trials("demo_stage1", [*BASE, words])
         sweep.join(planned)
     parents = {trial.config.tracking.parent for trial in planned}
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/x/mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     (experiment,) = (e for e in client.search_experiments() if e.name == "mser-demo")
     (run,) = client.search_runs([experiment.experiment_id])
     assert parents == {run.info.run_id} and run.info.run_name == "x" and run.info.status == "FINISHED"

@@ -1,0 +1,63 @@
+"""What an evaluation says of each training in few numbers, which the training's own run gets too."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mser_dist.evaluation.report import ADAPTED, macro_ua
+from mser_dist.ranks import distributed
+from mser_dist.runs import tested
+from mser_dist.runs.names import Name
+from mser_dist.runs.record import run_id_of
+from mser_dist.runs.sync import send_later
+from mser_dist.runs.tracking import Tracker
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def headline(rows: Rows, model: str) -> dict[Name, float]:
+    """The means of a model over unseen and over seen languages, as metrics: ``test/ua_unseen`` and its kin."""
+    found: dict[Name, float] = {}
+    for seen, name in ((False, "unseen"), (True, "seen")):
+        mine = [row for row in rows if row["model"] == model and row["seen_language"] is seen]
+        if mine:
+            found[f"test/ua_{name}"] = macro_ua(rows, model, seen)
+            for score in ("wa", "macro_f1"):
+                found[f"test/{score}_{name}"] = float(np.mean([row[score] for row in mine]))
+    return found
+
+
+def of_training(rows: Rows, model: str) -> dict[Name, float]:
+    """The same with the UA of each corpus and language, and that of features adapted to the clips."""
+    found = headline(rows, model)
+    found |= {("test", "ua", row["corpus"], row["language"]): row["ua"] for row in rows if row["model"] == model}
+    adapted = headline(rows, f"{model}{ADAPTED}")
+    return found | {f"{name}{ADAPTED}": value for name, value in adapted.items() if str(name).startswith("test/ua")}
+
+
+def last_stage(rows: Rows) -> str | None:
+    """The model that an evaluation is about: of the last stage, not adapted; None of baselines."""
+    return max((row["model"] for row in rows if row["model"] in ("stage1", "stage2")), default=None)
+
+
+def tell(tracker: Tracker, trainings: Iterable[tuple[int, Path, int]], rows: Rows, send: bool) -> None:
+    """Log the headline of an evaluation; keep in each training's folder what was found of it, and send that to the
+    training's own run.
+
+    trainings: stage, run folder and step of what was evaluated. What cannot be written or sent is said: the evaluation
+    has it all the same. An export that is in no run folder has none to tell.
+    """
+    if last := last_stage(rows):
+        tracker.metrics(0, headline(rows, last))
+    for stage, folder, step in trainings:
+        if not (folder / "config.yaml").is_file():
+            continue
+        try:
+            tested.note(folder, tracker.out, step, of_training(rows, f"stage{stage}"))
+        except OSError as error:
+            distributed.warn(f"{folder} cannot be written ({error.strerror}): its run does not get this evaluation")
+            continue
+        if send and run_id_of(folder) is not None:
+            send_later(folder)
