@@ -5,7 +5,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,16 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
         )
     ends = [key for key in _ENDS if old.get(key, new.get(key)) != new.get(key)]  # older versions wrote none of them
     return read_json(summary) if summary.is_file() and before == now and not ends else None
+
+
+def evaluated(config: cfg.Evaluation, trainings: Iterable[Path]) -> bool:
+    """Whether an evaluation is in its folder, of this config, and of these trainings as they are now."""
+    report, saved = (Path(config.out) / name for name in ("report.json", "config.yaml"))
+    if not (report.is_file() and saved.is_file()):
+        return False
+    old, new = ({k: v for k, v in flatten(of).items() if not k.startswith("tracking.")}
+                for of in (read_yaml(saved), config))  # fmt: skip
+    return old == new and all((run / "summary.json").stat().st_mtime <= report.stat().st_mtime for run in trainings)
 
 
 def _length(flat: dict[str, str]) -> tuple[str, float]:

@@ -14,6 +14,7 @@ import yaml
 from mser_dist import config as cfg
 from mser_dist.config.file import flatten, read_saved
 from mser_dist.errors import UserError
+from mser_dist.runs.page import experiment_page
 from mser_dist.runs.record import CHOSEN, redact
 from mser_dist.runs.sync import prepare_mlflow, trouble
 
@@ -54,6 +55,7 @@ class Store:
         from mlflow import MlflowClient
 
         self._client = self._asked(MlflowClient, uri)
+        self._experiment_id: str | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def _asked(self, call: Any, *args: Any, **options: Any) -> Any:
@@ -90,7 +92,12 @@ class Store:
                 f"the experiment {name!r} in MLflow at {self.uri} was deleted: "
                 f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
             )
+        self._experiment_id = found.experiment_id
         return [_stored(run) for run in self._paged(self._client.search_runs, [found.experiment_id])]
+
+    def page(self) -> str | None:
+        """The line that opens the page of the experiment that was asked for last."""
+        return self._experiment_id and experiment_page(self.uri, self._experiment_id)
 
     def runs(self, ids: Collection[str]) -> list[Stored]:
         """Those of the runs with these ids, of any experiment, that are not deleted."""
