@@ -147,6 +147,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                 answers[name] = report.of_native_labels(given, shards) if config.native_labels else given
         result: dict[str, Any] | None = None
         if world.is_main:
+            assert tracker is not None
             names = f"of {' and '.join(run for run in (config.stage1, config.stage2) if run)}"
             result = report.conclude(tracker, names, answers, shards, data.labels, attention=asdict(attention))
             remove(out)
