@@ -145,6 +145,7 @@ def _submit(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> int:
     from mser_dist.jobs import launch, ranked, sweep
+    from mser_dist.runs.page import sweep_page
 
     planned = sweep.trials(options.config, options.words, options.evaluate)
     need = launch.Resources(**_resources(options))
@@ -172,9 +173,10 @@ def _sweep(options: argparse.Namespace) -> int:
     failed = {trial.name: str(result) for trial, result in ended if isinstance(result, UserError)}
     out = Path(planned[0].config.out).parent
     ranking = ranked.settle(out, failed)
-    tables.show(ranking.table(), *ranking.winner())
+    tables.show(ranking.table(), "\n".join(ranking.winner()))
     print(f"table, comparison and plot: {out / ranked.PLACE}")
-    say_page(out / ranked.PLACE)
+    if line := sweep_page(out / ranked.PLACE, getattr(planned[0].config, "stage", None)):
+        print(line, flush=True)
     return 1 if failed else 0
 
 

@@ -161,7 +161,7 @@ def settle(out: Path, failed: Mapping[str, str] | None = None) -> Ranking:
     try:
         planned = read_json(place / "trials.json")
         ranking = rank([outcome(trial, (failed or {}).get(trial["name"], "")) for trial in planned])
-        text = "\n\n".join([str(ranking.table()), *ranking.winner()])
+        text = "\n\n".join([str(ranking.table()), "\n".join(ranking.winner())])
         write_text(place / "table.txt", f"{text}\n")
         files = [place / "table.txt", *(_compared(out, ranking) if ranking.left == 0 else [])]
         _send(place, ranking, text, files)

@@ -17,6 +17,7 @@ from mser_dist.files import lock_file, write_json
 from mser_dist.runs.names import plain
 
 NOT_NUMBERS = frozenset({"step", "seconds", "time"})  # of a line of log.jsonl: when, not what
+HEADLINE = "test/ua_unseen"  # the metric that MLflow's pages show first, unless somebody has chosen another one
 CHOSEN = "mser.chosen_params"  # the tag of a run whose params are those that a person chose, and not all
 _TAG_LENGTH = 8000  # characters; MLflow refuses longer ones
 

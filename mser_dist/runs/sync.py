@@ -20,12 +20,11 @@ from mser_dist.config.file import build, read_yaml
 from mser_dist.errors import UserError
 from mser_dist.files import unlock_file
 from mser_dist.runs import logged_model, tested
-from mser_dist.runs.record import CHOSEN, Record, lock, now_ms, numbers_of, redact, sqlite_file, tracking_uri
+from mser_dist.runs.record import CHOSEN, HEADLINE, Record, lock, now_ms, numbers_of, redact, sqlite_file, tracking_uri
 from mser_dist.tables import count
 
 _METRICS, _ENTRIES = 1000, 100  # what MLflow takes in one request: metrics; params or tags
 _PARAM_LENGTH = 6000  # characters; MLflow refuses longer ones
-HEADLINE = "test/ua_unseen"  # the metric that MLflow's pages show first, unless somebody has chosen another one
 _HEADLINE = "mlflow.experiment.primaryMetric"  # the tags of an experiment that say so
 
 

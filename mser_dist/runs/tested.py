@@ -32,10 +32,14 @@ def note(training: Path, by: Path, step: int, values: Mapping[Name, float]) -> N
 
 
 def points(training: Path) -> Iterator[tuple[str, int, int, float]]:
-    """Name, step, time (ms since 1970) and value of all that was kept; nothing of a damaged line."""
-    with suppress(FileNotFoundError):
+    """Name, step, time (ms since 1970) and value of all that was kept; nothing of a damaged line.
+
+    The step is 0, whichever the export is of: MLflow draws a metric of step 0 as a bar for each run, any other one as a
+    line, of a single point.
+    """
+    with suppress(OSError):
         for line in (training / FILE).read_text(encoding="utf-8").splitlines():
             with suppress(ValueError, KeyError, TypeError, AttributeError):
                 row: dict[str, Any] = json.loads(line)
                 for name, value in row["values"].items():
-                    yield str(name), int(row["step"]), int(row["time"]), float(value)
+                    yield str(name), 0, int(row["time"]), float(value)

@@ -40,8 +40,8 @@ def tracking(**more: Any) -> list[str]:
     return [f"tracking.{key}={value}" for key, value in ({"enabled": False} | more).items()]
 
 
-def train(out: Path, *words: str, stage: int = 1, ua: float | None = 0.5, **how: Any) -> Path:
-    """A finished training."""
+def train(out: Path, *words: str, stage: int = 1, ua: float | None = 0.5, steps: int = 1, **how: Any) -> Path:
+    """A finished training, of which each step but the last has a loss that falls."""
     config = load_training(f"demo_stage{stage}", [f"out={out}", *tracking(**how), *words])
     folder.prepare(out, to_yaml(config))
     links = {"mser.stage1_run_id": Path(config.stage1)} if isinstance(config, cfg.Stage2) else {}
@@ -49,7 +49,9 @@ def train(out: Path, *words: str, stage: int = 1, ua: float | None = 0.5, **how:
     params = chosen(config)
     with tracked(config.tracking, out, {"mser.stage": str(stage)}, params, True, links) as tracker:
         assert tracker is not None
-        tracker.metrics(1, {f"val/{name}": value for name, value in validation.items()})
+        for step in range(1, steps):
+            tracker.metrics(step, {"train/loss": 2.0 - (ua or 0) * (1 - 0.8**step), "train/lr": 1e-3 / step})
+        tracker.metrics(steps, {f"val/{name}": value for name, value in validation.items()})
     write_json(out / "summary.json", {"stage": stage, "out": str(out), "validation": validation})
     return out
 

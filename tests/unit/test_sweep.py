@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 
 from mser_dist.config import Stage1
 from mser_dist.config.file import to_yaml
@@ -14,6 +13,7 @@ from mser_dist.ranks.distributed import free_port
 from mser_dist.runs.record import run_id_of
 from mser_dist.shards.shard_set import ShardSet
 from tests.unit.made_up_runs import LABELS, answers, evaluate, train, write_clips
+from tests.unit.mlflow_runs import client_of
 
 BASE = ["data.sets=shards", "out=runs/x"]
 
@@ -100,7 +100,7 @@ def test_the_runs_are_children_of_one_mlflow_run(tmp_path: Path, monkeypatch: py
         planned = sweep.trials("demo_stage1", [*BASE, words])
         sweep.join(planned)
     parents = {trial.config.tracking.parent for trial in planned}
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    client = client_of(tmp_path / "runs")
     (experiment,) = (e for e in client.search_experiments() if e.name == "mser-demo")
     (run,) = client.search_runs([experiment.experiment_id])
     assert parents == {run.info.run_id} and run.info.run_name == "x" and run.info.status == "RUNNING"
@@ -217,7 +217,7 @@ def test_a_sweep_is_ranked_in_its_folder_and_in_mlflow(
     tmp_path: Path, shards: ShardSet, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planned = evaluated_trials(tmp_path)
-    out, store = tmp_path / "runs/lr", MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    out, store = tmp_path / "runs/lr", client_of(tmp_path / "runs")
     sweep.join(planned, command="mser sweep …")
     assert sweep.is_done(planned[0]) is False and ranked.settle(out).left == 2
     parent = str(run_id_of(out / "sweep"))

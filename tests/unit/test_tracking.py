@@ -35,13 +35,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def runs(prepared: Path, tmp_path: Path) -> Path:
-    """A folder for runs, with that database in it."""
-    shutil.copy(prepared, tmp_path / "mlflow.db")
-    return tmp_path
-
-
-@pytest.fixture
 def silent() -> Iterator[Silent]:
     server = Silent()
     yield server
