@@ -18,6 +18,7 @@ from mser_dist.encoded.measure import mean_pooled
 from mser_dist.errors import Stopped, UserError
 from mser_dist.evaluation import report, unseen
 from mser_dist.evaluation.classifiers import CLASSIFIERS, Heard, fitted, majority, normalised, scores
+from mser_dist.evaluation.test_sets import test_sets
 from mser_dist.models import egemaps
 from mser_dist.models.attention import choose
 from mser_dist.models.encoders import build_encoder
@@ -77,7 +78,10 @@ def baseline(config: cfg.Baseline) -> dict[str, Any]:
         if on.native_labels:
             answers = {model: report.of_native_labels(given, test) for model, given in answers.items()}
         title = f"of baselines fitted to {', '.join(trained.data.sets)}"
-        return report.conclude(tracker, title, answers, test, on.data.labels, told)
+        result = report.conclude(tracker, title, answers, test, on.data.labels, told)
+        assert tracker is not None
+        tracker.datasets([*test_sets(out / "predictions.parquet", on.data.sets).values()])
+        return result
 
 
 def _systems(config: cfg.Baseline) -> tuple[list[str], list[str]]:

@@ -154,7 +154,7 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
             trained = [
                 (stage, export.parent, exported.read_card(export).get("step", 0)) for stage, export in exports.items()
             ]
-            tell(tracker, trained, result["zero_shot"], config.tracking.enabled)
+            tell(tracker, trained, result["zero_shot"], data.sets, config.tracking.enabled)
         # within: who waits for the report is alive, listens to signals, and looks after rank 0
         agreed: dict[str, Any] = distributed.agree(result)
     return agreed

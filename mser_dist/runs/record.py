@@ -108,6 +108,8 @@ class Record:
     links: dict[str, str] = field(default_factory=dict)  # tags whose value is the run id of another run folder
     params: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)  # path in MLflow → file, folder, sent
+    datasets: list[dict[str, Any]] = field(default_factory=list)  # name, digest, source, context, clips
+    scored: dict[str, dict[str, Any]] = field(default_factory=dict)  # run folder of a model → its scores by data set
     model: dict[str, Any] | None = None  # folder in the run folder, register (name@alias or None), id, registered
 
     def __post_init__(self) -> None:
@@ -136,6 +138,8 @@ class Record:
                 entry["sent"] = False
             if self.model is not None:
                 self.model |= {"id": None, "registered": False}
+            for entry in self.scored.values():
+                entry["sent"] = False
 
     def save(self, run: Path, **changes: Any) -> None:
         """Set fields, and replace ``mlflow.json``."""

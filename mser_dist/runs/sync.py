@@ -24,6 +24,7 @@ from mser_dist.runs.record import CHOSEN, HEADLINE, Record, lock, now_ms, number
 from mser_dist.tables import count
 
 _METRICS, _ENTRIES = 1000, 100  # what MLflow takes in one request: metrics; params or tags
+_NAME_LENGTH = 500  # of a data set
 _PARAM_LENGTH = 6000  # characters; MLflow refuses longer ones
 _HEADLINE = "mlflow.experiment.primaryMetric"  # the tags of an experiment that say so
 
@@ -83,6 +84,8 @@ class Sender:
         self._status = self.record.status if self.record.status == "RUNNING" else run.info.status
         self._tags, self._params = dict(run.data.tags), dict(run.data.params)
         self._steps: dict[str, set[int]] = {}  # of each metric, those that MLflow has
+        known = run.inputs.dataset_inputs if run.inputs else []
+        self._datasets = {(one.dataset.name, one.dataset.digest) for one in known}
         self._tests: dict[str, set[tuple[int, int]]] = {}  # of each metric of an evaluation: step and time
         self._offset = 0
         self._client = client
@@ -123,7 +126,8 @@ class Sender:
             self._send_tags_and_params()
             self._send_numbers()
             self._send_tests()
-            failure = self._send_artifacts() or self._send_model()
+            self._send_datasets()
+            failure = self._send_artifacts() or self._send_model() or self._send_scores()
             if status not in ("RUNNING", self._status):
                 self._client.set_terminated(self._run_id, status, self.record.ended)
                 self._status = status
@@ -188,6 +192,35 @@ class Sender:
                 batch.append(Metric(name, value, time_ms, step))
         for some in _chunks(batch, _METRICS):
             self._client.log_batch(self._run_id, metrics=some, synchronous=True)
+
+    def _send_datasets(self) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        left = [one for one in self.record.datasets if (one["name"], one["digest"]) not in self._datasets]
+        if not left:
+            return
+        inputs = []
+        for one in left:
+            source, profile = json.dumps({"uri": ", ".join(one["source"])}), json.dumps({"clips": one["clips"]})
+            dataset = Dataset(one["name"][:_NAME_LENGTH], one["digest"], "mser shards", source, profile=profile)
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", one["context"])]))
+        self._client.log_inputs(self._run_id, datasets=inputs)
+        self._datasets |= {(one["name"], one["digest"]) for one in left}
+
+    def _send_scores(self) -> Exception | None:
+        """Send what was found of models; the first failure, if any."""
+        sent = False
+        try:
+            for training, entry in list(self.record.scored.items()):
+                if not entry["sent"]:
+                    logged_model.score(self._client, self._run_id, Path(training), entry, self.record.tracking_uri)
+                    entry["sent"] = sent = True
+        except Exception as error:
+            return error
+        finally:
+            if sent:
+                self.record.save(self.run)
+        return None
 
     def _known(self, name: str) -> set[int]:
         if name not in self._steps:

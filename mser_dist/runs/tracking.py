@@ -116,6 +116,17 @@ class Tracker:
             self.out, model={"folder": folder.name, "register": register, "id": None, "registered": False}
         )
 
+    def datasets(self, sets: list[dict[str, Any]]) -> None:
+        """The sets of clips that the run reads, each with name, digest, source (paths), context (training, validation
+        or test) and how many clips."""
+        self._record.save(self.out, datasets=sets)
+
+    def scored(self, training: Path, step: int, scores: list[dict[str, Any]]) -> None:
+        """What this evaluation found of the model of a training, as MLflow's models have it: of each data set its
+        name, digest, and metrics."""
+        about = {"step": step, "scores": scores, "time": now_ms(), "sent": False}
+        self._record.save(self.out, scored=self._record.scored | {str(training.resolve()): about})
+
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Write a table into the run folder and attach it; MLflow's pages show and compare it."""
         # What MlflowClient.log_table uploads; that call would append the rows again at every sending.

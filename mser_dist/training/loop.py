@@ -98,6 +98,7 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
                     setup.watchdog.at_end = lambda: tracker.close("FAILED")
                     write_text(setup.out / "groups.txt", f"{run.groups()}\n")
                     tracker.artifact(setup.out / "groups.txt")
+                    tracker.datasets(setup.datasets())
                 with StepLog(run, state.step, tracker) as log:
                     train_steps(run, state, log)
                 run.ended = settle(run, state)

@@ -92,7 +92,7 @@ def evaluate(
         assert tracker is not None
         result = report.conclude(tracker, "made up", given, shards, list(labels))
         trained = [(stage, run, 1) for stage, run in runs.items() if run is not None]
-        headline.tell(tracker, trained, result["zero_shot"], config.tracking.enabled)
+        headline.tell(tracker, trained, result["zero_shot"], ["made-up"], config.tracking.enabled)
     return out
 
 
