@@ -4,6 +4,7 @@ One that was evaluated has the metrics of each data set: ``search_logged_models(
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ def log(client: Any, run_id: str, folder: Path) -> str:
     model = (
         begun[0]
         if begun
-        else client.create_logged_model(experiment, name=run.info.run_name, source_run_id=run_id, model_type="mser")
+        else client.create_logged_model(
+            experiment, name=_plain(run.info.run_name), source_run_id=run_id, model_type="mser"
+        )
     )
     with tempfile.TemporaryDirectory() as staging:
         # Files of weights are linked to, not copied, where the file system can.
@@ -71,6 +74,8 @@ def score(client: Any, run_id: str, training: Path, found: Mapping[str, Any], ur
 
 def _scored(client: Any, run_id: str, training: Path, step: int, uri: str) -> str:
     """The LoggedModel of a training's export: its run's, where that is in this store; else one that stands for it."""
+    from mlflow.entities import LoggedModelOutput
+
     record: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         record = json.loads((training / "mlflow.json").read_text(encoding="utf-8"))
@@ -85,10 +90,17 @@ def _scored(client: Any, run_id: str, training: Path, step: int, uri: str) -> st
     if there := [*client.search_logged_models([experiment], where, max_results=1)]:
         return str(there[0].model_id)
     made = client.create_logged_model(
-        experiment, name=training.name, source_run_id=source, tags=tags, params={}, model_type="mser"
+        experiment, name=_plain(training.name), source_run_id=source, tags=tags, params={}, model_type="mser"
     )
     client.finalize_logged_model(made.model_id, "READY")
+    if source is not None:
+        client.log_outputs(source, models=[LoggedModelOutput(made.model_id, step=0)])
     return str(made.model_id)
+
+
+def _plain(name: str) -> str:
+    """A name as MLflow takes it for a model."""
+    return re.sub(r"[/:.%\"']", "_", name) or "model"
 
 
 def _link(source: str, target: str) -> None:

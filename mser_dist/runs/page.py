@@ -29,7 +29,7 @@ def pages(runs: Iterable[Path]) -> str | None:
         return None
     ids, experiments = [one[2] for one in found], sorted({one[1] for one in found})
     listed = [quote(json.dumps(some, separators=(",", ":"))) for some in (ids, experiments)]
-    return _line(found[0][0], f"compare-runs?{_KIND}&runs={listed[0]}&experiments={listed[1]}")
+    return _line(found[0][0], f"compare-runs?runs={listed[0]}&experiments={listed[1]}&{_KIND}")
 
 
 def experiment_page(uri: str, experiment_id: str, only: str = "") -> str:
