@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
-from mser_dist.evaluation.metrics import of_confusion
+from mser_dist.evaluation.metrics import Metrics, of_confusion
 from mser_dist.evaluation.parts import Parts
 from mser_dist.progress import bar
 from mser_dist.ranks import distributed
@@ -116,8 +116,8 @@ def validate(
     world: distributed.World,
     device: str,
     go_on: Callable[[], bool],
-) -> dict[str, float] | None:
-    """UA, WA and macro-F1 on the validation split; None where `go_on` ended it. Collective.
+) -> Metrics | None:
+    """What is measured on the validation split; None where `go_on` ended it. Collective.
 
     `go_on` is asked before each forward pass, and has to say the same on all ranks. Of the clips nothing is gathered
     but how many of a label were taken for which.
@@ -142,5 +142,4 @@ def validate(
     confusion = np.array(distributed.all_sum(confusion.ravel().tolist())).reshape(confusion.shape)
     if int(confusion.sum()) < len(clips):  # on every rank, or none
         _check_found(clips, np.array(distributed.most(read.astype(int).tolist()), dtype=bool))
-    result = of_confusion(confusion.astype(np.int64))
-    return {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
+    return of_confusion(confusion.astype(np.int64))

@@ -108,7 +108,14 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
         saved = out / "config.yaml"
         same = saved.is_file() and saved.read_text(encoding="utf-8") == config_text
         if anew or not (same or _has_checkpoint(out)):
-            names = ("log.jsonl", "mlflow.json", "validations.json", "prompt.json", "ledger.safetensors", "tested.jsonl")
+            names = (
+                "log.jsonl",
+                "mlflow.json",
+                "validations.json",
+                "prompt.json",
+                "ledger.safetensors",
+                "tested.jsonl",
+            )
             for name in names:
                 (out / name).unlink(missing_ok=True)
         if not same:

@@ -108,6 +108,7 @@ class Record:
     links: dict[str, str] = field(default_factory=dict)  # tags whose value is the run id of another run folder
     params: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)  # path in MLflow → file, folder, sent
+    images: dict[str, dict[str, Any]] = field(default_factory=dict)  # file in the run folder → key, step, time, sent
     datasets: list[dict[str, Any]] = field(default_factory=list)  # name, digest, source, context, clips
     scored: dict[str, dict[str, Any]] = field(default_factory=dict)  # run folder of a model → its scores by data set
     model: dict[str, Any] | None = None  # folder in the run folder, register (name@alias or None), id, registered
@@ -134,7 +135,7 @@ class Record:
         """Nothing is sent yet."""
         with self._lock:
             self.run_id = self.experiment_id = None
-            for entry in self.artifacts.values():
+            for entry in [*self.artifacts.values(), *self.images.values()]:
                 entry["sent"] = False
             if self.model is not None:
                 self.model |= {"id": None, "registered": False}

@@ -127,7 +127,7 @@ class Sender:
             self._send_numbers()
             self._send_tests()
             self._send_datasets()
-            failure = self._send_artifacts() or self._send_model() or self._send_scores()
+            failure = self._send_artifacts() or self._send_images() or self._send_model() or self._send_scores()
             if status not in ("RUNNING", self._status):
                 self._client.set_terminated(self._run_id, status, self.record.ended)
                 self._status = status
@@ -246,6 +246,25 @@ class Sender:
             return error
         finally:
             self.files += sent
+            if sent:
+                self.record.save(self.run)
+        return None
+
+    def _send_images(self) -> Exception | None:
+        """Send the pictures that wait; the first failure, if any."""
+        sent = False
+        try:
+            for name, entry in list(self.record.images.items()):
+                if not entry["sent"] and (self.run / name).is_file():
+                    from PIL import Image
+
+                    with Image.open(self.run / name) as picture:
+                        told = {"key": entry["key"], "step": entry["step"], "timestamp": entry["time"]}
+                        self._client.log_image(self._run_id, picture.convert("RGB"), **told, synchronous=True)
+                    entry["sent"] = sent = True
+        except Exception as error:
+            return error
+        finally:
             if sent:
                 self.record.save(self.run)
         return None

@@ -110,6 +110,11 @@ class Tracker:
         self._record.add_artifact(self.out, path, folder)
         self._record.save(self.out)
 
+    def image(self, path: Path, key: str, step: int) -> None:
+        """Give the run a picture of the run folder that MLflow shows among its charts, by steps."""
+        entry = {"key": key, "step": step, "time": now_ms(), "sent": False}
+        self._record.save(self.out, images=self._record.images | {str(path.relative_to(self.out)): entry})
+
     def model(self, folder: Path, register: str | None) -> None:
         """Give the run a model in MLflow's format, a folder of the run folder; register: ``name@alias``."""
         self._record.save(

@@ -182,13 +182,15 @@ def validate_if_due(run: Run, state: RunState, log: StepLog) -> bool:
     assert run.validation is not None
     batch, workers = max(run.micro, 8), run.config.data.workers
     with log.aside(), run.engine.averaged():
-        found = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
-    if found is None:
+        measured = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
+    if measured is None:
         return False
+    found = {"ua": measured.ua, "wa": measured.wa, "macro_f1": measured.macro_f1}
     best = found["ua"] > state.best_ua
     state.validation, state.validated, state.best_ua = found, state.step, max(state.best_ua, found["ua"])
     run.checkpoints.note(state.step, found)
     log.validation(state.step, found, found["ua"] == state.best_ua)  # of equal ones the last is exported
+    log.confusion(state.step, measured.confusion)
     return best
 
 

@@ -2,6 +2,7 @@
 runs once more, against it, and its pages in a real browser.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def server() -> Iterator[tuple[str, Path]]:
     """Its address and its folder. Skips, with the line that installs it, where PostgreSQL is missing."""
     folder = Path(tempfile.mkdtemp(prefix="mser-mlflow-"))  # not pytest's own: the paths of sockets are short
     port = str(_free_port())
-    env = {"PYTHON": sys.executable, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(folder)}
+    env = os.environ | {"PYTHON": sys.executable}
     try:
         words = [str(SCRIPT), "up", "--dir", str(folder), "--port", port]
         done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=env)
