@@ -1,17 +1,19 @@
 """What an evaluation says of each training in few numbers, which the training's own run gets too."""
 
 import hashlib
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mser_dist.errors import UserError
 from mser_dist.evaluation.report import ADAPTED, macro_ua
 from mser_dist.evaluation.test_sets import test_sets
 from mser_dist.ranks import distributed
 from mser_dist.runs import tested
 from mser_dist.runs.names import Name
 from mser_dist.runs.record import run_id_of
-from mser_dist.runs.sync import send_later
+from mser_dist.runs.sync import say, sync
 from mser_dist.runs.tracking import Tracker
 
 UNSEEN = "unseen languages"  # the data set that the mean over them is of
@@ -80,4 +82,21 @@ def tell(
             distributed.warn(f"{folder} cannot be written ({error.strerror}): its run does not get this evaluation")
             continue
         if send and run_id_of(folder) is not None:
-            send_later(folder)
+            _send(folder)
+
+
+def _send(run: Path, patience: float = 5.0) -> None:
+    """Send what MLflow lacks of a run that has ended; where that fails it is said how it is done later."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            sync(run)
+            return
+        except UserError as error:
+            if (
+                "is in use" in str(error) and time.monotonic() < deadline
+            ):  # another evaluation's numbers are on their way
+                time.sleep(0.2)
+                continue
+            say(f"warning: MLflow does not have what was found of {run}: `mser sync {run}` sends it later ({error})")
+            return

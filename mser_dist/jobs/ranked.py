@@ -203,11 +203,14 @@ def _send(place: Path, ranking: Ranking, text: str, files: Sequence[Path]) -> No
     for file in [place / entry["path"], *files]:
         record.add_artifact(place, file, None)
     done = len(ranking.outcomes) - ranking.left
-    note = [f"{count(len(ranking.outcomes), 'run')}, {done} ended\n\n```\n{text}\n```"]
+    note = [f"{count(len(ranking.outcomes), 'run')}, {done} ended"]
+    if best := ranking.best:  # first: MLflow folds a long description
+        note[0] += f"; the best: {best.name} ({next(iter(best.scores))} {best.score:.3f})"
+    note.append(f"```\n{text}\n```")
     how = record.tags.get("mser.command")
     note += [f"To repeat it, or to go on with what is left:\n\n```\n{how}\n```"] if how else []
     record.tags |= {"mlflow.note.content": "\n\n".join(note), "mlflow.loggedArtifacts": f"[{json.dumps(entry)}]"}
-    if best := ranking.best:
+    if best:
         record.tags |= {"mser.best_trial": best.name, "mser.best_command": best.command}
         record.tags |= {f"mser.best.{key}": value for key, value in best.values.items()}
         record.links["mser.best_run_id"] = str(best.out.resolve())

@@ -29,6 +29,9 @@ _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a ru
 UNSAID = {"llm.order": "speech_first", "llm.packing": "off", "llm.prompt.draw": "clip"}
 
 
+_OF_A_START = ("log.jsonl", "mlflow.json", "validations.json", "prompt.json", "ledger.safetensors", "tested.jsonl")
+
+
 def _has_checkpoint(out: Path) -> bool:
     return any((out / "checkpoints").glob("step-*"))
 

@@ -8,7 +8,6 @@ sent stays, since MLflow cannot replace it.
 import json
 import os
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -341,23 +340,6 @@ def sync(run: Path, uri: str | None = None) -> str:
         raise UserError(
             f"{run} cannot be written ({error.strerror}): mlflow.json in it must say what was sent"
         ) from None
-
-
-def send_later(run: Path, patience: float = 5.0) -> None:
-    """Send what MLflow lacks of a run that has ended; where that fails it is said how it is done later."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            sync(run)
-            return
-        except UserError as error:
-            if (
-                "is in use" in str(error) and time.monotonic() < deadline
-            ):  # another evaluation's numbers are on their way
-                time.sleep(0.2)
-                continue
-            say(f"warning: MLflow does not have what was found of {run}: `mser sync {run}` sends it later ({error})")
-            return
 
 
 def _chosen(tree: dict[str, Any]) -> dict[str, str]:

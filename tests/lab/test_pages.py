@@ -80,10 +80,16 @@ def test_runs_are_compared_by_parameters_that_differ(browser: Browser, swept: Pa
     assert browser.ask("document.querySelectorAll('[role=combobox]')[0].getAttribute('aria-description')") == (
         "seed, train.lr"
     ), "those that were swept, and no others"
-    browser.click(f"{metrics}.closest('.du-bois-light-select')")
-    browser.click(
-        "[...document.querySelectorAll('.du-bois-light-select-item-option')]"
-        f".find(e => e.innerText.trim() == '{HEADLINE}')"
+    browser.ask(
+        f"{metrics}.closest('.du-bois-light-select-selector')"
+        ".dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
+    )
+    browser.wait(  # of a long list only what is seen is there
+        f"(() => {{ const one = [...document.querySelectorAll('.du-bois-light-select-item-option')]"
+        f".find(e => e.innerText.trim() == '{HEADLINE}'); if (one) {{ one.click(); return true }}"
+        " const list = [...document.querySelectorAll('.rc-virtual-list-holder')].pop();"
+        " list.scrollTop = (list.scrollTop + 100) % list.scrollHeight; return false })()",
+        60,
     )
     titles = "[...document.querySelectorAll('.parcoords .axis-title')].map(e => e.textContent)"
     browser.wait(f"{titles}.includes('{HEADLINE}')")
