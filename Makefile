@@ -12,11 +12,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 SLURM_PACKAGES := slurm-wlm slurmdbd mariadb-server munge
+LAB_PACKAGES := postgresql chromium
+HAVE_LAB := ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 && command -v chromium
 HAVE_SLURM := PATH="$$PATH:/usr/sbin"; command -v sbatch && command -v slurmdbd && command -v mariadbd && command -v munged
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slurm test-fast lint format typecheck clean
+.PHONY: help install demo test test-slurm test-lab test-fast lint format typecheck clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,6 +47,7 @@ test: $(STAMP)  ## every test; those of tests/slurm where SLURM is installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models tests/tools -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/models --ignore=tests/tools $(PYTEST_ARGS)
+	@{ $(HAVE_LAB); } >/dev/null || echo "make: no PostgreSQL or Chromium here, their tests were skipped: make test-lab installs them and runs them"
 	@{ $(HAVE_SLURM); } >/dev/null || echo "make: no SLURM here, its tests were skipped: make test-slurm installs it and runs them"
 
 test-slurm: $(STAMP)  ## the tests on a real SLURM alone; installs Debian's packages if they are missing (root)
@@ -53,6 +56,13 @@ test-slurm: $(STAMP)  ## the tests on a real SLURM alone; installs Debian's pack
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) </dev/null; \
 	else echo "make: no SLURM here: as root on Debian or Ubuntu, apt-get install $(SLURM_PACKAGES)" >&2; exit 1; fi
 	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
+
+test-lab: $(STAMP)  ## the tests on an MLflow server with PostgreSQL, in a browser; installs Debian's packages if missing (root)
+	@{ $(HAVE_LAB); } >/dev/null || if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(LAB_PACKAGES) </dev/null; \
+	else echo "make: no PostgreSQL or Chromium here: as root on Debian or Ubuntu, apt-get install $(LAB_PACKAGES)" >&2; exit 1; fi
+	$(BIN)/python -m pytest tests/lab $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## the unit tests only
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ SRUN_ARGS=()                                    # more options of srun
 # export HF_HOME=/shared/huggingface            # models fetched beforehand …
 # export HF_HUB_OFFLINE=1                       # … where compute nodes have no way out
 # export MSER_FEATURES=/shared/features         # what frozen encoders make of the clips; default: ~/.cache/mser_dist/features
-# export MLFLOW_TRACKING_URI=http://mlflow:5000 # default: mlflow.db beside the run folder
+# export MLFLOW_TRACKING_URI=http://mlflow:5000 # default: runs/mlflow.db
 # ---- the same at every site ------------------------------------------------------------------------------------------
 VERB_ARGS=()                                    # options of the verb that a job script adds
 

@@ -54,9 +54,11 @@ def _compare(options: argparse.Namespace) -> None:
     from mser_dist.evaluation import compare_report, gathered
     from mser_dist.evaluation.compare import compare
     from mser_dist.evaluation.systems import of_model
+    from mser_dist.runs.page import pages
 
     if options.out:
         compare_report.check_out(options.out)
+    store = None
     if options.experiment is not None:
         from mser_dist.runs.stored import Store
 
@@ -71,6 +73,9 @@ def _compare(options: argparse.Namespace) -> None:
     if options.out:
         compare_report.write(found, options.out, _command(options))
         print(f"\ntables and plot: {options.out}/compare.html, .md, .csv, .png, .svg")
+    line = store.page() if store else pages(options.runs)
+    if line:
+        print(line)
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -1,7 +1,6 @@
 """``mser demo``: the whole path, from nothing to a zero-shot table, with the same commands that a cluster runs."""
 
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -15,6 +14,7 @@ from mser_dist.files import read_json, write_json
 from mser_dist.jobs import local_ranks
 from mser_dist.models.sources import at_hand
 from mser_dist.ranks.preempt import SAVED
+from mser_dist.runs.page import page
 from mser_dist.shards.shard_set import ShardSet
 
 # What `--llm smollm2` changes: a real 135M model on two cores has time for few steps, of few clips.
@@ -171,14 +171,10 @@ def _report(out: Path, stage1: Path, stage2: Path, seconds: dict[str, float], to
 
 
 def _say_where(out: Path, report: dict[str, Any]) -> None:
-    uri = report["mlflow"]["tracking_uri"]
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds_by_step"].items())
-    mlflow = Path(sys.executable).with_name("mlflow")
     print(f"\nDone in {report['seconds']:.0f} s ({parts}).")
     print(f"  report   {out / 'report.json'}")
     print(f"  table    {out / 'eval' / 'table.txt'}   plots: {out / 'eval'}/*.png, {out}/stage*/curves.png")
     print(f"  models   {out / 'stage1' / 'export'}, {out / 'stage2' / 'export'}")
-    if uri.startswith("http"):
-        print(f"  MLflow   {uri}")
-    else:
-        print(f"  MLflow   {shlex.join([str(mlflow), 'ui', '--backend-store-uri', uri])}")
+    if line := page(out / "eval"):
+        print(f"  {line.replace(':', '  ', 1)}")

@@ -10,7 +10,9 @@ from typing import Any
 
 from mser_dist import __version__, tables
 from mser_dist import config as cfg
-from mser_dist.config.file import flatten, read_yaml, to_yaml
+from mser_dist.cli.jobs import say_page
+from mser_dist.config.chosen import chosen
+from mser_dist.config.file import to_yaml
 from mser_dist.errors import Stopped, UserError
 from mser_dist.files import lock_file, read_json, unlock_file, whole, write_json, write_text
 from mser_dist.jobs import local_ranks
@@ -67,18 +69,11 @@ def folds(
 def _left(fold: Fold) -> Left:
     """Raises `UserError` where a run folder holds another config's run."""
     trainings = [t for t in fold.trainings if folder.finished(Path(t.config.out), t.config) is None]
-    return Left(fold, trainings, bool(trainings) or not _evaluated(fold))
-
-
-def _evaluated(fold: Fold) -> bool:
-    """Whether the fold's evaluation is there, of this config and of these trainings."""
-    report, saved = (Path(fold.evaluation.out) / name for name in ("report.json", "config.yaml"))
-    if not (report.is_file() and saved.is_file()):
-        return False
-    old, new = ({k: v for k, v in flatten(of).items() if not k.startswith("tracking.")}
-                for of in (read_yaml(saved), fold.evaluation))  # fmt: skip
-    trained = (Path(training.config.out) / "summary.json" for training in fold.trainings)
-    return old == new and all(summary.stat().st_mtime <= report.stat().st_mtime for summary in trained)
+    return Left(
+        fold,
+        trainings,
+        bool(trainings) or not folder.evaluated(fold.evaluation, [Path(one.config.out) for one in fold.trainings]),
+    )
 
 
 @contextmanager
@@ -111,7 +106,7 @@ def _work(planned: Plan, left: Sequence[Left], nproc: int, flag: preempt.Flag, f
         enabled=planned.base.tracking.enabled,
         parent=planned.base.tracking.parent,
     )
-    with tracked(tracking, place, {"mser.stage": "folds"}, flatten(planned.base) | facts, True) as tracker:
+    with tracked(tracking, place, {"mser.stage": "folds"}, chosen(planned.base) | facts, True) as tracker:
         assert tracker is not None
         for one in left:
             _fold(one, len(left), nproc, flag, tracker.run_id)
@@ -232,3 +227,4 @@ def _show(planned: Plan) -> None:
     print()
     tables.show(pooled.table(results, {fold.number: fold.speakers for fold in planned.folds}))
     print(f"table, predictions, plots and the folds' run folders: {planned.out}", flush=True)
+    say_page(planned.out / _RECORD)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ one MLflow run.
 runs in runs/lr/lr=1e-4_seed=0 and three more. A key's last part is enough where it is unambiguous: lr=1e-4,3e-4.
 A key with a single value is the same for all. A comma in brackets or quotes does not separate: encoder.arch={…},{…}.
 A key that is a list takes bracketed lists: data.sets=[a],[a,b] are two values, data.sets=a,b is one.
+
+  mser sweep my_stage1.yaml lr=1e-4,3e-4 out=runs/lr --evaluate my_eval.yaml eval.data.sets=shards/nemo
+
+evaluates each run behind its training, in runs/lr/lr=1e-4-eval and so on; words that begin with eval. are for that.
+Runs are ranked by the mean UA over unseen languages (without --evaluate by validation), the best first, and the command
+that repeats the best is shown: at the end of --wait, and of every sweep with --evaluate on this machine; on SLURM, the
+same command shows it when all jobs have ended. The same command goes on: what is done is not done again. runs/lr/sweep
+has the table, and a comparison with its plot; so has the sweep's MLflow run.
 """
 _SYNC_HELP = """\
 Send to MLflow what is missing there of a run: the server was down, or tracking was off. Nothing is sent twice.
@@ -53,6 +62,7 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     sweep.add_argument(
         "words", metavar="key=A,B", nargs="*", default=[], help="values to combine, and overrides of one value"
     )
+    sweep.add_argument("--evaluate", metavar="EVAL", help="evaluate each run by this config, and rank them by that")
     _job_options(sweep).add_argument("--parallel", type=int, metavar="N", help="at once (default: all; locally 1)")
 
     sync = verb("sync", _sync, "send to MLflow what is missing there", _SYNC_HELP)
@@ -130,12 +140,14 @@ def _submit(options: argparse.Namespace) -> None:
         _announce([job], need, cluster)
     if options.wait:
         _show(_wait([job], cluster)[0])
+        say_page(Path(config.out))
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from mser_dist.jobs import launch, sweep
+    from mser_dist.jobs import launch, ranked, sweep
+    from mser_dist.runs.page import sweep_page
 
-    planned = sweep.trials(options.config, options.words)
+    planned = sweep.trials(options.config, options.words, options.evaluate)
     need = launch.Resources(**_resources(options))
     if options.parallel is not None and options.parallel < 1:
         raise UserError(f"--parallel must be 1 or more, not {options.parallel}")
@@ -145,15 +157,41 @@ def _sweep(options: argparse.Namespace) -> int:
         print("\n".join(f"# {trial.config.out}" for trial in planned))
         return 0
     cluster = "local" if options.local else launch.where()
-    if cluster == "local":
-        print(f"{tables.count(len(planned), 'run')} on this machine, {options.parallel or 1} at once", flush=True)
-    jobs = sweep.submit_trials(planned, need, cluster=cluster, **shared)
-    _announce(jobs, need, cluster)
-    if not options.wait:
+    for trial in planned:
+        launch.check(trial.config, need, cluster)
+    left = [trial for trial in planned if not sweep.is_done(trial)]
+    if len(left) < len(planned):
+        print(f"{len(planned) - len(left)} of {tables.count(len(planned), 'run')} done before", flush=True)
+    if cluster == "local" and left:
+        print(f"{tables.count(len(left), 'run')} on this machine, {options.parallel or 1} at once", flush=True)
+    jobs = sweep.submit_trials(planned, need, left=left, cluster=cluster, command=_sweep_command(options), **shared)
+    if jobs:
+        _announce(jobs, need, cluster)
+    if left and not (options.wait or (options.evaluate and cluster == "local")):
         return 0
-    results = _wait(jobs, cluster)
-    tables.show(sweep.results_table(planned, results))
-    return 1 if any(isinstance(result, UserError) for result in results) else 0
+    ended = zip(left, _wait(jobs, cluster), strict=True)
+    failed = {trial.name: str(result) for trial, result in ended if isinstance(result, UserError)}
+    out = Path(planned[0].config.out).parent
+    ranking = ranked.settle(out, failed)
+    tables.show(ranking.table(), "\n".join(ranking.winner()))
+    print(f"table, comparison and plot: {out / ranked.PLACE}")
+    if line := sweep_page(out / ranked.PLACE, getattr(planned[0].config, "stage", None)):
+        print(line, flush=True)
+    return 1 if failed else 0
+
+
+def _sweep_command(options: argparse.Namespace) -> str:
+    """The command as it was typed, without where it runs."""
+    more = ["--evaluate", options.evaluate] if options.evaluate else []
+    return shlex.join(["mser", "sweep", options.config, *options.words, *more])
+
+
+def say_page(run: Path) -> None:
+    """Print how to open MLflow's page of a run, where it has one."""
+    from mser_dist.runs.page import page
+
+    if line := page(run):
+        print(line, flush=True)
 
 
 def _announce(jobs: Sequence[Any], need: Any, cluster: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mser_dist import tables
-from mser_dist.cli.jobs import Verb
+from mser_dist.cli.jobs import Verb, say_page
 from mser_dist.errors import UserError
 from mser_dist.ranks import preempt
 
@@ -204,6 +204,7 @@ def _train(options: argparse.Namespace) -> int:
         if summary.get("exported_step", summary["steps"]) != summary["steps"]:
             print(f"exported: step {summary['exported_step']}, the best validated one")
         print(f"  model: {config.out}/export   curves: {config.out}/curves.png   log: {config.out}/log.jsonl")
+        say_page(Path(config.out))
     distributed.shutdown()
     return 0
 
@@ -223,6 +224,7 @@ def _eval(options: argparse.Namespace) -> int:
     if distributed.discover().is_main:
         tables.show(zero_shot_table(report["zero_shot"]))
         print(f"table, predictions and plots: {config.out}   page: {config.out}/report.html")
+        say_page(Path(config.out))
     distributed.shutdown()
     return 0
 
@@ -259,6 +261,7 @@ def _baseline(options: argparse.Namespace) -> None:
 
     tables.show(zero_shot_table(baseline(config)["zero_shot"]))
     print(f"table, predictions and plots: {config.out}   page: {config.out}/report.html")
+    say_page(Path(config.out))
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -170,7 +170,11 @@ class EngineConfig(Section):
 @dataclass(kw_only=True)
 class TrackingConfig(Section):
     experiment: str = opt("mser", "MLflow experiment")
-    uri: str | None = opt(None, "MLflow tracking URI; null: MLFLOW_TRACKING_URI, else mlflow.db beside the run folder")
+    uri: str | None = opt(
+        None,
+        "MLflow tracking URI; null: MLFLOW_TRACKING_URI, else mlflow.db in the folder `runs` above the run folder, or "
+        "beside the run folder",
+    )
     run_name: str | None = opt(None, "name of the MLflow run; null: the run folder's name")
     enabled: Bool = opt(True, "log to MLflow; the JSONL log in the run folder is always written")
     parent: str | None = opt(

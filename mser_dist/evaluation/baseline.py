@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from mser_dist import config as cfg
-from mser_dist.config.file import flatten, to_yaml
+from mser_dist.config.chosen import baseline_command, chosen
+from mser_dist.config.file import to_yaml
 from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import mean_pooled
 from mser_dist.errors import Stopped, UserError
 from mser_dist.evaluation import page, report, unseen
 from mser_dist.evaluation.classifiers import CLASSIFIERS, Heard, fitted, majority, normalised, scores
+from mser_dist.evaluation.test_sets import test_sets
 from mser_dist.models import egemaps
 from mser_dist.models.attention import choose
 from mser_dist.models.encoders import build_encoder
@@ -25,7 +27,7 @@ from mser_dist.progress import bar
 from mser_dist.ranks import distributed, preempt
 from mser_dist.runs import folder as run_folder
 from mser_dist.runs.record import versions
-from mser_dist.runs.tracking import tracked
+from mser_dist.runs.tracking import COMMAND, tracked
 from mser_dist.shards.ledger import Ledger, part_of
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.examples import Examples, open_evaluation_clips, open_training_clips
@@ -57,8 +59,8 @@ def baseline(config: cfg.Baseline) -> dict[str, Any]:
     ledgers = {ENCODER: Ledger((fitted_to,), trained.encoder.pretrained or ""), EGEMAPS: Ledger((fitted_to,), "")}
     unseen.require(on.require, {"the baselines": ledgers[ENCODER]}, test)
     run_folder.prepare_evaluation(out, to_yaml(config))
-    tags = {"mser.stage": "baseline"}
-    with preempt.listen() as flag, tracked(on.tracking, out, tags, flatten(config), main=True) as tracker:
+    tags = {"mser.stage": "baseline", COMMAND: baseline_command(config)}
+    with preempt.listen() as flag, tracked(on.tracking, out, tags, chosen(config), main=True) as tracker:
 
         def go_on() -> None:
             if flag.number:
@@ -78,8 +80,9 @@ def baseline(config: cfg.Baseline) -> dict[str, Any]:
             answers = {model: report.of_native_labels(given, test) for model, given in answers.items()}
         title = f"of baselines fitted to {', '.join(trained.data.sets)}"
         result = report.conclude(tracker, title, answers, test, on.data.labels, told, versions=versions())
-        if tracker:
-            page.publish(tracker, answers)
+        assert tracker is not None
+        page.publish(tracker, answers)
+        tracker.datasets([*test_sets(out / "predictions.parquet", on.data.sets).values()])
         return result
 
 

@@ -12,6 +12,7 @@ import torch
 
 from mser_dist import __version__
 from mser_dist import config as cfg
+from mser_dist.config.chosen import chosen, command
 from mser_dist.config.file import flatten, to_yaml
 from mser_dist.config.without_effect import Facts, unused_keys
 from mser_dist.encoded.encode import encode_once
@@ -19,6 +20,7 @@ from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import Stopped
 from mser_dist.evaluation import page, protocols, report, unseen
 from mser_dist.evaluation.asking import ask
+from mser_dist.evaluation.headline import tell
 from mser_dist.evaluation.parts import FOLDER, Parts, remove
 from mser_dist.evaluation.predict import predict
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
@@ -33,7 +35,7 @@ from mser_dist.ranks import distributed, preempt
 from mser_dist.ranks.watchdog import Watchdog
 from mser_dist.runs import folder as run_folder
 from mser_dist.runs.record import versions
-from mser_dist.runs.tracking import tracked
+from mser_dist.runs.tracking import COMMAND, tracked
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.examples import Examples, open_evaluation_clips
 
@@ -94,12 +96,12 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
             distributed.warn(line)
         run_folder.prepare_evaluation(out, to_yaml(config))
     links = {f"mser.stage{stage}_run_id": export.parent for stage, export in exports.items()}
-    tags = {"mser.stage": "eval"}
+    tags = {"mser.stage": "eval", COMMAND: command(config, "eval", world.world_size)}
     watchdog = Watchdog(world, silence=120.0, stall=30 * 60.0)
     with (
         preempt.listen() as flag,
         watchdog.watch(),
-        tracked(config.tracking, out, tags, flatten(config), world.is_main, links=links) as tracker,
+        tracked(config.tracking, out, tags, chosen(config), world.is_main, links=links) as tracker,
     ):
         answers: dict[str, report.Answers] = {}
         said: list[str] = []
@@ -154,13 +156,17 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                 answers[name] = report.of_native_labels(given, shards) if config.native_labels else given
         result: dict[str, Any] | None = None
         if world.is_main:
+            assert tracker is not None
             names = f"of {' and '.join(run for run in (config.stage1, config.stage2) if run)}"
             how: dict[str, Any] = {"attention": asdict(attention), "protocol": _protocol(config)}
             how["versions"] = versions()
             result = report.conclude(tracker, names, answers, shards, data.labels, **how)
-            assert tracker is not None
             page.publish(tracker, answers)
             remove(out)
+            trained = [
+                (stage, export.parent, exported.read_card(export).get("step", 0)) for stage, export in exports.items()
+            ]
+            tell(tracker, trained, result["zero_shot"], data.sets, config.tracking.enabled)
         # within: who waits for the report is alive, listens to signals, and looks after rank 0
         agreed: dict[str, Any] = distributed.agree(result)
     return agreed

@@ -163,7 +163,7 @@ def of_experiment(store: Store, name: str) -> tuple[list[System], list[str]]:
     by_id = {run.run_id: run for run in mine}
     asked = {run.tags[tag] for run in mine for tag in _links(run)}
     by_id |= {run.run_id: run for run in store.runs(asked - by_id.keys())}
-    trained = _Trained(reader, by_id)
+    trained = _Trained(reader, by_id, store)
     systems: list[System] = []
     trainings: list[Training] = []
     for run in mine:
@@ -185,8 +185,8 @@ def _links(run: Stored) -> list[str]:
 class _Trained:
     """The trainings of an experiment, each by its run folder if that is still its own, else by what MLflow has."""
 
-    def __init__(self, reader: Reader, runs: Mapping[str, Stored]) -> None:
-        self.reader, self.runs = reader, runs
+    def __init__(self, reader: Reader, runs: Mapping[str, Stored], store: Store) -> None:
+        self.reader, self.runs, self.store = reader, runs, store
         self._found: dict[str, Training | None] = {}
 
     def of(self, run_id: str) -> Training | None:
@@ -200,7 +200,7 @@ class _Trained:
             return found
         stage = int(run.tags["mser.stage"])
         first = self.of(run.tags.get("mser.stage1_run_id", "")) if stage == 2 else None
-        params = trained_params(stage, run.params, run.tags.get("mser.version", ""), first)
+        params = trained_params(stage, self.store.config(run), run.tags.get("mser.version", ""), first)
         behind = frozenset({run.run_id}) | (first.behind if first else frozenset())
         validation = {
             score: run.metrics[f"val/{score}"] for score in ("ua", "wa", "macro_f1") if f"val/{score}" in run.metrics
@@ -228,17 +228,17 @@ def _stored_systems(store: Store, run: Stored, trained: _Trained) -> list[System
     reader, stage, folder = trained.reader, run.tags["mser.stage"], folder_of(run)
     if folder and stage == "folds" and (folder.parent / "folds.json").is_file():
         return _evaluated(reader, folder.parent, folds=True)
-    own = frozenset({run.run_id})
+    own, flat = frozenset({run.run_id}), read_config(folder) if folder else store.config(run)
     if stage == "folds":
-        first = Training("", "", 1, trained_params(1, run.params, "", None), own, {})
+        first = Training("", "", 1, trained_params(1, flat, "", None), own, {})
         known: Known = {"stage1": (first.params, own)}
         if second := trained.stage2_of_folds(run.run_id):
             known["stage2"] = _of_first_fold(first, second.params), own
     elif stage == "baseline":
-        known = _baseline_known(run.params)
+        known = _baseline_known(flat)
     else:
         known = {
-            tag[5:11]: _known_of(reader, _name(run), trained.of(run.tags[tag]), f"run {run.tags[tag]}", run.params)
+            tag[5:11]: _known_of(reader, _name(run), trained.of(run.tags[tag]), f"run {run.tags[tag]}", flat)
             for tag in _links(run)
         }
     sent = ("predictions.parquet", "folds.json" if stage == "folds" else "zero_shot.json")  # what MLflow has of them
@@ -247,5 +247,5 @@ def _stored_systems(store: Store, run: Stored, trained: _Trained) -> list[System
         here = _at(folder)(name) if folder else None
         return here or (store.file(run, name) if name in sent else None)
 
-    native = "True" in (run.params.get("native_labels"), run.params.get("on.native_labels"))
+    native = "True" in (flat.get("native_labels"), flat.get("on.native_labels"))
     return reader.evaluation(_name(run), file, known, native, run.metrics)

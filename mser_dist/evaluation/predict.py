@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
 from mser_dist.evaluation.calibration import Likelihood, fit_temperature
-from mser_dist.evaluation.metrics import of_confusion
+from mser_dist.evaluation.metrics import Metrics, of_confusion
 from mser_dist.evaluation.parts import Parts
 from mser_dist.progress import bar
 from mser_dist.ranks import distributed
@@ -109,6 +109,20 @@ class _Ended(Exception):
     """A validation that was ended."""
 
 
+class Validation(NamedTuple):
+    """What a model makes of the validation split; temperature: of `calibration`, where one can be fitted."""
+
+    metrics: Metrics
+    temperature: float | None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """UA, WA, macro-F1 and, where there is one, the temperature."""
+        m = self.metrics
+        found = {"ua": m.ua, "wa": m.wa, "macro_f1": m.macro_f1}
+        return found if self.temperature is None else found | {"temperature": self.temperature}
+
+
 def validate(
     stage: Any,
     clips: Examples,
@@ -117,9 +131,8 @@ def validate(
     world: distributed.World,
     device: str,
     go_on: Callable[[], bool],
-) -> dict[str, float] | None:
-    """UA, WA, macro-F1 and, where one can be fitted, the temperature (`calibration`) on the validation split; None
-    where `go_on` ended it. Collective.
+) -> Validation | None:
+    """What is measured on the validation split; None where `go_on` ended it. Collective.
 
     `go_on` is asked before each forward pass, and has to say the same on all ranks. Of the clips nothing is gathered
     but how many of a label were taken for which, and the sums of their losses at some temperatures.
@@ -148,8 +161,6 @@ def validate(
     confusion = np.array(distributed.all_sum(confusion.ravel().tolist())).reshape(confusion.shape)
     if int(confusion.sum()) < len(clips):  # on every rank, or none
         _check_found(clips, np.array(distributed.most(read.astype(int).tolist()), dtype=bool))
-    result = of_confusion(confusion.astype(np.int64))
     loss = Likelihood(scores[read] * scale, clips.label[read])
     temperature = fit_temperature(lambda tried: np.array(distributed.all_sum(loss(tried).tolist())))
-    found = {"ua": result.ua, "wa": result.wa, "macro_f1": result.macro_f1}
-    return found if temperature is None else found | {"temperature": temperature}
+    return Validation(of_confusion(confusion.astype(np.int64)), temperature)

@@ -334,6 +334,8 @@ def publish(
     tracker.describe(f"{unseen.kind(rows)} {title}\n\n```\n{table}\n```")
     for path in files:
         tracker.artifact(path)
+        if path.stem.startswith("confusion_"):
+            tracker.image(path, path.stem, 0)
 
 
 def conclude(

@@ -16,7 +16,8 @@ import yaml
 from numpy.typing import NDArray
 
 from mser_dist import config as cfg
-from mser_dist.config.file import flatten
+from mser_dist.config.chosen import WITHOUT_RESULT
+from mser_dist.config.file import flatten, read_saved
 from mser_dist.errors import UserError
 from mser_dist.evaluation.metrics import score
 from mser_dist.files import read_json
@@ -28,12 +29,6 @@ Place = tuple[str, str]
 
 SEEDS = ("stage1.seed", "stage2.seed")
 VALIDATION: Place = ("validation", "")  # of a training
-# Keys, or what they begin with, that touch nothing of what is learned or scored.
-_WITHOUT_EFFECT = (
-    *("out", "stage", "tracking.", "data.workers", "data.cache_", "encoder.cache", "train.log_every", "train.save_"),
-    *("train.keep", "train.background_save", "train.profile_steps", "train.trust_", "engine.timeout_minutes"),
-    *("engine.peer_seconds", "engine.peak_tflops"),
-)
 # Of an evaluation, those that are not seen by its clips and labels.
 _EVALUATION = ("dtype", "attention", "data.max_seconds")
 _PROTOCOL = {"protocol.score": "sum", "protocol.instructions": "1"}  # and as evaluations without the keys were made
@@ -150,7 +145,7 @@ def trained_params(stage: int, flat: Mapping[str, str], version: str, first: Tra
             whole[key] = value
     if stage == 2 and first is not None:
         del whole["stage1"]  # a path, which says less than what was trained there
-    own = {key: value for key, value in whole.items() if key == "stage1" or not key.startswith(_WITHOUT_EFFECT)}
+    own = {key: value for key, value in whole.items() if key == "stage1" or not key.startswith(WITHOUT_RESULT)}
     named = {f"stage{stage}.{key}": value for key, value in own.items()} | {f"stage{stage}.version": version}
     return (first.params if first else {}) | named
 
@@ -177,7 +172,7 @@ def baseline_params(flat: Mapping[str, str]) -> dict[str, str]:
     """Of a baseline: the clips that it was fitted to, and what heard them."""
     heard = ("stage1.data.", "stage1.encoder.", "stage1.seed", "stage1.engine.dtype")
     own = {key: value for key, value in flat.items() if key.startswith(heard)}
-    fitted = {key: own[key] for key in own if not key.removeprefix("stage1.").startswith(_WITHOUT_EFFECT)}
+    fitted = {key: own[key] for key in own if not key.removeprefix("stage1.").startswith(WITHOUT_RESULT)}
     return fitted | evaluation_params(flat, "on.")
 
 
@@ -188,9 +183,7 @@ def read_config(folder: Path) -> dict[str, str]:
     """The config of a run folder as dotted keys. `UserError` if it cannot be read."""
     path = folder / "config.yaml"
     try:
-        # The program wrote it, so that no key is there twice; libyaml is five times as fast as `read_yaml`.
-        tree = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return flatten(tree)
+        return read_saved(path)
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}): leave {folder} out") from error
 

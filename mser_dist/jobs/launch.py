@@ -169,16 +169,21 @@ def start(
     cluster: str | None = None,
     folder: str | Path = "runs/jobs",
     parallel: int | None = None,
+    then: Sequence[Evaluation | None] = (),
+    sweep: Path | None = None,
 ) -> list[Job]:
     """One job for each config: an array on SLURM, with at most `parallel` of them at once.
 
-    Locally, `parallel` (default 1) at once, and the call returns when the last one has been started.
+    Locally, `parallel` (default 1) at once, and the call returns when the last one has been started. then: what each
+    evaluates behind its training. sweep: the folder of the sweep that they are.
     """
+    within = {"sweep": None if sweep is None else str(sweep)}
+    more: list[dict[str, Any]] = [{"then": one, **within} for one in then or [None] * len(configs)]
     cluster = cluster or where()
     for config in configs:
         check(config, need, cluster)
     if cluster == "local":
-        return _start_here(configs, need, name, after, Path(folder), parallel or 1)
+        return _start_here(configs, more, need, name, after, Path(folder), parallel or 1)
     import submitit
 
     if shutil.which("sbatch") is None:
@@ -188,7 +193,7 @@ def start(
     executor.update_parameters(**_parameters(configs, need, name, after, parallel or len(configs), place))
     make_folder(place, _ELSEWHERE)  # here, since SLURM could not open a log in a folder that is made later
     try:
-        jobs = executor.submit_array([Task(config) for config in configs])
+        jobs = executor.submit_array([Task(config, **own) for config, own in zip(configs, more, strict=True)])
     except submitit.core.utils.FailedJobError as error:
         shutil.rmtree(place)
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).splitlines())
@@ -302,7 +307,13 @@ def _ids(after: Job | str) -> str:
 
 
 def _start_here(
-    configs: Sequence[Config], need: Resources, name: str, after: Job | str | None, folder: Path, parallel: int
+    configs: Sequence[Config],
+    more: Sequence[dict[str, Any]],
+    need: Resources,
+    name: str,
+    after: Job | str | None,
+    folder: Path,
+    parallel: int,
 ) -> list[Job]:
     import submitit
 
@@ -313,7 +324,7 @@ def _start_here(
     make_folder(folder, _ELSEWHERE)
     threads = max(1, len(os.sched_getaffinity(0)) // (need.tasks * parallel))
     jobs: list[Job] = []
-    for config in configs:
+    for config, own in zip(configs, more, strict=True):
         while sum(not job.done() for job in jobs) >= parallel:
             time.sleep(0.5)
         executor = submitit.LocalExecutor(folder=_place(folder, name), max_num_timeout=_TIMEOUTS)
@@ -323,5 +334,5 @@ def _start_here(
             gpus_per_node=need.gpus_per_node,
             signal_delay_s=need.signal_seconds,
         )
-        jobs.append(Job(executor.submit(Task(config, free_port(), threads)), config.out))
+        jobs.append(Job(executor.submit(Task(config, free_port(), threads, **own)), config.out))
     return jobs

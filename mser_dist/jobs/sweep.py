@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist import config as cfg
+from mser_dist.config.chosen import command as said_command
 from mser_dist.config.fields import key_table
-from mser_dist.config.file import find_config, load_any, read_yaml, split_word
+from mser_dist.config.file import find_config, load_any, load_evaluation, read_yaml, split_word
 from mser_dist.config.validate import meant
 from mser_dist.errors import UserError
-from mser_dist.files import unlock_file
-from mser_dist.jobs import launch
-from mser_dist.tables import Table, count
+from mser_dist.files import unlock_file, write_json
+from mser_dist.jobs import launch, ranked
+from mser_dist.runs import folder as run_folder
+from mser_dist.runs.record import redact
+from mser_dist.tables import count
 
+_EVAL = "eval."  # begins the words that are for the evaluation
 _UNFIT = re.compile(r"[^\w.+-]+")  # for a folder's name
 
 
@@ -29,12 +33,14 @@ class Trial:
     name: str
     values: dict[str, str]
     config: launch.Config
+    evaluation: cfg.Evaluation | None = None  # behind the training
 
 
 def sweep(
     config: str,
     words: Sequence[str],
     *,
+    evaluate: str | None = None,
     parallel: int | None = None,
     after: launch.Job | str | None = None,
     cluster: str | None = None,
@@ -43,11 +49,11 @@ def sweep(
 ) -> list[launch.Job]:
     """Submit every combination; the jobs, in the order of `trials`. At most `parallel` run at once.
 
-    `words` are as for ``mser sweep``; the rest is as for `launch.submit`. Without SLURM, `parallel` is 1 by default,
-    and the call returns when the last job has been started.
+    `words` and `evaluate` are as for ``mser sweep``; the rest is as for `launch.submit`. Without SLURM, `parallel` is 1
+    by default, and the call returns when the last job has been started. `ranked.settle` tells what came of it.
     """
     return submit_trials(
-        trials(config, words),
+        trials(config, words, evaluate),
         launch.Resources(**resources),
         parallel=parallel,
         after=after,
@@ -57,18 +63,41 @@ def sweep(
 
 
 def submit_trials(
-    planned: Sequence[Trial], need: launch.Resources, *, cluster: str | None = None, **how: Any
+    planned: Sequence[Trial],
+    need: launch.Resources,
+    *,
+    left: Sequence[Trial] | None = None,
+    cluster: str | None = None,
+    command: str = "",
+    **how: Any,
 ) -> list[launch.Job]:
-    """`sweep`, for trials that are already planned; `how` is as for `launch.start`."""
-    cluster = cluster or launch.where()
+    """`sweep`, for trials that are already planned, of which those that are `left` (None: all) are submitted.
+
+    command: that which asked for the sweep. `how` is as for `launch.start`.
+    """
+    cluster, left = cluster or launch.where(), planned if left is None else left
     for trial in planned:
         launch.check(trial.config, need, cluster)  # before there is a parent run
-    join(planned)
-    return launch.start([trial.config for trial in planned], need, name="mser-sweep", cluster=cluster, **how)
+    join(planned, need.world_size, command)
+    out = Path(planned[0].config.out).parent
+    then, configs = [trial.evaluation for trial in left], [trial.config for trial in left]
+    return launch.start(configs, need, name="mser-sweep", cluster=cluster, then=then, sweep=out, **how)
 
 
-def trials(config: str, words: Sequence[str]) -> list[Trial]:
+def is_done(trial: Trial) -> bool:
+    """Whether there is nothing left to do of a trial, by its folders."""
+    config = trial.config
+    if isinstance(config, cfg.Evaluation):
+        return run_folder.evaluated(config, [])
+    if run_folder.finished(Path(config.out), config) is None:
+        return False
+    return trial.evaluation is None or run_folder.evaluated(trial.evaluation, [Path(config.out)])
+
+
+def trials(config: str, words: Sequence[str], evaluate: str | None = None) -> list[Trial]:
     """Every combination of the values in `words`, each with its checked config, the last key changing fastest.
+
+    evaluate: the config of an evaluation behind each training; words that begin with ``eval.`` are for it, without it.
 
     A comma outside brackets and quotes separates values. For a key that is a list, whose values a comma separates
     anyway, it does so between bracketed lists only: ``data.sets=a,b`` is one value, ``data.sets=[a],[a,b]`` are two.
@@ -76,7 +105,12 @@ def trials(config: str, words: Sequence[str]) -> list[Trial]:
     cls = _class_of(read_yaml(find_config(config)))
     kinds = {key: kind for key, kind, _, _ in key_table(cls)}
     options: dict[str, list[str]] = {}
-    for word in words:
+    theirs = [word.removeprefix(_EVAL) for word in words if word.startswith(_EVAL)]
+    if evaluate is None and theirs:
+        raise UserError(f"{_EVAL}{theirs[0]} is for an evaluation of each run, and there is none: add --evaluate EVAL")
+    if evaluate is not None and cls is cfg.Evaluation:
+        raise UserError(f"--evaluate {evaluate} is for a sweep of trainings, and {config} is an evaluation itself")
+    for word in (word for word in words if not word.startswith(_EVAL)):
         key, text = split_word(word)
         key = _full(key, kinds, cls)
         if key in options:
@@ -98,8 +132,29 @@ def trials(config: str, words: Sequence[str]) -> list[Trial]:
             raise UserError(f"two runs of the sweep would be {loaded.out}/{name}: is a value given twice?")
         loaded.out = str(Path(loaded.out) / name)
         loaded.tracking.run_name = name
-        found.append(Trial(name, values_swept, loaded))
+        found.append(Trial(name, values_swept, loaded, _evaluation(evaluate, theirs, loaded) if evaluate else None))
+    if evaluate and (first := found[0]).evaluation:  # a mistake in it shows now, and not behind the first training
+        from mser_dist.stream.examples import open_evaluation_clips
+
+        open_evaluation_clips(first.evaluation.data, first.config.data.labels)
     return found
+
+
+def _evaluation(name: str, words: Sequence[str], trained: launch.Config) -> cfg.Evaluation:
+    """What evaluates a training, in a folder beside its own, which is tracked where it is."""
+    keys = {word.partition("=")[0] for word in words}
+    assert not isinstance(trained, cfg.Evaluation)
+    if given := keys & {"out", f"stage{trained.stage}"}:
+        raise UserError(f"{_EVAL}{min(given)} is what the sweep sets for each run: leave it out")
+    other = f"stage{3 - trained.stage}"
+    own = [f"stage{trained.stage}={trained.out}", *([] if other in keys else [f"{other}=null"])]
+    loaded = load_evaluation(name, [*words, *own, f"out={trained.out}-eval"])
+    tracking = trained.tracking
+    if "tracking.experiment" not in keys:
+        loaded.tracking.experiment = tracking.experiment
+    loaded.tracking.uri, loaded.tracking.enabled = tracking.uri, tracking.enabled
+    loaded.tracking.run_name = f"{tracking.run_name}-eval"
+    return loaded
 
 
 def _class_of(tree: dict[str, Any]) -> type:
@@ -153,37 +208,37 @@ def _folder_name(values: dict[str, str]) -> str:
     return "_".join(f"{name}={value}" for name, value in zip(names, plain, strict=True))
 
 
-def join(planned: Sequence[Trial]) -> None:
+def join(planned: Sequence[Trial], ranks: int = 1, command: str = "") -> None:
     """Make the trials children of one MLflow run that stands for the sweep; a warning where MLflow fails.
 
-    Its record is the folder ``<out>/sweep``: the same sweep, submitted again, goes on with the same parent. The parent
-    does nothing by itself, so it is FINISHED at once.
+    Its record is the folder ``<out>/sweep``: the same sweep, submitted again, goes on with the same parent. It runs
+    until `ranked.settle` has seen the last trial end.
     """
     first = planned[0].config
     folder = Path(first.out).parent
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run: choose another folder for the sweep with out=…")
+    place = folder / ranked.PLACE
+    launch.make_folder(place, "choose another one with out=…")
+    write_json(place / "trials.json", [_noted(trial, ranks) for trial in planned])
     if not first.tracking.enabled:
         return
     from mser_dist.runs import record as records
     from mser_dist.runs import sync as tracking_sync
 
-    uri = records.tracking_uri(first.tracking, Path(first.out))
-    place = folder / "sweep"
-    launch.make_folder(place, "choose another one with out=…")
-    record = records.Record.of(place, first.tracking, uri)
+    tracking = cfg.TrackingConfig(experiment=first.tracking.experiment, run_name=folder.name)
+    uri = records.tracking_uri(first.tracking, place)
+    record = records.Record.of(place, tracking, uri)
     swept = {key: ",".join(dict.fromkeys(trial.values[key] for trial in planned)) for key in planned[0].values}
-    record.run_name, record.status, record.params = folder.name, "FINISHED", swept
+    record.run_name, record.status, record.ended, record.params = folder.name, "RUNNING", None, swept
     words = "  \n".join(f"{key}={values}" for key, values in swept.items())
-    record.tags = {
-        "mser.sweep": str(folder.resolve()),
-        "mlflow.note.content": f"{count(len(planned), 'run')}:  \n{words}",
-    }
+    record.tags |= {"mser.sweep": str(folder.resolve()), "mser.out": str(place.resolve())}
+    record.tags |= {"mser.command": records.redact(command)} if command else {}
+    record.tags["mlflow.note.content"] = f"{count(len(planned), 'run')}:  \n{words}"
     handle = records.lock(place)
     try:
         if handle is None:
             raise UserError(f"{folder}: another `mser sweep` is submitting it")
-        record.ended = records.now_ms()
         tracking_sync.prepare_mlflow(uri)
         tracking_sync.Sender(place, record, uri).send()
     except UserError:
@@ -196,28 +251,18 @@ def join(planned: Sequence[Trial]) -> None:
             unlock_file(handle)
     for trial in planned:
         trial.config.tracking.parent = record.run_id
+        if trial.evaluation is not None:
+            trial.evaluation.tracking.parent = record.run_id
 
 
-def scores(result: dict[str, Any]) -> dict[str, float]:
-    """What tells a run's result in a few numbers: a training's validation, or an evaluation's mean UAs."""
-    if "zero_shot" not in result:
-        return dict(result["validation"])
-    from mser_dist.evaluation.report import macro_ua
-
-    rows = result["zero_shot"]
-    last = f"stage{max(row['stage'] for row in rows)}"
-    return {"ua_unseen": macro_ua(rows, last, False), "ua_seen": macro_ua(rows, last, True)}
-
-
-def results_table(planned: Sequence[Trial], results: "Sequence[dict[str, Any] | UserError]") -> Table:
-    """A line for each run: its values and scores, or why it failed."""
-    numbers = [{} if isinstance(result, UserError) else scores(result) for result in results]
-    columns = list(dict.fromkeys(name for row in numbers for name in row))
-    failures = [str(result) if isinstance(result, UserError) else "" for result in results]
-    why = [[failure] if any(failures) else [] for failure in failures]
-    rows = [
-        [trial.name, *(f"{row[name]:.3f}" if name in row else "" for name in columns), *failure]
-        for trial, row, failure in zip(planned, numbers, why, strict=True)
-    ]
-    head = ["run", *columns, *(["failed"] if any(failures) else [])]
-    return Table(head, [rows], align=f"l{'r' * len(columns)}{'l' if any(failures) else ''}")
+def _noted(trial: Trial, ranks: int) -> dict[str, Any]:
+    """What `ranked.settle` has to know of a trial."""
+    of_runs = isinstance(trial.config, cfg.Evaluation)
+    return {
+        "name": trial.name,
+        "values": trial.values,
+        "out": trial.config.out,
+        "of_runs": of_runs,
+        "evaluation": trial.evaluation.out if trial.evaluation else None,
+        "command": redact(said_command(trial.config, "eval" if of_runs else "train", ranks)),
+    }

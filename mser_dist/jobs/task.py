@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mser_dist.config import Evaluation, Stage1, Stage2
@@ -28,9 +29,21 @@ class Task:
     stops: the step at which the first start began, and those at which each start was stopped.
     """
 
-    def __init__(self, config: Stage1 | Stage2 | Evaluation, port: int = 0, threads: int = 1) -> None:
-        """`port` and `threads` are for ranks on this machine: where they meet, and their share of its cores."""
+    def __init__(
+        self,
+        config: Stage1 | Stage2 | Evaluation,
+        port: int = 0,
+        threads: int = 1,
+        *,
+        then: Evaluation | None = None,
+        sweep: str | None = None,
+    ) -> None:
+        """`port` and `threads` are for ranks on this machine: where they meet, and their share of its cores.
+
+        then: an evaluation behind a training, by the same ranks. sweep: the folder of the sweep that it is a part of.
+        """
         self.config, self.port, self.threads = config, port, threads
+        self.then, self.sweep = then, sweep
         self.stops = [0]
         self._step: int | None = None  # at which this start was stopped
 
@@ -82,6 +95,10 @@ class Task:
             from mser_dist.training.loop import train
 
             result = train(self.config)
+            if self.then is not None:
+                result = _evaluated(self.then, result)
+        if self.sweep is not None and distributed.discover().is_main:
+            _settle(Path(self.sweep))
         distributed.shutdown()
         return result
 
@@ -117,6 +134,37 @@ class Task:
             )
         self._step = None
         return submitit.helpers.DelayedSubmission(self)
+
+
+def _evaluated(config: Evaluation, summary: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate what has just been trained; the report, with the summary of the training. Collective."""
+    import gc
+
+    import torch
+
+    from mser_dist.evaluation.evaluate import evaluate
+    from mser_dist.files import read_json
+    from mser_dist.ranks import distributed
+    from mser_dist.runs import folder
+
+    if distributed.agree(folder.evaluated(config, [Path(summary["out"])])):
+        report: dict[str, Any] = read_json(Path(config.out) / "report.json")
+    else:
+        gc.collect()  # the engine, its optimizer and gradients, which refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        report = evaluate(config)
+    return report | {"summary": summary}
+
+
+def _settle(folder: Path) -> None:
+    """Bring the table of the sweep up to date; whatever it does, the run is there."""
+    from mser_dist.jobs.ranked import settle
+
+    try:
+        settle(folder)
+    except Exception as error:
+        print(f"mser: warning: the sweep in {folder} is not ranked yet: {error}", file=sys.stderr, flush=True)
 
 
 def _clear_leftovers(env: Any) -> None:

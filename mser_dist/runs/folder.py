@@ -5,7 +5,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ _ENDS = ("train.patience", "train.export")  # when it ends, and what of it is ex
 _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a run can be lengthened
 # What a run of stage 2 did whose config has no such key yet; of other keys that are new it did what is the default.
 UNSAID = {"llm.order": "speech_first", "llm.packing": "off", "llm.prompt.draw": "clip"}
+
+
+_OF_A_START = ("log.jsonl", "mlflow.json", "validations.json", "prompt.json", "ledger.safetensors", "tested.jsonl")
 
 
 def _has_checkpoint(out: Path) -> bool:
@@ -66,6 +69,16 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
     return read_json(summary) if summary.is_file() and before == now and not ends else None
 
 
+def evaluated(config: cfg.Evaluation, trainings: Iterable[Path]) -> bool:
+    """Whether an evaluation is in its folder, of this config, and of these trainings as they are now."""
+    report, saved = (Path(config.out) / name for name in ("report.json", "config.yaml"))
+    if not (report.is_file() and saved.is_file()):
+        return False
+    old, new = ({k: v for k, v in flatten(of).items() if not k.startswith("tracking.")}
+                for of in (read_yaml(saved), config))  # fmt: skip
+    return old == new and all((run / "summary.json").stat().st_mtime <= report.stat().st_mtime for run in trainings)
+
+
 def _length(flat: dict[str, str]) -> tuple[str, float]:
     """The key that says how long a run is, and its value."""
     key = next(key for key in _LENGTH if flat.get(key, "None") != "None")
@@ -98,7 +111,15 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
         saved = out / "config.yaml"
         same = saved.is_file() and saved.read_text(encoding="utf-8") == config_text
         if anew or not (same or _has_checkpoint(out)):
-            for name in ("log.jsonl", "mlflow.json", "validations.json", "prompt.json", "ledger.safetensors"):
+            names = (
+                "log.jsonl",
+                "mlflow.json",
+                "validations.json",
+                "prompt.json",
+                "ledger.safetensors",
+                "tested.jsonl",
+            )
+            for name in names:
                 (out / name).unlink(missing_ok=True)
         if not same:
             (out / "summary.json").unlink(missing_ok=True)  # of a run that is to be longer now: it is not over

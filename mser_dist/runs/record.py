@@ -20,12 +20,31 @@ from mser_dist.files import lock_file, write_json
 from mser_dist.runs.names import plain
 
 NOT_NUMBERS = frozenset({"step", "seconds", "time"})  # of a line of log.jsonl: when, not what
+HEADLINE = "test/ua_unseen"  # the metric that MLflow's pages show first, unless somebody has chosen another one
+CHOSEN = "mser.chosen_params"  # the tag of a run whose params are those that a person chose, and not all
 _TAG_LENGTH = 8000  # characters; MLflow refuses longer ones
 
 
 def tracking_uri(config: cfg.TrackingConfig, out: Path) -> str:
-    """The config's URI, else MLFLOW_TRACKING_URI, else a sqlite file beside the run folder."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve().parent / 'mlflow.db'}"
+    """The config's URI, else MLFLOW_TRACKING_URI, else a sqlite file: the run's own as far as it is there, else the
+    workspace's."""
+    if named := config.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return named
+    before = _noted(out, "tracking_uri") or ""
+    if (file := sqlite_file(before)) is not None and file.is_file():
+        return before
+    return f"sqlite:///{workspace(out) / 'mlflow.db'}"
+
+
+def workspace(out: Path) -> Path:
+    """The nearest folder called ``runs`` that a run folder is in, else the one that it is in."""
+    parents = out.resolve().parents
+    return next((folder for folder in parents if folder.name == "runs"), parents[0])
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a sqlite store; None where the store is another."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve() if uri.startswith("sqlite:///") else None
 
 
 def redact(text: str) -> str:
@@ -87,6 +106,7 @@ class Record:
     tracking_uri: str
     experiment: str
     run_name: str
+    experiment_id: str | None = None
     run_id: str | None = None
     # Also a tag of the MLflow run: a request to create it that timed out may have been heard.
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -97,6 +117,9 @@ class Record:
     links: dict[str, str] = field(default_factory=dict)  # tags whose value is the run id of another run folder
     params: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)  # path in MLflow → file, folder, sent
+    images: dict[str, dict[str, Any]] = field(default_factory=dict)  # file in the run folder → key, step, time, sent
+    datasets: list[dict[str, Any]] = field(default_factory=list)  # name, digest, source, context, clips
+    scored: dict[str, dict[str, Any]] = field(default_factory=dict)  # run folder of a model → its scores by data set
     model: dict[str, Any] | None = None  # folder in the run folder, register (name@alias or None), id, registered
 
     def __post_init__(self) -> None:
@@ -120,11 +143,13 @@ class Record:
     def forget_run(self) -> None:
         """Nothing is sent yet."""
         with self._lock:
-            self.run_id = None
-            for entry in self.artifacts.values():
+            self.run_id = self.experiment_id = None
+            for entry in [*self.artifacts.values(), *self.images.values()]:
                 entry["sent"] = False
             if self.model is not None:
                 self.model |= {"id": None, "registered": False}
+            for entry in self.scored.values():
+                entry["sent"] = False
 
     def save(self, run: Path, **changes: Any) -> None:
         """Set fields, and replace ``mlflow.json``."""

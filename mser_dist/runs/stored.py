@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from mser_dist import config as cfg
+from mser_dist.config.file import flatten, read_saved
 from mser_dist.errors import UserError
-from mser_dist.runs.record import redact
+from mser_dist.runs.page import experiment_page
+from mser_dist.runs.record import CHOSEN, redact
 from mser_dist.runs.sync import prepare_mlflow, trouble
 
 HERE = "sqlite:///runs/mlflow.db"  # where runs in runs/ are tracked, unless told otherwise
@@ -50,6 +55,7 @@ class Store:
         from mlflow import MlflowClient
 
         self._client = self._asked(MlflowClient, uri)
+        self._experiment_id: str | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def _asked(self, call: Any, *args: Any, **options: Any) -> Any:
@@ -86,7 +92,12 @@ class Store:
                 f"the experiment {name!r} in MLflow at {self.uri} was deleted: "
                 f"`mlflow experiments restore -x {found.experiment_id}` brings it back"
             )
+        self._experiment_id = found.experiment_id
         return [_stored(run) for run in self._paged(self._client.search_runs, [found.experiment_id])]
+
+    def page(self) -> str | None:
+        """The line that opens the page of the experiment that was asked for last."""
+        return self._experiment_id and experiment_page(self.uri, self._experiment_id)
 
     def runs(self, ids: Collection[str]) -> list[Stored]:
         """Those of the runs with these ids, of any experiment, that are not deleted."""
@@ -99,6 +110,16 @@ class Store:
             listed = ", ".join(f"'{one}'" for one in wanted[start : start + _IDS])
             found += self._paged(self._client.search_runs, experiments, f"attributes.run_id IN ({listed})")
         return [_stored(run) for run in found]
+
+    def config(self, run: Stored) -> dict[str, str]:
+        """A run's config as dotted keys: its config.yaml, else its params, which are of what a person chose."""
+        if CHOSEN not in run.tags:  # of an earlier version: they are all of it
+            return run.params
+        with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
+            if path := self.file(run, "config.yaml"):
+                return read_saved(path)
+        kinds: dict[str, Any] = {"2": cfg.Stage2, "eval": cfg.Evaluation, "baseline": cfg.Baseline}
+        return flatten(kinds.get(run.tags.get("mser.stage", ""), cfg.Stage1)()) | run.params
 
     def file(self, run: Stored, name: str) -> Path | None:
         """A file of a run's artifacts, where it lies or brought here for as long as the store lives; None: not there.

@@ -14,15 +14,18 @@ from typing import Any
 
 from mser_dist import __version__
 from mser_dist import config as cfg
-from mser_dist.config.file import build, flatten, read_yaml
+from mser_dist.config.chosen import chosen_of
+from mser_dist.config.file import build, read_yaml
 from mser_dist.errors import UserError
 from mser_dist.files import unlock_file
-from mser_dist.runs import logged_model
-from mser_dist.runs.record import Record, lock, now_ms, numbers_of, redact, tracking_uri
+from mser_dist.runs import logged_model, tested
+from mser_dist.runs.record import CHOSEN, HEADLINE, Record, lock, now_ms, numbers_of, redact, sqlite_file, tracking_uri
 from mser_dist.tables import count
 
 _METRICS, _ENTRIES = 1000, 100  # what MLflow takes in one request: metrics; params or tags
+_NAME_LENGTH = 500  # of a data set
 _PARAM_LENGTH = 6000  # characters; MLflow refuses longer ones
+_HEADLINE = "mlflow.experiment.primaryMetric"  # the tags of an experiment that say so
 
 
 def refused(error: Exception) -> bool:
@@ -72,13 +75,17 @@ class Sender:
         self._new = False
         if run is None:
             run = self._find_or_create(client)
-            self.record.save(self.run, run_id=run.info.run_id)
+        if (run.info.run_id, run.info.experiment_id) != (self.record.run_id, self.record.experiment_id):
+            self.record.save(self.run, run_id=run.info.run_id, experiment_id=run.info.experiment_id)
         if self.record.status == "RUNNING" != run.info.status:  # it was requeued
             client.update_run(run.info.run_id, status="RUNNING")
         self._run_id = run.info.run_id
         self._status = self.record.status if self.record.status == "RUNNING" else run.info.status
         self._tags, self._params = dict(run.data.tags), dict(run.data.params)
         self._steps: dict[str, set[int]] = {}  # of each metric, those that MLflow has
+        known = run.inputs.dataset_inputs if run.inputs else []
+        self._datasets = {(one.dataset.name, one.dataset.digest) for one in known}
+        self._tests: dict[str, set[tuple[int, int]]] = {}  # of each metric of an evaluation: step and time
         self._offset = 0
         self._client = client
 
@@ -90,8 +97,8 @@ class Sender:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             place = None
-            if self.uri.startswith("sqlite:"):
-                place = (self.run.resolve().parent / "mlartifacts").as_uri()
+            if (file := sqlite_file(self.uri)) is not None:
+                place = (file.parent / "mlartifacts").as_uri()
             # The kind decides which of MLflow's pages open: without it, those for LLM agents.
             kind = {"mlflow.experimentKind": "custom_model_development"}
             try:
@@ -100,6 +107,9 @@ class Sender:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run of a sweep was quicker
                     raise
             experiment = client.get_experiment_by_name(name)
+        if f"{_HEADLINE}.name" not in experiment.tags:
+            for what, value in (("name", HEADLINE), ("greaterIsBetter", "true")):
+                client.set_experiment_tag(experiment.experiment_id, f"{_HEADLINE}.{what}", value)
         where = [experiment.experiment_id]
         if found := client.search_runs(where, f"tags.`mser.run_key` = '{key}'", max_results=1):
             return found[0]
@@ -114,7 +124,9 @@ class Sender:
         try:
             self._send_tags_and_params()
             self._send_numbers()
-            failure = self._send_artifacts() or self._send_model()
+            self._send_tests()
+            self._send_datasets()
+            failure = self._send_artifacts() or self._send_images() or self._send_model() or self._send_scores()
             if status not in ("RUNNING", self._status):
                 self._client.set_terminated(self._run_id, status, self.record.ended)
                 self._status = status
@@ -166,6 +178,49 @@ class Sender:
         self._offset = position
         self.done_to = max(self.done_to, position)
 
+    def _send_tests(self) -> None:
+        from mlflow.entities import Metric
+
+        batch: list[Any] = []
+        for name, step, time_ms, value in tested.points(self.run):
+            if name not in self._tests:
+                there = [] if self._new else self._client.get_metric_history(self._run_id, name)
+                self._tests[name] = {(point.step, point.timestamp) for point in there}
+            if (step, time_ms) not in self._tests[name]:
+                self._tests[name].add((step, time_ms))
+                batch.append(Metric(name, value, time_ms, step))
+        for some in _chunks(batch, _METRICS):
+            self._client.log_batch(self._run_id, metrics=some, synchronous=True)
+
+    def _send_datasets(self) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        left = [one for one in self.record.datasets if (one["name"], one["digest"]) not in self._datasets]
+        if not left:
+            return
+        inputs = []
+        for one in left:
+            source, profile = json.dumps({"uri": ", ".join(one["source"])}), json.dumps({"clips": one["clips"]})
+            dataset = Dataset(one["name"][:_NAME_LENGTH], one["digest"], "mser shards", source, profile=profile)
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", one["context"])]))
+        self._client.log_inputs(self._run_id, datasets=inputs)
+        self._datasets |= {(one["name"], one["digest"]) for one in left}
+
+    def _send_scores(self) -> Exception | None:
+        """Send what was found of models; the first failure, if any."""
+        sent = False
+        try:
+            for training, entry in list(self.record.scored.items()):
+                if not entry["sent"]:
+                    logged_model.score(self._client, self._run_id, Path(training), entry, self.record.tracking_uri)
+                    entry["sent"] = sent = True
+        except Exception as error:
+            return error
+        finally:
+            if sent:
+                self.record.save(self.run)
+        return None
+
     def _known(self, name: str) -> set[int]:
         if name not in self._steps:
             points = [] if self._new else self._client.get_metric_history(self._run_id, name)
@@ -190,6 +245,25 @@ class Sender:
             return error
         finally:
             self.files += sent
+            if sent:
+                self.record.save(self.run)
+        return None
+
+    def _send_images(self) -> Exception | None:
+        """Send the pictures that wait; the first failure, if any."""
+        sent = False
+        try:
+            for name, entry in list(self.record.images.items()):
+                if not entry["sent"] and (self.run / name).is_file():
+                    from PIL import Image
+
+                    with Image.open(self.run / name) as picture:
+                        told = {"key": entry["key"], "step": entry["step"], "timestamp": entry["time"]}
+                        self._client.log_image(self._run_id, picture.convert("RGB"), **told, synchronous=True)
+                    entry["sent"] = sent = True
+        except Exception as error:
+            return error
+        finally:
             if sent:
                 self.record.save(self.run)
         return None
@@ -268,6 +342,12 @@ def sync(run: Path, uri: str | None = None) -> str:
         ) from None
 
 
+def _chosen(tree: dict[str, Any]) -> dict[str, str]:
+    """The params of a config that was saved."""
+    kind = {1: cfg.Stage1, 2: cfg.Stage2}.get(tree.get("stage", 0), cfg.Evaluation)
+    return chosen_of(cfg.Baseline if "on" in tree else kind, tree)
+
+
 def _sync(run: Path, config: cfg.TrackingConfig, tree: dict[str, Any], uri: str | None) -> str:
     if uri is None:
         uri = tracking_uri(config, run)
@@ -277,8 +357,8 @@ def _sync(run: Path, config: cfg.TrackingConfig, tree: dict[str, Any], uri: str 
             uri = uri if redact(uri) == before else str(before)
     record = Record.of(run, config, uri)
     if not record.params:  # a run of an earlier version, or one that never got so far
-        record.add_params(flatten(tree))
-        record.tags = {"mser.version": __version__, "mser.out": str(run.resolve())} | record.tags
+        record.add_params(_chosen(tree))
+        record.tags = {"mser.version": __version__, "mser.out": str(run.resolve()), CHOSEN: "true"} | record.tags
         record.tags.setdefault("mser.stage", str(tree.get("stage", "eval")))
     for name in ("config.yaml", "curves.png"):
         if name not in record.artifacts and (run / name).is_file():

@@ -19,10 +19,12 @@ from mser_dist import config as cfg
 from mser_dist.errors import Stopped
 from mser_dist.files import unlock_file, write_json
 from mser_dist.runs.names import plain
-from mser_dist.runs.record import NOT_NUMBERS, Record, lock, now_ms, tracking_uri
+from mser_dist.runs.record import CHOSEN, NOT_NUMBERS, Record, lock, now_ms, redact, tracking_uri
 from mser_dist.runs.record import run_id_of as run_id_of  # callers have it from here
 from mser_dist.runs.sync import Sender, prepare_mlflow, refused, say, trouble
 from mser_dist.tables import count
+
+COMMAND = "mser.command"  # the tag with the command that repeats a run
 
 # All in seconds.
 _EVERY = 2.0  # between two sendings
@@ -57,6 +59,9 @@ class Tracker:
         self._first_byte = log.stat().st_size
         if parent := getattr(config, "parent", None):
             tags = {**tags, "mlflow.parentRunId": parent}
+        tags = {name: redact(value) if name == COMMAND else value for name, value in tags.items()}
+        if COMMAND in tags:
+            tags = {"mlflow.note.content": _note("", tags), **tags}
         record.tags |= tags
         record.links |= {name: str(run.resolve()) for name, run in (links or {}).items()}
         record.add_params(params)
@@ -105,11 +110,27 @@ class Tracker:
         self._record.add_artifact(self.out, path, folder)
         self._record.save(self.out)
 
+    def image(self, path: Path, key: str, step: int) -> None:
+        """Give the run a picture of the run folder that MLflow shows among its charts, by steps."""
+        entry = {"key": key, "step": step, "time": now_ms(), "sent": False}
+        self._record.save(self.out, images=self._record.images | {str(path.relative_to(self.out)): entry})
+
     def model(self, folder: Path, register: str | None) -> None:
         """Give the run a model in MLflow's format, a folder of the run folder; register: ``name@alias``."""
         self._record.save(
             self.out, model={"folder": folder.name, "register": register, "id": None, "registered": False}
         )
+
+    def datasets(self, sets: list[dict[str, Any]]) -> None:
+        """The sets of clips that the run reads, each with name, digest, source (paths), context (training, validation
+        or test) and how many clips."""
+        self._record.save(self.out, datasets=sets)
+
+    def scored(self, training: Path, step: int, scores: list[dict[str, Any]]) -> None:
+        """What this evaluation found of the model of a training, as MLflow's models have it: of each data set its
+        name, digest, and metrics."""
+        about = {"step": step, "scores": scores, "time": now_ms(), "sent": False}
+        self._record.save(self.out, scored=self._record.scored | {str(training.resolve()): about})
 
     def table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Write a table into the run folder and attach it; MLflow's pages show and compare it."""
@@ -124,8 +145,8 @@ class Tracker:
         self.artifact(self.out / name)
 
     def describe(self, markdown: str) -> None:
-        """The text on the run's overview page."""
-        self._tag("mlflow.note.content", markdown)
+        """The text on the run's overview page; how to repeat the run is added."""
+        self._tag("mlflow.note.content", _note(markdown, self._record.tags))
 
     def _tag(self, name: str, value: str) -> None:
         self._record.save(self.out, tags={**self._record.tags, name: value})
@@ -238,6 +259,13 @@ class _Machine:
         return values
 
 
+def _note(text: str, tags: Mapping[str, str]) -> str:
+    """Markdown on a run: a text, and the command that repeats it, from its tags."""
+    command = tags.get(COMMAND)
+    how = f"To repeat it (another `out` makes another run), from {Path.cwd()}:\n\n```\n{command}\n```"
+    return "\n\n".join([*([text] if text else []), *([how] if command else [])])
+
+
 def _json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -258,7 +286,7 @@ def tracked(
     if not main:
         yield None
         return
-    tags = {"mser.version": __version__, "mser.out": str(out.resolve()), **tags}
+    tags = {"mser.version": __version__, "mser.out": str(out.resolve()), CHOSEN: "true", **tags}
     tracker = Tracker(config, out, tags, params, links)
     if (out / "config.yaml").is_file():
         tracker.artifact(out / "config.yaml")

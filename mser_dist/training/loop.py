@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist import config as cfg
-from mser_dist.config.file import flatten
+from mser_dist.config.chosen import chosen, command
 from mser_dist.errors import Stopped
 from mser_dist.evaluation.predict import validate
 from mser_dist.files import write_text
 from mser_dist.ranks import distributed, preempt
 from mser_dist.runs import folder
-from mser_dist.runs.tracking import tracked
+from mser_dist.runs.tracking import COMMAND, tracked
 from mser_dist.stream.plan import START, Position
 from mser_dist.training import facts, ledgers
 from mser_dist.training.best import out_of_patience, settle
@@ -91,13 +91,15 @@ def train(config: cfg.Stage1 | cfg.Stage2) -> dict[str, Any]:
                 state.best_ua = max(state.best_ua, noted["ua"])
             if state.validated and state.validated not in run.checkpoints.notes:  # a checkpoint that was copied alone
                 run.checkpoints.note(state.validated, state.validation)
-            tags, links = {"mser.stage": str(config.stage)}, setup.links
-            params = flatten(config) | run.facts()
+            tags = {"mser.stage": str(config.stage), COMMAND: command(config, "train", world.world_size)}
+            tags |= {f"mser.{name}": value for name, value in run.facts().items()}
+            params, links = chosen(config), setup.links
             with tracked(config.tracking, setup.out, tags, params, world.is_main, links=links) as tracker:
                 if tracker:
                     setup.watchdog.at_end = lambda: tracker.close("FAILED")
                     write_text(setup.out / "groups.txt", f"{run.groups()}\n")
                     tracker.artifact(setup.out / "groups.txt")
+                    tracker.datasets(setup.datasets())
                 with StepLog(run, state.step, tracker) as log:
                     train_steps(run, state, log)
                 run.ended = settle(run, state)
@@ -181,13 +183,15 @@ def validate_if_due(run: Run, state: RunState, log: StepLog) -> bool:
     assert run.validation is not None
     batch, workers = max(run.micro, 8), run.config.data.workers
     with log.aside(), run.engine.averaged():
-        found = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
-    if found is None:
+        measured = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
+    if measured is None:
         return False
+    found = measured.numbers
     best = found["ua"] > state.best_ua
     state.validation, state.validated, state.best_ua = found, state.step, max(state.best_ua, found["ua"])
     run.checkpoints.note(state.step, found)
     log.validation(state.step, found, found["ua"] == state.best_ua)  # of equal ones the last is exported
+    log.confusion(state.step, measured.metrics.confusion)
     return best
 
 

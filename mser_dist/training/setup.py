@@ -63,6 +63,22 @@ class Setup:
     def out(self) -> Path:
         return Path(self.config.out)
 
+    def datasets(self) -> list[dict[str, Any]]:
+        """The clips that are trained on and those of the validation, as MLflow's data sets."""
+        data = self.config.data
+        sets = {"training": (self.shards, data.split), "validation": (self.held_out, data.val_split)}
+        return [
+            {
+                "name": f"{', '.join(Path(one).name for one in data.sets)} ({split})",
+                "digest": shards.fingerprint(),
+                "source": data.sets,
+                "context": context,
+                "clips": len(shards),
+            }
+            for context, (shards, split) in sets.items()
+            if shards is not None
+        ]
+
     @property
     def links(self) -> dict[str, Path]:
         """Tags whose value is the MLflow run id of a run that this one builds on."""

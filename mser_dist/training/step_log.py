@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
 from mser_dist.progress import Clock, bar
@@ -82,6 +84,16 @@ class StepLog:
         if self._tracker:
             numbers = {f"val/{name}": value for name, value in found.items()}
             self._tracker.metrics(step, numbers | ({"best/ua": found["ua"], "best/step": float(step)} if best else {}))
+
+    def confusion(self, step: int, table: NDArray[np.int64]) -> None:
+        """The (K, K) confusion of the validation behind a step, as a picture of MLflow's, where the run is tracked."""
+        if self._tracker and self._run.config.tracking.enabled:
+            from mser_dist.runs.plots import confusions
+
+            path = self._run.setup.out / "validations" / f"confusion-{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            confusions({"validation": table}, list(self._run.stage.labels), f"step {step}", path)
+            self._tracker.image(path, "val/confusion", step)
 
 
 def bad_everywhere(own: frozenset[int], known: set[int], clips: Examples, is_main: bool) -> set[int]:

@@ -75,6 +75,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.kill()
 
 
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    """Of a store that nothing has to be started for."""
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
@@ -153,8 +159,8 @@ for step in range(1000):
 
 
 @pytest.mark.timeout(180)
-def test_a_killed_run_is_marked_and_its_next_start_goes_on_without_repeating_a_step(tmp_path: Path) -> None:
-    out, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+def test_a_killed_run_is_marked_and_its_next_start_goes_on_without_repeating_a_step(tmp_path: Path, uri: str) -> None:
+    out = tmp_path / "run"
     out.mkdir()
     (out / "config.yaml").write_text("stage: 1\n")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -24,6 +24,13 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def runs(prepared: Path, tmp_path: Path) -> Path:
+    """A folder for runs, with an MLflow database in it."""
+    shutil.copy(prepared, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from mser_dist import config as cfg
-from mser_dist.config.file import flatten, load_baseline, load_evaluation, load_training, to_yaml
-from mser_dist.evaluation import page_map, report
+from mser_dist.config.chosen import chosen
+from mser_dist.config.file import load_baseline, load_evaluation, load_training, to_yaml
+from mser_dist.evaluation import headline, page_map, report
 from mser_dist.files import write_json
 from mser_dist.runs import folder
 from mser_dist.runs.record import versions
@@ -40,16 +41,18 @@ def tracking(**more: Any) -> list[str]:
     return [f"tracking.{key}={value}" for key, value in ({"enabled": False} | more).items()]
 
 
-def train(out: Path, *words: str, stage: int = 1, ua: float | None = 0.5, **how: Any) -> Path:
-    """A finished training."""
+def train(out: Path, *words: str, stage: int = 1, ua: float | None = 0.5, steps: int = 1, **how: Any) -> Path:
+    """A finished training, of which each step but the last has a loss that falls."""
     config = load_training(f"demo_stage{stage}", [f"out={out}", *tracking(**how), *words])
     folder.prepare(out, to_yaml(config))
     links = {"mser.stage1_run_id": Path(config.stage1)} if isinstance(config, cfg.Stage2) else {}
     validation = {} if ua is None else {"ua": ua, "wa": ua, "macro_f1": ua}
-    params = flatten(config) | {"world_size": "1"}
+    params = chosen(config)
     with tracked(config.tracking, out, {"mser.stage": str(stage)}, params, True, links) as tracker:
         assert tracker is not None
-        tracker.metrics(1, {f"val/{name}": value for name, value in validation.items()})
+        for step in range(1, steps):
+            tracker.metrics(step, {"train/loss": 2.0 - (ua or 0) * (1 - 0.8**step), "train/lr": 1e-3 / step})
+        tracker.metrics(steps, {f"val/{name}": value for name, value in validation.items()})
     write_json(out / "summary.json", {"stage": stage, "out": str(out), "validation": validation})
     return out
 
@@ -86,10 +89,12 @@ def evaluate(
     config = load_evaluation("demo_eval", base, runs=False)
     folder.prepare_evaluation(out, to_yaml(config))
     links = {f"mser.stage{stage}_run_id": run for stage, run in runs.items() if run is not None}
-    with tracked(config.tracking, out, {"mser.stage": "eval"}, flatten(config), True, links) as tracker:
+    with tracked(config.tracking, out, {"mser.stage": "eval"}, chosen(config), True, links) as tracker:
         assert tracker is not None
-        report.conclude(tracker, "made up", given, shards, list(labels), versions=versions())
+        result = report.conclude(tracker, "made up", given, shards, list(labels), versions=versions())
         page_map.keep_embeddings(given, out)
+        trained = [(stage, run, 1) for stage, run in runs.items() if run is not None]
+        headline.tell(tracker, trained, result["zero_shot"], ["made-up"], config.tracking.enabled)
     return out
 
 
@@ -99,6 +104,6 @@ def baseline(out: Path, shards: ShardSet, given: Mapping[str, report.Answers], *
     on = [f"on.{word}" for word in tracking(**how)]
     config = load_baseline("demo_stage1", "demo_eval", [f"out={out}", *more, *on, *words])
     folder.prepare_evaluation(out, to_yaml(config))
-    with tracked(config.on.tracking, out, {"mser.stage": "baseline"}, flatten(config), True) as tracker:
+    with tracked(config.on.tracking, out, {"mser.stage": "baseline"}, chosen(config), True) as tracker:
         report.conclude(tracker, "made up", given, shards, LABELS)
     return out

@@ -1,6 +1,7 @@
 """Runs in a real MLflow on sqlite, and what MLflow then has of them; a server that never answers."""
 
 import json
+import os
 import socket
 import threading
 from pathlib import Path
@@ -51,7 +52,8 @@ def start(
 
 
 def client_of(folder: Path) -> Any:
-    return mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    """Of the store that the runs of a folder are in."""
+    return mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}")
 
 
 def run_of(out: Path) -> Any:

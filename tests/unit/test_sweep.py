@@ -1,15 +1,19 @@
 """Sweeps: which words make which runs, and the MLflow run that they are children of."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 
 from mser_dist.config import Stage1
 from mser_dist.config.file import to_yaml
 from mser_dist.errors import UserError
-from mser_dist.jobs import launch, sweep
+from mser_dist.jobs import launch, ranked, sweep
 from mser_dist.ranks.distributed import free_port
+from mser_dist.runs.record import run_id_of
+from mser_dist.shards.shard_set import ShardSet
+from tests.unit.made_up_runs import LABELS, answers, evaluate, train, write_clips
+from tests.unit.mlflow_runs import client_of
 
 BASE = ["data.sets=shards", "out=runs/x"]
 
@@ -96,10 +100,10 @@ def test_the_runs_are_children_of_one_mlflow_run(tmp_path: Path, monkeypatch: py
         planned = sweep.trials("demo_stage1", [*BASE, words])
         sweep.join(planned)
     parents = {trial.config.tracking.parent for trial in planned}
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/x/mlflow.db")
+    client = client_of(tmp_path / "runs")
     (experiment,) = (e for e in client.search_experiments() if e.name == "mser-demo")
     (run,) = client.search_runs([experiment.experiment_id])
-    assert parents == {run.info.run_id} and run.info.run_name == "x" and run.info.status == "FINISHED"
+    assert parents == {run.info.run_id} and run.info.run_name == "x" and run.info.status == "RUNNING"
     assert run.data.params == {"seed": "0,1"} and "seed=0,1,2" in run.data.tags["mlflow.note.content"]
 
 
@@ -116,7 +120,7 @@ def test_a_dead_mlflow_does_not_hold_up_a_sweep(
 def test_tracking_that_is_off_stays_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sweep.join(sweep.trials("demo_stage1", [*BASE, "seed=0,1", "tracking.enabled=false"]))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*mlflow*"))
 
 
 def test_the_folder_of_a_run_is_no_folder_for_a_sweep(tmp_path: Path) -> None:
@@ -126,18 +130,34 @@ def test_the_folder_of_a_run_is_no_folder_for_a_sweep(tmp_path: Path) -> None:
         sweep.join(planned)
 
 
-# ---- the table
+# ---- the ranking
 
 
-def test_the_table_has_a_line_for_each_run() -> None:
-    planned = sweep.trials("demo_stage1", [*BASE, "seed=0,1"])
-    done = {"validation": {"ua": 0.5, "wa": 0.25}}
-    lines = [line.split() for line in str(sweep.results_table(planned, [done, done])).splitlines()]
-    assert lines[0] == ["run", "ua", "wa"] and lines[3] == ["seed=1", "0.500", "0.250"]
-    table = sweep.results_table(planned, [done, UserError("job 3: no data")])
-    lines = [line.split() for line in str(table).splitlines()]
-    assert lines[0] == ["run", "ua", "wa", "failed"]
-    assert lines[2] == ["seed=0", "0.500", "0.250"] and lines[3] == ["seed=1", "job", "3:", "no", "data"]
+def made(folder: Path, name: str, scores: dict[str, float], **values: str) -> ranked.Outcome:
+    return ranked.Outcome(name, values, folder / name, None, f"mser train {name}", scores)
+
+
+def test_the_best_is_first_and_what_failed_is_last(tmp_path: Path) -> None:
+    found = ranked.rank(
+        [
+            made(tmp_path, "a", {"ua": 0.25, "wa": 0.5}, lr="1"),
+            ranked.Outcome("b", {"lr": "2"}, tmp_path, None, "", failed="job 3: no data"),
+            made(tmp_path, "c", {"ua": 0.5, "wa": 0.25}, lr="3"),
+            made(tmp_path, "d", {"ua": float("nan"), "wa": 0.25}, lr="4"),
+        ]
+    )
+    lines = [line.split() for line in str(found.table()).splitlines()]
+    assert [line[1] for line in lines[2:]] == ["c", "a", "d", "job"], lines
+    assert lines[0] == ["run", "validation", "UA", "WA", "failed"] and lines[5] == ["b", "job", "3:", "no", "data"]
+    assert found.winner() == [f"best: c, in {tmp_path}/c", "  to repeat it: mser train c"]
+    assert (found.left, found.failed) == (0, 1)
+
+
+def test_seeds_count_together(tmp_path: Path) -> None:
+    given = (("1", "0", 0.9), ("1", "1", 0.1), ("2", "0", 0.6), ("2", "1", 0.7))
+    found = ranked.rank([made(tmp_path, f"{lr}/{seed}", {"ua": ua}, lr=lr, seed=seed) for lr, seed, ua in given])
+    assert [one.name for one in found.outcomes] == ["2/1", "2/0", "1/0", "1/1"], "0.9 was luck"
+    assert "0.650 of 2" in str(found.table())
 
 
 def test_an_evaluation_is_told_by_its_mean_uas() -> None:
@@ -145,7 +165,90 @@ def test_an_evaluation_is_told_by_its_mean_uas() -> None:
         {"model": f"stage{stage}", "stage": stage, "seen_language": seen, "ua": ua}
         for stage, seen, ua in ((1, False, 0.9), (2, False, 0.2), (2, False, 0.4), (2, True, 0.7))
     ]
-    assert sweep.scores({"zero_shot": rows}) == pytest.approx({"ua_unseen": 0.3, "ua_seen": 0.7})
+    assert ranked.scores({"zero_shot": rows}) == pytest.approx({"ua_unseen": 0.3, "ua_seen": 0.7})
+
+
+# ---- an evaluation behind each run
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> ShardSet:
+    return write_clips(tmp_path / "set")
+
+
+def evaluated_trials(tmp_path: Path, *words: str) -> list[sweep.Trial]:
+    words = (f"data.sets={tmp_path}/set", f"out={tmp_path}/runs/lr", "lr=1e-4,1e-2", *words)
+    labels = f"eval.data.labels=[{','.join(LABELS)}]"
+    return sweep.trials("demo_stage1", [*words, f"eval.data.sets={tmp_path}/set", labels], "demo_eval")
+
+
+@pytest.mark.usefixtures("shards")
+def test_each_run_has_an_evaluation_of_its_own(tmp_path: Path) -> None:
+    first, second = evaluated_trials(tmp_path, "eval.batch=7")
+    assert first.evaluation and second.evaluation
+    assert (first.evaluation.stage1, first.evaluation.stage2) == (f"{tmp_path}/runs/lr/lr=1e-4", None)
+    assert first.evaluation.out == f"{tmp_path}/runs/lr/lr=1e-4-eval" and first.evaluation.batch == 7
+    assert first.evaluation.tracking.experiment == first.config.tracking.experiment
+
+
+@pytest.mark.usefixtures("shards")
+@pytest.mark.parametrize(
+    ("words", "evaluate", "says"),
+    [
+        (["eval.batch=7"], None, "add --evaluate EVAL"),
+        (["eval.out=x"], "demo_eval", "eval.out is what the sweep sets"),
+        (["eval.stage1=x"], "demo_eval", "eval.stage1 is what the sweep sets"),
+        (["eval.bach=7"], "demo_eval", "did you mean batch"),
+        ([], "demo_stage1", "this is a config for mser train"),
+        (["eval.data.labels=[anger,hapy]"], "demo_eval", "data.labels names 'hapy'"),
+    ],
+)
+def test_mistakes_in_the_evaluation_show_before_any_training(
+    tmp_path: Path, words: list[str], evaluate: str | None, says: str
+) -> None:
+    base = [f"data.sets={tmp_path}/set", "out=x", "seed=0,1"]
+    on = [f"eval.data.sets={tmp_path}/set"] if evaluate == "demo_eval" else []
+    with pytest.raises(UserError) as refused:
+        sweep.trials("demo_stage1", [*base, *on, *words], evaluate)
+    assert says in str(refused.value)
+
+
+def test_a_sweep_is_ranked_in_its_folder_and_in_mlflow(
+    tmp_path: Path, shards: ShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = evaluated_trials(tmp_path)
+    out, store = tmp_path / "runs/lr", client_of(tmp_path / "runs")
+    sweep.join(planned, command="mser sweep …")
+    assert sweep.is_done(planned[0]) is False and ranked.settle(out).left == 2
+    parent = str(run_id_of(out / "sweep"))
+    assert store.get_run(parent).info.status == "RUNNING"
+    how: dict[str, Any] = {"enabled": True, "experiment": "mser-demo"}
+    for trial, right in zip(planned, (0.3, 0.7), strict=True):
+        assert trial.evaluation
+        assert trial.config.tracking.parent == trial.evaluation.tracking.parent == parent
+        trained = train(Path(trial.config.out), *as_words(trial.config), **how)
+        given = {"stage1": answers(shards, right)}
+        evaluate(Path(trial.evaluation.out), shards, given, *as_words(trial.evaluation), stages={1: trained}, **how)
+    ranking = ranked.settle(out)
+    assert [one.name for one in ranking.outcomes] == ["lr=1e-2", "lr=1e-4"] and ranking.left == 0
+    assert ranking.outcomes[0].interval and ranking.outcomes[0].scores["ua"] == 0.5
+    assert all(map(sweep.is_done, planned)), "the same command has nothing left to do"
+    table = (out / "sweep/table.txt").read_text()
+    assert "to repeat it: mser train demo_stage1" in table and f"out={out}/lr=1e-2" in table
+    run = store.get_run(parent)
+    assert run.info.status == "FINISHED" and table.strip() in run.data.tags["mlflow.note.content"]
+    assert run.data.tags["mser.best_trial"] == "lr=1e-2" and run.data.tags["mser.best.train.lr"] == "1e-2"
+    assert run.data.tags["mser.best_run_id"] == run_id_of(out / "lr=1e-2")
+    assert run.data.metrics["best/ua_unseen"] == ranking.outcomes[0].score
+    there = {file.path for file in store.list_artifacts(parent)}
+    assert there >= {"table.txt", "trials.table.json", "compare.png", "compare.html"}
+    assert "train.lr" in (out / "sweep/compare.svg").read_text(), "drawn against what was swept"
+
+
+def as_words(config: launch.Config) -> list[str]:
+    """Words that make the same config of the preset again."""
+    said = config.said  # type: ignore[union-attr]
+    return [word for word in said.words if not word.startswith(("out=", "stage", "data.labels="))]
 
 
 def test_the_array_of_a_sweep() -> None:

@@ -35,13 +35,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def runs(prepared: Path, tmp_path: Path) -> Path:
-    """A folder for runs, with that database in it."""
-    shutil.copy(prepared, tmp_path / "mlflow.db")
-    return tmp_path
-
-
-@pytest.fixture
 def silent() -> Iterator[Silent]:
     server = Silent()
     yield server
@@ -119,6 +112,14 @@ def test_sibling_runs_share_an_experiment(runs: Path) -> None:
 def test_where_a_run_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     assert tracking_uri(cfg.TrackingConfig(), out) == f"sqlite:///{tmp_path}/mlflow.db"
+    within = tmp_path / "runs" / "demo" / "stage1"
+    assert tracking_uri(cfg.TrackingConfig(), within) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    own = tmp_path / "runs" / "demo" / "mlflow.db"  # of an earlier version
+    within.mkdir(parents=True)
+    (within / "mlflow.json").write_text(json.dumps({"tracking_uri": f"sqlite:///{own}"}))
+    assert tracking_uri(cfg.TrackingConfig(), within) == f"sqlite:///{tmp_path}/runs/mlflow.db", "it is gone"
+    own.touch()
+    assert tracking_uri(cfg.TrackingConfig(), within) == f"sqlite:///{own}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert tracking_uri(cfg.TrackingConfig(), out) == "http://tracking:5000"
     assert tracking_uri(cfg.TrackingConfig(uri="sqlite:///x.db"), out) == "sqlite:///x.db"
@@ -263,7 +264,7 @@ def test_a_run_folder_of_an_earlier_version_is_synced(runs: Path) -> None:
     (out / "summary.json").write_text("{}")
     assert "1 of 1 numbers and 1 file" in sync(out)
     run = run_of(out)
-    assert (run.info.status, run.data.params) == ("FINISHED", {"stage": "2", "train.lr": "0.1"})
+    assert (run.info.status, run.data.params) == ("FINISHED", {"train.lr": "0.1"})
     assert history(out, "loss") == [(1, 3.0)] and run.data.tags["mser.stage"] == "2"
 
 
