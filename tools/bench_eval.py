@@ -1,12 +1,13 @@
 """How fast an evaluation is: its scores, its intervals, its comparisons.
 
-    python tools/bench_eval.py --json FILE [--rows labels,compare] [--clips 1000] [--against 64]
+    python tools/bench_eval.py --json FILE [--rows labels,bootstrap,compare] [--clips 1000] [--against 64]
 
 - labels: six labels behind four instructions, of --clips clips whose features a frozen Whisper-base has made (random
   ones of that shape, 3 s), by SmolLM2-135M (`make install` brings it), as an evaluation scores them. Against it a
   forward pass for each instruction and label, of batches of as many clips without padding, of --against of the clips;
   the emotion tokens are made once for all of these. ratio: by how much faster a clip is scored; cpu_ratio: by the
   seconds of cores, which count where other work shares them.
+- bootstrap: 20 rows of 100,000 clips (tools/bench_bootstrap.py).
 - compare: `mser compare --experiment` over a sqlite store of 200 runs, 100 evaluations of 1,000 clips and the
   trainings behind them (tools/bench_compare.py).
 
@@ -32,7 +33,7 @@ from mser_dist.models.packed import SPEECH
 from mser_dist.models.self_check import check_llm
 from mser_dist.models.speech import build_speech
 from mser_dist.models.speech_llm import SpeechLLM
-from tools import bench_compare
+from tools import bench_bootstrap, bench_compare
 
 FRAMES, WIDTH = 150, 512  # of 3 s by Whisper-base
 Row = dict[str, Any]
@@ -86,7 +87,12 @@ def compare(options: argparse.Namespace) -> Row:
     return bench_compare.measure(*((2, 36, 1) if options.small else (100, 1000, 3)))
 
 
-ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {"labels": labels, "compare": compare}
+def bootstrap(options: argparse.Namespace) -> Row:
+    """The intervals of a table."""
+    return bench_bootstrap.bootstrap(*((2000, 2, 8) if options.small else ()))
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], Row]] = {"labels": labels, "bootstrap": bootstrap, "compare": compare}
 
 
 def main() -> None:

@@ -288,10 +288,11 @@ def test_bench_ledger(tmp_path: Path) -> None:
 
 def test_bench_eval(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    words = ["--small", "--rows", "labels,compare", "--clips", 6, "--against", 5, "--batch", 4]
+    words = ["--small", "--rows", "labels,bootstrap,compare", "--clips", 6, "--against", 5, "--batch", 4]
     done = run_tool("bench_eval", *words, "--json", out)
     assert done.returncode == 0, done.stderr
-    labels, compare = json.loads(out.read_text())["rows"]
+    labels, bootstrap, compare = json.loads(out.read_text())["rows"]
+    assert bootstrap["name"] == "bootstrap" and bootstrap["seconds"] > 0
     assert (labels["name"], labels["labels"], labels["prompts"], labels["clips"]) == ("labels", 6, 4, 6)
     assert labels["max_abs_diff"] <= 1e-4 and labels["ratio"] > 0 and labels["seconds"] > 0
     assert compare["name"] == "compare" and compare["seconds"] > 0 and compare["ratio"] is None
