@@ -126,7 +126,7 @@ def measure(answers: Mapping[str, Answers], shards: ShardSet, labels: Sequence[s
             clips = Clips(speaker[own], gender[own], shards.duration[own], votes)
             scored = given.reference[mine], given.scores[mine], given.scale, given.temperature
             more = details(labels, *scored, clips)
-            groups.append(Group(model, corpus, language, not is_new, found, adapted_on, *about, told, more))
+            groups.append(Group(model, corpus, language, not is_new, found, adapted_on, *about, told, details=more))
     return groups
 
 
