@@ -78,6 +78,7 @@ def submit_trials(
     cluster, left = cluster or launch.where(), planned if left is None else left
     for trial in planned:
         launch.check(trial.config, need, cluster)  # before there is a parent run
+    check_evaluation(planned)
     join(planned, need.world_size, command)
     out = Path(planned[0].config.out).parent
     then, configs = [trial.evaluation for trial in left], [trial.config for trial in left]
@@ -133,11 +134,16 @@ def trials(config: str, words: Sequence[str], evaluate: str | None = None) -> li
         loaded.out = str(Path(loaded.out) / name)
         loaded.tracking.run_name = name
         found.append(Trial(name, values_swept, loaded, _evaluation(evaluate, theirs, loaded) if evaluate else None))
-    if evaluate and (first := found[0]).evaluation:  # a mistake in it shows now, and not behind the first training
+    return found
+
+
+def check_evaluation(planned: Sequence[Trial]) -> None:
+    """Raise `UserError` where the clips to evaluate on cannot be: that shows now, and not behind the first training."""
+    first = planned[0]
+    if first.evaluation is not None:
         from mser_dist.stream.examples import open_evaluation_clips
 
         open_evaluation_clips(first.evaluation.data, first.config.data.labels)
-    return found
 
 
 def _evaluation(name: str, words: Sequence[str], trained: launch.Config) -> cfg.Evaluation:

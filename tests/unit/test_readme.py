@@ -181,9 +181,11 @@ def test_a_command_is_taken(page: str, command: str, block: bool, monkeypatch: p
 
             server = mlflow.get_command(None, "ui")
             assert server.make_context("ui", rest).params["backend_store_uri"].startswith("sqlite:///")
-        case ["tools/local_slurm.sh" | "eval", *rest]:
-            verb = rest[-1].removesuffix(")").split()[-1]
-            assert re.search(rf"^{verb}\) {verb} ;;", (ROOT / "tools/local_slurm.sh").read_text(), re.MULTILINE), verb
+        case ["tools/local_slurm.sh" | "tools/mlflow_server.sh" | "eval", *_]:
+            named = re.search(r"tools/(\w+)\.sh (\w+)", command)
+            assert named, command
+            script, verb = (ROOT / f"tools/{named[1]}.sh").read_text(encoding="utf-8"), named[2]
+            assert re.search(rf"^ *(\w+ \| )*{verb}( \| \w+)*\) (verb=|{verb} ;;)", script, re.MULTILINE), verb
         case ["bash", script, *_]:
             assert (ROOT / script).is_file()
         case _:

@@ -209,7 +209,7 @@ def test_mistakes_in_the_evaluation_show_before_any_training(
     base = [f"data.sets={tmp_path}/set", "out=x", "seed=0,1"]
     on = [f"eval.data.sets={tmp_path}/set"] if evaluate == "demo_eval" else []
     with pytest.raises(UserError) as refused:
-        sweep.trials("demo_stage1", [*base, *on, *words], evaluate)
+        sweep.check_evaluation(sweep.trials("demo_stage1", [*base, *on, *words], evaluate))
     assert says in str(refused.value)
 
 

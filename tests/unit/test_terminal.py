@@ -74,7 +74,7 @@ def test_every_command_goes_to_its_end(tmp_path: Path) -> None:
     assert "????" in said and "---" in said
     assert "warning: identical audio in more than one split" in said
     assert "no clip has the label fear" in error
-    (line,) = (tmp_path / "eval/log.jsonl").read_text(encoding="utf-8").splitlines()
+    line, _ = (tmp_path / "eval/log.jsonl").read_text(encoding="utf-8").splitlines()
     assert {"ua/stage1/Дуся/ru", "ua/stage1/Реса/ru"} <= json.loads(line).keys(), "a metric for each row"
     assert "Дуся" in (tmp_path / "eval/table.txt").read_text(encoding="utf-8")
     report = json.loads((tmp_path / "eval/report.json").read_text(encoding="utf-8"))
