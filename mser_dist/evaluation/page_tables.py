@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mser_dist.evaluation import page_svg, protocols
+from mser_dist.evaluation import page_svg, protocols, summary
 from mser_dist.evaluation.evaluated import Evaluated
 from mser_dist.evaluation.page_sections import Picture, Row, in_order, is_adapted, where
 from mser_dist.evaluation.report import shown
@@ -106,21 +106,8 @@ def more_tables(evaluated: Evaluated) -> Iterator[tuple[str, list[Table | str]]]
     for title, field, head in (("By length", "by_length", "seconds"), ("By gender", "by_gender", "gender")):
         if table := _nested(rows, field, head):
             yield title, [table]
-    if found := [_flat(one) for one in evaluated.report.get("retrieval") or ()]:
-        columns = list(dict.fromkeys(name for one in found for name in one))
-        lines = [
-            [shown(cell(one.get(name))) if name == "model" else cell(one.get(name)) for name in columns]
-            for one in found
-        ]
-        yield "Retrieval across languages", [Table(columns, [lines], "ll" + "r" * (len(columns) - 2))]
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    """A row whose mappings are entries of their own: recall 1, recall 5 …"""
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        flat |= {f"{name} {inner}": one for inner, one in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+    if found := evaluated.report.get("retrieval"):
+        yield "Retrieval across languages", [*summary.below_retrieval(found)]
 
 
 def _nested(rows: Sequence[Row], field: str, head: str) -> Table | None:

@@ -37,8 +37,13 @@ def below(rows: Sequence[Row], retrieval: Sequence[Row]) -> list[Table | str]:
     if differing := group_table(rows):
         parts += [differing, _GROUPS]
     if retrieval:
-        parts += [retrieval_table(retrieval), _retrieval(retrieval)]
+        parts += below_retrieval(retrieval)
     return parts
+
+
+def below_retrieval(rows: Sequence[Row]) -> list[Table | str]:
+    """The table of retrieval, and what it says."""
+    return [retrieval_table(rows), _retrieval(rows)]
 
 
 def _wrapped(text: str) -> str:

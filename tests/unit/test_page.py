@@ -109,7 +109,8 @@ def test_a_report_of_an_older_version(evaluation: Path, tmp_path: Path) -> None:
 def test_no_predictions(evaluation: Path, tmp_path: Path) -> None:
     shutil.copytree(evaluation, tmp_path / "eval")
     (tmp_path / "eval/predictions.parquet").unlink()
-    rows = rows_of(evaluation)
+    rows = [{name: value for name, value in row.items() if name != "confusion"} for row in rows_of(evaluation)]
+    write_json(tmp_path / "eval/report.json", {"labels": LABELS, "zero_shot": rows})
     text = text_of(tmp_path / "eval")
     assert not {"confusions", "worst", "map"} & Parsed(text).ids and "predictions.parquet is not there" in text
     counts = [[4, 0, 0], [1, 3, 0], [0, 0, 4]]
@@ -124,7 +125,7 @@ def test_predictions_that_are_not_the_reports(evaluation: Path, tmp_path: Path) 
     folder = shutil.copytree(evaluation, tmp_path / "eval")
     rows = rows_of(evaluation)
     rows[0]["ua"] += 0.01
-    write_json(folder / "report.json", {"zero_shot": rows})
+    write_json(folder / "report.json", {"zero_shot": [{**row, "confusion": None} for row in rows]})
     text = text_of(folder)
     assert "predictions.parquet is of another evaluation" in text and "confusions" not in Parsed(text).ids
     (folder / "predictions.parquet").write_bytes(b"PAR1 and nothing")
@@ -180,11 +181,11 @@ def test_what_a_report_may_have_beside(evaluation: Path, tmp_path: Path) -> None
     row |= {"unseen": {"stage1": stage, "encoder": encoder}, "zero_shot": False, "leaks": None}
     row |= {"unknown": "one has kept no ledger", "why_not_zero_shot": "one has kept no ledger"}
     whole["ledger"] = {"notes": ["zero-shot: no training had it"]}
-    whole["retrieval"] = [{"model": "stage1", "language": "el", "map": 0.8125, "recall": {"1": 0.375}}]
     write_json(folder / "report.json", whole)
     text = text_of(folder)
     parsed = Parsed(text)
-    assert {"calibration", "ledger"} <= parsed.ids
+    assert f"<bdi>{whole['retrieval'][0]['map']:.3f}</bdi>" in text and "Retrieval across languages" in text
+    assert {"calibration", "ledger", "more"} <= parsed.ids
     assert "confidence 0.550, accuracy 0.500, 8 clips" in parsed.titles
     told = (
         "one has kept no ledger",

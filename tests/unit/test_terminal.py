@@ -77,6 +77,9 @@ def test_every_command_goes_to_its_end(tmp_path: Path) -> None:
     line, _ = (tmp_path / "eval/log.jsonl").read_text(encoding="utf-8").splitlines()
     assert {"ua/stage1/Дуся/ru", "ua/stage1/Реса/ru"} <= json.loads(line).keys(), "a metric for each row"
     assert "Дуся" in (tmp_path / "eval/table.txt").read_text(encoding="utf-8")
+    assert "report.html" in json.loads((tmp_path / "eval/mlflow.json").read_text(encoding="utf-8"))["artifacts"]
+    for page in ("eval/report.html", "Отчёт.html"):
+        assert "Дуся" in (tmp_path / page).read_text(encoding="utf-8")
     report = json.loads((tmp_path / "eval/report.json").read_text(encoding="utf-8"))
     assert [row["chance"] for row in report["zero_shot"]] == [0.5, 0.5]
     assert report["warnings"][0].startswith("no clip has the label fear")
