@@ -7,7 +7,6 @@ DeepSpeed's public `safe_get_…`/`safe_set_…` functions are not enough for a 
 GPU, work only after the first step, and stages 1 and 2 have no local ones.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mser_dist.deepspeed_module import module
 from mser_dist.errors import UserError
 
 INNER: dict[str, dict[str, str]] = {
@@ -86,20 +86,6 @@ INNER: dict[str, dict[str, str]] = {
 """Holder → its inner name → which function here needs it, and for what."""
 
 
-def module() -> Any:
-    """DeepSpeed, imported without MLflow, which its autotuner, of no use here, would bring: three modules of four."""
-    if "deepspeed" not in sys.modules and "mlflow" not in sys.modules:
-        hidden: Any = None  # an import of it fails, which the autotuner is prepared for
-        sys.modules["mlflow"] = hidden
-        try:
-            import deepspeed
-        finally:
-            del sys.modules["mlflow"]
-    import deepspeed
-
-    return deepspeed
-
-
 def moved(engine: Any) -> list[str]:
     """A sentence for each name of `INNER` that this engine should have, and has not."""
     deepspeed = module()
@@ -121,9 +107,8 @@ def check_moved(engine: Any) -> None:
 
 def holders(engine: Any) -> dict[str, Any]:
     """Those keys of `INNER` that an engine's stage and dtype have, with the objects that they speak of."""
-    deepspeed = module()
     stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
-    held: dict[str, Any] = {"the engine": engine, "deepspeed.ops": deepspeed.ops}
+    held: dict[str, Any] = {"the engine": engine, "deepspeed.ops": module().ops}
     parameter = next(p for p in engine.module.parameters() if p.requires_grad)
     if stage == 3:
         held |= {"the wrapper of stage 3": wrapper, "a parameter of stage 3": parameter}
@@ -391,11 +376,6 @@ def own_numel(parameter: Any) -> int:
 def shape(parameter: Tensor) -> tuple[int, ...]:
     """Of a parameter as a whole, which ZeRO-3 may have in parts."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def dimensions(parameter: Tensor) -> int:
-    """Dimensions of the whole parameter."""
-    return len(shape(parameter))
 
 
 @contextmanager

@@ -243,7 +243,7 @@ class LLMCount:
 
 def _experts(module: nn.Module, config: Any, flows: bool) -> _Cost:
     """Of a token, which goes through a few of a layer's experts; their weights are one parameter, (experts, …)."""
-    weights = [p for p in module.parameters(recurse=False) if deepspeed_parts.dimensions(p) == 3]
+    weights = [p for p in module.parameters(recurse=False) if len(deepspeed_parts.shape(p)) == 3]
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     size = 2.0 * sum(map(deepspeed_parts.numel, weights)) * getattr(config, "num_experts_per_tok", experts) / experts
     return _Cost(size, size * (flows + any(p.requires_grad for p in weights)))

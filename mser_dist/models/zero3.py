@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from mser_dist import deepspeed_parts
+from mser_dist import deepspeed_module, deepspeed_parts
 from mser_dist.models.llm import base_of
 
 
@@ -25,7 +25,7 @@ def share_out(llm: Any, dtype: torch.dtype) -> str:
     Returns a line on it.
     """
     llm.requires_grad_(False)
-    deepspeed_parts.module().initialize(model=llm, config=settings(dtype), dist_init_required=False)
+    deepspeed_module.module().initialize(model=llm, config=settings(dtype), dist_init_required=False)
     parameters = [*base_of(llm).parameters()]
     whole = sum(map(deepspeed_parts.numel, parameters))
     here = sum(map(deepspeed_parts.own_numel, parameters))

@@ -208,9 +208,9 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
 def _join(world: World, backend: str, limit: timedelta) -> None:
     import torch
 
-    from mser_dist import deepspeed_parts
+    from mser_dist import deepspeed_module
 
-    deepspeed = deepspeed_parts.module()
+    deepspeed = deepspeed_module.module()
     if world.launcher == "srun":
         from mser_dist.ranks import rendezvous
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mser_dist import config as cfg
-from mser_dist import deepspeed_parts
+from mser_dist import deepspeed_module, deepspeed_parts
 from mser_dist.contrastive import bounds
 from mser_dist.errors import UserError
 from mser_dist.models.weights import Weights
@@ -166,7 +166,7 @@ class Engine:
         else:
             optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=betas, fused=device == "cuda")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(config.train, total))
-        self._engine, *_ = deepspeed_parts.module().initialize(
+        self._engine, *_ = deepspeed_module.module().initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=self.json, dist_init_required=False
         )
         deepspeed_parts.check_moved(self._engine)

@@ -63,7 +63,7 @@ def parameter_groups(
         if parameter.requires_grad:
             group = (assigned or {}).get(name)
             own = group.weight_decay if group else None
-            is_matrix = deepspeed_parts.dimensions(parameter) >= 2 and not name.endswith("queries")
+            is_matrix = len(deepspeed_parts.shape(parameter)) >= 2 and not name.endswith("queries")
             decay = own if own is not None else train.weight_decay if is_matrix else 0.0
             lr = group.lr if group and group.lr is not None else train.lr
             found.setdefault((group.match if group else _REST, lr, decay), []).append(parameter)
