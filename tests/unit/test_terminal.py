@@ -79,7 +79,7 @@ def test_every_command_goes_to_its_end(tmp_path: Path) -> None:
     assert "Дуся" in (tmp_path / "eval/table.txt").read_text(encoding="utf-8")
     report = json.loads((tmp_path / "eval/report.json").read_text(encoding="utf-8"))
     assert [row["chance"] for row in report["zero_shot"]] == [0.5, 0.5]
-    assert report["warnings"][0].startswith("no clip has the label fear")
+    assert any(line.startswith("no clip has the label fear") for line in report["warnings"])
 
 
 def verbs() -> list[str]:
