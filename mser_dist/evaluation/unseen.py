@@ -306,5 +306,6 @@ def kind(rows: Sequence[Mapping[str, Any]]) -> str:
     which = sorted({str(row["language"]) for row in told if row["zero_shot"]})
     never = sorted({str(row["language"]) for row in told if not row["zero_shot"]} - {*which})
     if not which:
-        return "Evaluation, none of it zero-shot" if told else "Evaluation"
+        known = "known to be " if any(shown(row) == "unknown" for row in told) else ""
+        return f"Evaluation, none of it {known}zero-shot" if told else "Evaluation"
     return f"Evaluation, zero-shot in {', '.join(which)}" + (f" and not in {', '.join(never)}" if never else "")

@@ -8,6 +8,7 @@ from tests.faults.test_tracker import (
 from tests.unit.test_headline import (
     test_a_trainings_run_gets_what_evaluations_find_and_the_last_one_counts as test_evaluations_of_a_training,
 )
+from tests.unit.test_headline import tracked_in as tracked_in
 from tests.unit.test_sweep import shards as shards
 from tests.unit.test_sweep import (
     test_a_sweep_is_ranked_in_its_folder_and_in_mlflow as test_a_sweep,

@@ -73,4 +73,9 @@ def log_lines(out: Path) -> list[dict[str, float]]:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    return {path.name: path for path in (folder / "mlartifacts").rglob("*") if path.is_file()}
+    """The artifacts of the runs in a folder that `start` began; a server's store holds those of others too."""
+    client = client_of(folder)
+    experiment = client.get_experiment_by_name(f"test-{folder.name}")
+    ids = {run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    there = (folder / "mlartifacts").rglob("*")
+    return {path.name: path for path in there if path.is_file() and ids & {*path.parts}}

@@ -102,7 +102,7 @@ def test_the_runs_are_children_of_one_mlflow_run(tmp_path: Path, monkeypatch: py
     parents = {trial.config.tracking.parent for trial in planned}
     client = client_of(tmp_path / "runs")
     (experiment,) = (e for e in client.search_experiments() if e.name == "mser-demo")
-    (run,) = client.search_runs([experiment.experiment_id])
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`mser.sweep` = '{tmp_path}/runs/x'")
     assert parents == {run.info.run_id} and run.info.run_name == "x" and run.info.status == "RUNNING"
     assert run.data.params == {"seed": "0,1"} and "seed=0,1,2" in run.data.tags["mlflow.note.content"]
 
