@@ -203,6 +203,8 @@ def test_the_table_and_the_name_of_an_evaluation(ledger: Ledger, tmp_path: Path)
     assert unseen.kind(rows) == "Evaluation, zero-shot in el and not in de, ru"
     assert unseen.kind([row for row in rows if row["language"] == "el"]) == "Zero-shot evaluation"
     assert unseen.kind([row for row in rows if row["language"] == "de"]) == "Evaluation, none of it zero-shot"
+    silent = {"unseen": {}, "zero_shot": False, "leaks": None, "unknown": "no ledger", "why_not_zero_shot": "no ledger"}
+    assert unseen.kind([{"language": "el", **silent}]) == "Evaluation, none of it known to be zero-shot"
     assert unseen.kind([{"language": "el"}]) == "Evaluation", "of an older version"
     assert unseen.notes(rows)[1].startswith("the pretrained encoder openai/whisper-base, as declared: transcribed")
     assert json.loads(json.dumps(rows))[0]["unseen"]["stage1"]["language"] is False
