@@ -104,7 +104,8 @@ def test_a_sweep_of_failing_jobs_tells_of_each(
     assert cli.main(["sweep", *WORDS, "seed=0,1", "out=runs", "--local", "--parallel", "2", "--wait"]) == 1
     out = capfd.readouterr().out
     assert out.startswith("2 runs on this machine, 2 at once\n")
-    table = out[out.index("run ") :].splitlines()
+    *table, last = out[out.index("run ") :].splitlines()
+    assert last == "table: runs/sweep"
     assert [line.split()[0] for line in table[2:]] == ["seed=0", "seed=1"]
     assert all("no such data set" in line for line in table[2:])
 
