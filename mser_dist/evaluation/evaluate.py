@@ -95,6 +95,8 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         for line in unused_keys(config, Facts(ranks=world.world_size)):
             distributed.warn(line)
         run_folder.prepare_evaluation(out, to_yaml(config))
+    if world.world_size > 1:
+        run_folder.seen_by_all(out)  # what a rank has scored, rank 0 reads there
     links = {f"mser.stage{stage}_run_id": export.parent for stage, export in exports.items()}
     tags = {"mser.stage": "eval", COMMAND: command(config, "eval", world.world_size)}
     watchdog = Watchdog(world, silence=120.0, stall=30 * 60.0)
