@@ -288,7 +288,8 @@ def _mean_of(places: Sequence[Place], what: str) -> str:
     names = ", ".join(listed[:8]) + (", …" if len(listed) > 8 else "")
     if len(places) == 1:
         return f" on {names}{f' ({what.strip()})' if what else ''}"
-    return f", mean over {len(places)} {what}languages ({names})"
+    kind = "corpora and languages" if several else "languages"
+    return f", mean over {len(places)} {what}{kind} ({names})"
 
 
 def _title(system: System, score: str) -> str:

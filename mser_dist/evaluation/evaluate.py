@@ -36,6 +36,7 @@ from mser_dist.ranks.watchdog import Watchdog
 from mser_dist.runs import folder as run_folder
 from mser_dist.runs.record import versions
 from mser_dist.runs.tracking import COMMAND, tracked
+from mser_dist.shards.ledger import TRAINING, Ledger
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.examples import Examples, open_evaluation_clips
 
@@ -151,7 +152,9 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
                     scorer.model.speech.statistics,
                     more,
                     ledgers[stage],
-                    known=[data.labels.index(label) for label in card["labels"] if label in data.labels],
+                    known=[
+                        data.labels.index(label) for label in _trained(card, ledgers[stage]) if label in data.labels
+                    ],
                     scale=scale,
                     temperature=card.get("temperature") if as_validated else None,
                 )
@@ -172,6 +175,11 @@ def evaluate(config: cfg.Evaluation) -> dict[str, Any]:
         # within: who waits for the report is alive, listens to signals, and looks after rank 0
         agreed: dict[str, Any] = distributed.agree(result)
     return agreed
+
+
+def _trained(card: dict[str, Any], ledger: Ledger) -> set[str]:
+    """The labels that a model was trained on, by its stage 1 too."""
+    return {*card["labels"], *(label for part in ledger.parts if part.use == TRAINING for label in part.labels)}
 
 
 def _protocol(config: cfg.Evaluation) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist.errors import UserError
-from mser_dist.evaluation.report import ADAPTED, macro_ua
+from mser_dist.evaluation.means import macro_ua
+from mser_dist.evaluation.report import ADAPTED
 from mser_dist.evaluation.test_sets import test_sets
 from mser_dist.ranks import distributed
 from mser_dist.runs import tested

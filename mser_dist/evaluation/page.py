@@ -128,7 +128,7 @@ def _headline(evaluated: Evaluated) -> Iterator[dict[str, Any]]:
         over = ", ".join(dict.fromkeys(str(row["language"]) for row in rows))
         heard = "heard in training" if one["seen"] else "not heard in training"
         chance = sum(row["chance"] for row in rows) / len(rows) if rows else None
-        what = f"{kind}mean over {one.get('n_languages', len(rows))} corpora and languages {heard}: {over}"
+        what = f"{kind}mean over {one.get('n_rows', len(rows))} corpora and languages {heard}: {over}"
         yield {**one, "model": shown(model), "what": what, "chance": chance}
 
 

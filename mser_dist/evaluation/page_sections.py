@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from mser_dist.evaluation import page_svg
 from mser_dist.evaluation.evaluated import Behind, Evaluated, confusion
+from mser_dist.evaluation.means import macro_interval, macro_ua
 from mser_dist.evaluation.page_map import flatten_map
-from mser_dist.evaluation.report import ADAPTED, macro_interval, macro_ua, place_name, shown
+from mser_dist.evaluation.report import ADAPTED, place_name, shown
 from mser_dist.tables import Table
 
 Row = Mapping[str, Any]

@@ -50,6 +50,11 @@ def scored(
         prepared = scorer.model.speech.prepared(clips.grouped(inputs), device)
         found = {name: values.cpu() for name, values in scorer(prepared).items()}
         real = indices >= 0  # not what fills a batch up, nor what could not be read
+        if len(wrong := indices[real & ~np.isfinite(found["scores"].numpy()).all(1)]):
+            raise UserError(
+                f"{title}: the scores of {clips.shards.where(int(wrong[0]))} are not numbers: with a 16-bit dtype take "
+                "float32; otherwise the model is damaged"
+            )
         if number is None:
             yield None
         else:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from mser_dist import __version__
 from mser_dist.evaluation import protocols, summary, unseen
-from mser_dist.evaluation.bootstrap import clusters_of, draw_ua, mean_interval
+from mser_dist.evaluation.bootstrap import clusters_of, draw_ua
 from mser_dist.evaluation.calibration import probabilities
 from mser_dist.evaluation.details import Clips, details
+from mser_dist.evaluation.means import left_out, macro_interval, macro_ua, means
 from mser_dist.evaluation.metrics import Metrics, score
 from mser_dist.evaluation.retrieval import across_languages
 from mser_dist.evaluation.summary import between, shown
@@ -196,35 +197,11 @@ def place_name(corpus: str, language: str) -> str:
     return f"{language} of {corpus}"
 
 
-def macro_ua(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> float:
-    """Mean UA over the languages that were, or were not, seen in training; NaN if there is none."""
-    values = [row["ua"] for row in rows if row["model"] == model and row["seen_language"] is seen]
-    return float(np.mean(values)) if values else float("nan")
-
-
-def macro_interval(rows: Iterable[Mapping[str, Any]], model: str, seen: bool) -> tuple[float, float] | None:
-    """95 % interval of `macro_ua`, of languages that are independent of each other; None if one has none."""
-    mine = [row for row in rows if row["model"] == model and row["seen_language"] is seen]
-    ends = [None if row["ua_low"] is None else (row["ua_low"], row["ua_high"]) for row in mine]
-    return mean_interval([row["ua"] for row in mine], ends)
-
-
-def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of every model, the mean UA over the languages that were, or were not, seen in training, and its interval."""
-    found = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        for seen in (True, False):
-            over = [row for row in rows if row["model"] == model and row["seen_language"] is seen]
-            if over:
-                low, high = macro_interval(rows, model, seen) or (None, None)
-                mean = {"model": model, "seen": seen, "ua": macro_ua(rows, model, seen), "low": low, "high": high}
-                found.append({**mean, "n_languages": len({row["language"] for row in over}), "n_rows": len(over)})
-    return found
-
-
 def retrieval(answers: Mapping[str, Answers], shards: ShardSet) -> list[dict[str, Any]]:
     """How well clips find those of other languages, of the models that have embeddings (`across_languages`)."""
-    language, speaker, found = shards.column("language"), shards.column("speaker"), []
+    language, found = shards.column("language"), []
+    named = zip(shards.column("corpus"), shards.column("speaker"), strict=True)  # a speaker is one of a corpus
+    speaker = np.array([f"{corpus}/{name}" if name else "" for corpus, name in named])
     for model, given in answers.items():
         if (embedding := given.more.get("embedding")) is not None:
             own = given.numbers
@@ -314,7 +291,7 @@ def publish(
 
     rows = [as_row(group) for group in groups]
     below = protocols.tables(rows, protocol) if all("protocols" in row for row in rows) else []
-    parts = [zero_shot_table(rows), *below, *told, *warnings(groups, labels), *unseen.notes(rows)]
+    parts = [zero_shot_table(rows), *below, *told, *warnings(groups, labels), *left_out(rows), *unseen.notes(rows)]
     table, out = "\n\n".join(map(str, [*parts, *summary.below(rows, found)])), tracker.out
     write_text(out / "table.txt", table + "\n")
     with whole(out / "predictions.parquet") as staging:
@@ -352,7 +329,8 @@ def conclude(
     which the answers know nothing.
     """
     groups, found = protocols.told(measure(answers, shards, labels), answers, shards), retrieval(answers, shards)
-    said, rows = [*told, *warnings(groups, labels)], [*map(as_row, groups)]
+    rows = [*map(as_row, groups)]
+    said = [*told, *warnings(groups, labels), *left_out(rows)]
     result: dict[str, Any] = {"version": __version__, "labels": labels, "zero_shot": rows, "means": means(rows)}
     result |= {"retrieval": found, "warnings": said} | more
     if ledgers := {model: given.ledger.summary() for model, given in answers.items() if given.ledger is not None}:

@@ -240,6 +240,8 @@ def _refusal(asked: str, found: Found) -> str | None:
         unnamed = [line for line in said["unknown"] if "speaker" in line]
         if asked == "unseen_speakers" and unnamed:
             return unnamed[0]
+        if said["clips_shared"]:  # under the name of another corpus
+            return f"{name} heard {count(said['clips_shared'], 'clip')} of it"
     return None
 
 

@@ -59,6 +59,8 @@ def _before(config: cfg.Stage1 | cfg.Stage2) -> list[Ledger]:
             of_a_run = (export / "card.json").is_file()
             nobody_knows = Part(begin.adapter.name, 2, TRAINING, [], [], [], known=False)
             found.append(ledger_of(export) if of_a_run else Ledger((nobody_knows,)))
+        if (whole := Path(config.llm.pretrained or "").resolve().parent / "card.json").is_file():
+            found.append(ledger_of(whole.parent))  # the LLM of another run's export
     elif config.init_from:
         found = [ledger_of(exported.find(config.init_from, 1, "init_from"))]
     if config.train.fork:

@@ -115,6 +115,13 @@ def test_a_stage_2_holds_what_its_stage_1_heard_and_an_export_alone_knows(
     ledgers.keep(config, opened(data), trained)
     tiny_exports.stage2(tmp_path / "two")
     republish(tmp_path / "two")
+    onward = config_of(
+        tmp_path, 2, "three", data, f"stage1={tmp_path / 'second'}", f"llm.pretrained={tmp_path}/two/export/llm"
+    )
+    (tmp_path / "three").mkdir()
+    ledgers.keep(onward, opened(data), None)
+    heard = {(part.run, part.use) for part in Ledger.load(tmp_path / "three" / FILE).parts}
+    assert ("two", TRAINING) in heard and ("two", VALIDATION) in heard, "its LLM is that of the other run"
     shutil.rmtree(tmp_path / "first")
     shutil.rmtree(tmp_path / "second")
     (tmp_path / "two/export").rename(tmp_path / "alone")

@@ -263,6 +263,11 @@ def test_what_can_be_is_not_refused(ledger: Ledger, tmp_path: Path) -> None:
     test = opened(write(tmp_path / "set", {"k": (500, {"language": "el", "corpus": "c"})}))
     for asked in (None, *unseen.REQUIRED):
         unseen.require(asked, {"stage 1": ledger}, test)
+    # A clip of training under another corpus's name, and another speaker's.
+    known = opened(write(tmp_path / "known", {"k": (3, {"language": "el", "corpus": "c", "speaker": "x"})}))
+    for asked in ("unseen_corpus", "unseen_speakers"):
+        with pytest.raises(UserError, match="stage 1 heard 1 clip of it"):
+            unseen.require(asked, {"stage 1": ledger}, known)
     old = {"stage 1": ledger_of(tiny_exports.stage1(tmp_path / "old") / "export")}
     with pytest.raises(UserError, match="old has kept no ledger"):
         unseen.require("zero_shot", old, test)

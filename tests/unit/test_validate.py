@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from mser_dist.errors import UserError
 from mser_dist.evaluation.calibration import Likelihood
 from mser_dist.evaluation.predict import scored, validate
 from mser_dist.evaluation.scoring import PromptScorer
@@ -47,3 +49,8 @@ def test_a_validation_fits_the_temperature_of_its_clips(tmp_path: Path) -> None:
     clips.label = scores.argmax(1).astype(np.int16)
     assert "temperature" not in (validated() or {}), "all are right: there is none"
     assert validated(go_on=False) is None
+    torch.nn.init.constant_(model.speech_head.weight, float("nan"))
+    with pytest.raises(
+        UserError, match=r"validate: the scores of .* are not numbers: with a 16-bit dtype take float32"
+    ):
+        validated()
