@@ -18,7 +18,7 @@ HAVE_SLURM := PATH="$$PATH:/usr/sbin"; command -v sbatch && command -v slurmdbd 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slurm test-lab test-fast lint format typecheck clean
+.PHONY: help install install-slurm demo test test-slurm test-lab test-fast lint format typecheck clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,16 +45,18 @@ demo: $(STAMP)  ## synthesise speech, train both stages on two workers, print th
 
 test: $(STAMP)  ## every test; those of tests/slurm where SLURM is installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models tests/tools -n 2 --dist worksteal $(PYTEST_ARGS)
-	$(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/models --ignore=tests/tools $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models tests/tools tests/distributed -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/models --ignore=tests/tools --ignore=tests/distributed $(PYTEST_ARGS)
 	@{ $(HAVE_LAB); } >/dev/null || echo "make: no PostgreSQL or Chromium here, their tests were skipped: make test-lab installs them and runs them"
 	@{ $(HAVE_SLURM); } >/dev/null || echo "make: no SLURM here, its tests were skipped: make test-slurm installs it and runs them"
 
-test-slurm: $(STAMP)  ## the tests on a real SLURM alone; installs Debian's packages if they are missing (root)
+install-slurm:  ## a SLURM to test with: Debian's packages, if they are missing (root)
 	@{ $(HAVE_SLURM); } >/dev/null || if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then \
 	  export DEBIAN_FRONTEND=noninteractive; \
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) </dev/null; \
 	else echo "make: no SLURM here: as root on Debian or Ubuntu, apt-get install $(SLURM_PACKAGES)" >&2; exit 1; fi
+
+test-slurm: $(STAMP) install-slurm  ## the tests on a real SLURM alone
 	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 test-lab: $(STAMP)  ## the tests on an MLflow server with PostgreSQL, in a browser; installs Debian's packages if missing (root)

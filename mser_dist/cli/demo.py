@@ -154,7 +154,8 @@ def _report(out: Path, stage1: Path, stage2: Path, seconds: dict[str, float], to
         read_json(stage2 / "summary.json"),
         read_json(out / "eval/report.json"),
     )
-    keys = ("model", "stage", "corpus", "language", "seen_language", "n", "k", "ua", "wa", "macro_f1")
+    keys = ["model", "stage", "corpus", "language", "seen_language", "zero_shot", "leaks", "unknown"]
+    keys += ["n", "k", "ua", "wa", "macro_f1"]
     return {
         "seconds": round(total, 1),
         "seconds_by_step": seconds,

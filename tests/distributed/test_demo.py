@@ -89,7 +89,7 @@ def test_three_linked_runs_are_in_mlflow(demo: Demo) -> None:
     assert runs["eval"].data.tags["mser.stage2_run_id"] == ids["stage2_run_id"]
     for name in ("stage1", "stage2"):
         data = runs[name].data
-        assert data.params["attention.kernel"] == "sdpa" and data.params["world_size"] == "2"
+        assert data.tags["mser.attention.kernel"] == "sdpa" and data.tags["mser.world_size"] == "2"
         assert len(client.get_metric_history(runs[name].info.run_id, "train/loss")) > 10
         assert any(metric.startswith("system/") for metric in data.metrics)
         files = {item.path for item in client.list_artifacts(runs[name].info.run_id)}

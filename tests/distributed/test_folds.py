@@ -89,7 +89,7 @@ def test_each_run_is_repeatable_from_its_config(done: Path, monkeypatch: pytest.
 def test_the_folds_are_children_of_one_mlflow_run(done: Path) -> None:
     out = done / "runs/cv"
     parent = run_id_of(out / "folds")
-    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{done / 'runs/mlflow.db'}")
     (experiment,) = (e for e in client.search_experiments() if e.name == "mser-demo")
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
     assert parent in runs and runs[parent].info.status == "FINISHED" and runs[parent].info.run_name == "cv"
