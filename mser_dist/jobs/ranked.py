@@ -141,9 +141,10 @@ def in_common(outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[str]]:
     means cannot be compared. One to which nothing is unseen has no such mean, and takes nothing from the others.
     Besides, lines on what is left out.
     """
-    from mser_dist.evaluation.report import macro_interval, macro_ua
+    from mser_dist.evaluation.means import left_out, macro_interval, macro_ua
 
-    evaluated, notes = [one for one in outcomes if one.rows], list[str]()
+    evaluated = [one for one in outcomes if one.rows]
+    notes = left_out(row for one in evaluated for row in one.rows)
     means: dict[str, dict[str, float]] = {one.name: {} for one in evaluated}
     between: dict[str, tuple[float, float] | None] = {}
     for name, seen in (("unseen", False), ("seen", True)):
@@ -171,7 +172,10 @@ def in_common(outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[str]]:
 
 
 def _places(one: Outcome, seen: bool) -> frozenset[tuple[Any, Any]]:
-    return frozenset((row["corpus"], row["language"]) for row in one.rows if row["seen_language"] is seen)
+    from mser_dist.evaluation.means import rows_of_mean
+
+    mine = rows_of_mean(one.rows, one.rows[0]["model"], seen)
+    return frozenset((row["corpus"], row["language"]) for row in mine)
 
 
 def _said(places: Iterable[tuple[Any, Any]]) -> str:

@@ -190,6 +190,9 @@ def test_evaluations_are_ranked_by_what_is_unseen_in_all(tmp_path: Path) -> None
     assert ranked.rank(given[1:2]).outcomes[0].score == pytest.approx(0.65), "alone it is its own"
     found = ranked.rank([unseen(tmp_path, "a", de=0.8, EL=0.7), unseen(tmp_path, "b", el=0.9, DE=0.7)])
     assert found.best is None and "no corpus and language is unseen in all runs" in found.winner()[0]
+    leaky = [{**row, "leaks": "stage 1 heard 3 clips"} if row["language"] == "de" else row for row in given[1].rows]
+    found = ranked.rank([replace(given[1], rows=leaky)])
+    assert found.best and found.best.score == 0.5 and "without de of c (it leaks)" in found.notes[0]
     found = ranked.rank([unseen(tmp_path, "a", DE=0.8), unseen(tmp_path, "b", DE=0.9)])
     assert found.best and found.best.name == "b" and found.notes == [], "of what all have heard"
 
