@@ -173,9 +173,9 @@ def _sweep(options: argparse.Namespace) -> int:
     failed = {trial.name: str(result) for trial, result in ended if isinstance(result, UserError)}
     out = Path(planned[0].config.out).parent
     ranking = ranked.settle(out, failed)
-    best = ranking.winner()
-    tables.show(ranking.table(), *(["\n".join(best)] if best else []))
-    print(f"{'table, comparison and plot' if best else 'table'}: {out / ranked.PLACE}")
+    below = ranking.winner()
+    tables.show(ranking.table(), *(["\n".join(below)] if below else []))
+    print(f"{'table, comparison and plot' if ranking.best else 'table'}: {out / ranked.PLACE}")
     if line := sweep_page(out / ranked.PLACE, getattr(planned[0].config, "stage", None)):
         print(line, flush=True)
     return 1 if failed else 0

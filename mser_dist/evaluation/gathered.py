@@ -195,6 +195,8 @@ class _Trained:
         return self._found[run_id]
 
     def _of(self, run: Stored) -> Training | None:
+        if run.tags.get("mser.stage") not in ("1", "2"):
+            return None  # somebody's tag leads to a run that is no training
         folder = folder_of(run)
         if folder and (found := self.reader.training(folder)):
             return found

@@ -99,5 +99,8 @@ def _send(run: Path, patience: float = 5.0) -> None:
             ):  # another evaluation's numbers are on their way
                 time.sleep(0.2)
                 continue
+            if "was deleted" in str(error):
+                say(f"warning: MLflow lacks what was found of {run}: {error}, and `mser sync {run}` sends it then")
+                return
             say(f"warning: MLflow does not have what was found of {run}: `mser sync {run}` sends it later ({error})")
             return

@@ -15,7 +15,7 @@ from mser_dist.shards.ledger import UNNAMED
 Rows = Iterable[Mapping[str, Any]]
 
 
-def _over(rows: Rows, model: str, seen: bool) -> list[Mapping[str, Any]]:
+def rows_of_mean(rows: Rows, model: str, seen: bool) -> list[Mapping[str, Any]]:
     """The rows of a model that the mean is over."""
     mine = [row for row in rows if row["model"] == model and row["seen_language"] is seen]
     return mine if seen else [row for row in mine if not _why_not(row)]
@@ -30,13 +30,13 @@ def _why_not(row: Mapping[str, Any]) -> str:
 
 def macro_ua(rows: Rows, model: str, seen: bool) -> float:
     """Mean UA over the languages that were, or were not, seen in training; NaN if there is none."""
-    values = [row["ua"] for row in _over(rows, model, seen)]
+    values = [row["ua"] for row in rows_of_mean(rows, model, seen)]
     return float(np.mean(values)) if values else float("nan")
 
 
 def macro_interval(rows: Rows, model: str, seen: bool) -> tuple[float, float] | None:
     """95 % interval of `macro_ua`, of languages that are independent of each other; None if one has none."""
-    mine = _over(rows, model, seen)
+    mine = rows_of_mean(rows, model, seen)
     ends = [None if row["ua_low"] is None else (row["ua_low"], row["ua_high"]) for row in mine]
     return mean_interval([row["ua"] for row in mine], ends)
 
@@ -46,7 +46,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for model in dict.fromkeys(row["model"] for row in rows):
         for seen in (True, False):
-            if over := _over(rows, model, seen):
+            if over := rows_of_mean(rows, model, seen):
                 low, high = macro_interval(rows, model, seen) or (None, None)
                 mean = {"model": model, "seen": seen, "ua": macro_ua(rows, model, seen), "low": low, "high": high}
                 found.append({**mean, "n_languages": len({row["language"] for row in over}), "n_rows": len(over)})

@@ -1,4 +1,4 @@
-"""The runs of a sweep, ranked: by the mean UA over unseen languages where they were evaluated, else by validation.
+"""The runs of a sweep, ranked: by the mean UA over what is unseen in all that were evaluated, else by validation.
 
 Everything is read from ``<out>/sweep/trials.json`` and the runs' own folders: the command that waits for a sweep, and
 each of its jobs as it ends, can bring the table and the sweep's MLflow run up to date.
@@ -6,8 +6,8 @@ each of its jobs as it ends, can bring the table and the sweep's MLflow run up t
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mser_dist.errors import UserError
 from mser_dist.files import read_json, unlock_file, write_json, write_text
 from mser_dist.runs import record as records
 from mser_dist.runs import sync
+from mser_dist.runs.folder import newer
 from mser_dist.tables import Table, count
 
 PLACE = "sweep"  # folder in `out` of the record of the whole
@@ -26,7 +27,9 @@ _PATIENCE = 60.0  # seconds that a job waits for another one that brings the tab
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial came to. scores: by their names, none until it has ended; interval: 95 %, of the first score."""
+    """What a trial came to. scores: by their names, none until it has ended; interval: 95 %, of the first score; rows:
+    of its evaluation's report, those of the last stage.
+    """
 
     name: str
     values: dict[str, str]
@@ -36,6 +39,8 @@ class Outcome:
     scores: dict[str, float] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
     failed: str = ""
+    ended: bool = False  # a training without validation has no scores then either
+    rows: Sequence[Mapping[str, Any]] = ()
 
     @property
     def score(self) -> float:
@@ -46,19 +51,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Outcomes, the best first; over: mean over the seeds of what differs in its seed alone, by a trial's name."""
+    """Outcomes, the best first; over: mean over the seeds of what differs in its seed alone, by a trial's name; notes:
+    what the ranking is over, where that is not all.
+    """
 
     outcomes: list[Outcome]
     over: dict[str, tuple[float, int]]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def best(self) -> Outcome | None:
-        return self.outcomes[0] if self.outcomes and self.outcomes[0].scores else None
+        return self.outcomes[0] if self.outcomes and self.outcomes[0].score > float("-inf") else None
 
     @property
     def left(self) -> int:
         """Trials that have not ended."""
-        return sum(not one.scores and not one.failed for one in self.outcomes)
+        return sum(not one.ended and not one.failed for one in self.outcomes)
 
     @property
     def failed(self) -> int:
@@ -77,69 +85,124 @@ class Ranking:
         head += ["failed"] if why else []
         rows = []
         for number, one in enumerate(self.outcomes, 1):
-            cells = [f"{one.scores[name]:.3f}" if name in one.scores else "" for name in names]
+            cells = ["" if (value := one.scores.get(name)) is None else _figure(value) for name in names]
             if between:
                 cells.insert(1, "{:.2f}–{:.2f}".format(*one.interval) if one.interval else "")
             mean = self.over.get(one.name)
             cells += [f"{mean[0]:.3f} of {mean[1]}" if mean else ""] if seeds else []
-            rows.append([str(number) if one.scores else "", one.name, *cells, *([one.failed] if why else [])])
+            rows.append([str(number) if one.ended else "", one.name, *cells, *([one.failed] if why else [])])
         return Table(head, [rows], align=align)
 
     def winner(self) -> list[str]:
-        """Lines on the best: where it is, and the command that repeats it."""
+        """Lines on what the ranking is over, and on the best: where it is, and the command that repeats it."""
         if (best := self.best) is None:
-            return []
+            return [*self.notes]
         where = f", evaluated in {best.evaluation}" if best.evaluation else ""
-        return [f"best: {best.name}, in {best.out}{where}", f"  to repeat it: {best.command}"]
-
-
-def scores(result: Mapping[str, Any]) -> dict[str, float]:
-    """What tells a run's result in a few numbers: a training's validation, or an evaluation's mean UAs."""
-    if "zero_shot" not in result:
-        return dict(result["validation"])
-    from mser_dist.evaluation.headline import last_stage
-    from mser_dist.evaluation.report import macro_ua
-
-    rows = result["zero_shot"]
-    last = last_stage(rows) or rows[0]["model"]
-    found = {f"ua_{name}": macro_ua(rows, last, seen) for name, seen in (("unseen", False), ("seen", True))}
-    return {name: value for name, value in found.items() if value == value}
+        return [*self.notes, f"best: {best.name}, in {best.out}{where}", f"  to repeat it: {best.command}"]
 
 
 def outcome(trial: Mapping[str, Any], failed: str = "") -> Outcome:
-    """What a trial of ``trials.json`` has come to by now."""
+    """What a trial of ``trials.json`` has come to by now. A result that it had when it was submitted to be done anew,
+    and an evaluation of what the training was before, do not count.
+    """
     evaluation = Path(trial["evaluation"]) if trial["evaluation"] else None
     out = Path(trial["out"])
     about = Outcome(trial["name"], trial["values"], out, evaluation, trial["command"], failed=failed)
-    file = evaluation / "report.json" if evaluation else out / ("report.json" if trial["of_runs"] else "summary.json")
-    if failed or not file.is_file():
+    file = result_of(trial)
+    if failed or not file.is_file() or file.stat().st_mtime_ns == trial.get("before"):
+        return about
+    if evaluation and not newer(file, out):
         return about
     result = read_json(file)
     if "zero_shot" not in result:
-        return Outcome(**{**vars(about), "scores": scores(result)})
+        return replace(about, ended=True, scores=_validation(result))
     from mser_dist.evaluation.headline import last_stage
-    from mser_dist.evaluation.report import macro_interval
 
-    rows, found = result["zero_shot"], scores(result)
-    between = macro_interval(rows, last_stage(rows) or rows[0]["model"], "ua_unseen" not in found)
-    if evaluation and (summary := out / "summary.json").is_file() and (val := read_json(summary)["validation"]):
-        found["ua"] = val["ua"]
-    return Outcome(**{**vars(about), "scores": found, "interval": between})
+    last = last_stage(result["zero_shot"]) or result["zero_shot"][0]["model"]
+    rows = [row for row in result["zero_shot"] if row["model"] == last]
+    found = _validation(read_json(out / "summary.json")) if evaluation else {}
+    return replace(about, ended=True, rows=rows, scores={"ua": found["ua"]} if "ua" in found else {})
+
+
+def result_of(trial: Mapping[str, Any]) -> Path:
+    """The file that a trial of ``trials.json`` ends with."""
+    if trial["evaluation"]:
+        return Path(trial["evaluation"]) / "report.json"
+    return Path(trial["out"]) / ("report.json" if trial["of_runs"] else "summary.json")
+
+
+def _validation(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of a training's validation, which has a temperature besides."""
+    return {name: value for name, value in (summary["validation"] or {}).items() if name in _SHOWN}
+
+
+def in_common(outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[str]]:
+    """Give the evaluated their mean UAs, over the corpora and languages that are unseen (or seen) in all of them: other
+    means cannot be compared. One to which nothing is unseen has no such mean, and takes nothing from the others.
+    Besides, lines on what is left out.
+    """
+    from mser_dist.evaluation.means import left_out, macro_interval, macro_ua
+
+    evaluated = [one for one in outcomes if one.rows]
+    notes = left_out(row for one in evaluated for row in one.rows)
+    means: dict[str, dict[str, float]] = {one.name: {} for one in evaluated}
+    between: dict[str, tuple[float, float] | None] = {}
+    for name, seen in (("unseen", False), ("seen", True)):
+        places = {one.name: _places(one, seen) for one in evaluated}
+        if not (sets := [own for own in places.values() if own]):
+            continue
+        common, every = frozenset.intersection(*sets), frozenset.union(*sets)
+        what = f"{_SHOWN[f'ua_{name}']}: the mean is over"
+        if not common:
+            notes.append(f"{what} nothing: no corpus and language is {name} in all runs that have ended")
+        elif left := every - common:
+            notes.append(f"{what} {_said(common)}, {name} in all runs that have any; left out: {_said(left)}")
+        if not seen and (lack := [one for one, own in places.items() if not own]):
+            notes.append(f"nothing is unseen to {', '.join(lack)}: ranked last")
+        for one in evaluated:
+            rows = [row for row in one.rows if (row["corpus"], row["language"]) in common & places[one.name]]
+            mean = macro_ua(rows, rows[0]["model"], seen) if rows else float("nan")
+            means[one.name][f"ua_{name}"] = mean
+            if one.name not in between:
+                between[one.name] = macro_interval(rows, rows[0]["model"], seen) if rows else None
+    return [
+        replace(one, scores=means[one.name] | one.scores, interval=between.get(one.name)) if one.rows else one
+        for one in outcomes
+    ], notes
+
+
+def _places(one: Outcome, seen: bool) -> frozenset[tuple[Any, Any]]:
+    from mser_dist.evaluation.means import rows_of_mean
+
+    mine = rows_of_mean(one.rows, one.rows[0]["model"], seen)
+    return frozenset((row["corpus"], row["language"]) for row in mine)
+
+
+def _said(places: Iterable[tuple[Any, Any]]) -> str:
+    return ", ".join(sorted(f"{language} of {corpus}" if corpus else str(language) for corpus, language in places))
 
 
 def rank(outcomes: Sequence[Outcome]) -> Ranking:
-    """The best first, by the mean over seeds where seeds are swept, then by its own; the ended before the others."""
+    """The best first, by the mean over seeds where seeds are swept, then by its own; the ended before the others. Of
+    evaluations by what is unseen in all that have ended (`in_common`).
+    """
+    outcomes, notes = in_common(outcomes)
     groups: dict[tuple[tuple[str, str], ...], list[Outcome]] = {}
     for one in outcomes:
         groups.setdefault(_but_seed(one), []).append(one)
     over: dict[str, tuple[float, int]] = {}
     for members in groups.values():
-        known = [one.score for one in members if one.scores]
-        over |= {one.name: (float(np.mean(known)), len(known)) for one in members if known and one.scores}
+        known = [one.score for one in members if one.score > float("-inf")]
+        mean = (float(np.mean(known)), len(known)) if known else None
+        over |= {one.name: mean for one in members if mean and one.score > float("-inf")}
     ordered = sorted(
-        outcomes, key=lambda one: (*over.get(one.name, ())[:1], one.score) if one.scores else (), reverse=True
+        outcomes, key=lambda one: (over.get(one.name, (one.score,))[0], one.score) if one.ended else (), reverse=True
     )
-    return Ranking(ordered, over)
+    return Ranking(ordered, over, notes)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if value == value else "–"
 
 
 def _but_seed(one: Outcome) -> tuple[tuple[str, str], ...]:
@@ -175,7 +238,7 @@ def _compared(out: Path, ranking: Ranking) -> list[Path]:
     from mser_dist.evaluation import compare_report, gathered
     from mser_dist.evaluation.compare import compare
 
-    done = [one for one in ranking.outcomes if one.scores]
+    done = [one for one in ranking.outcomes if one.scores or one.rows]
     if len(done) < 2:
         return []
     try:
@@ -242,7 +305,12 @@ def _write_table(path: Path, ranking: Ranking) -> None:
     names = list(dict.fromkeys(name for one in ranking.outcomes for name in one.scores))
     keys = list(ranking.outcomes[0].values)
     data = [
-        [one.name, *(one.values[key] for key in keys), *(one.scores.get(name) for name in names), one.command]
+        [one.name, *(one.values[key] for key in keys), *(_number(one, name) for name in names), one.command]
         for one in ranking.outcomes
     ]
     write_json(path, {"columns": ["run", *keys, *names, "command"], "data": data})
+
+
+def _number(one: Outcome, name: str) -> float | None:
+    value = one.scores.get(name, float("nan"))
+    return value if value == value else None

@@ -264,7 +264,7 @@ def join(planned: Sequence[Trial], ranks: int = 1, command: str = "") -> None:
 def _noted(trial: Trial, ranks: int) -> dict[str, Any]:
     """What `ranked.settle` has to know of a trial."""
     of_runs = isinstance(trial.config, cfg.Evaluation)
-    return {
+    noted: dict[str, Any] = {
         "name": trial.name,
         "values": trial.values,
         "out": trial.config.out,
@@ -272,3 +272,6 @@ def _noted(trial: Trial, ranks: int) -> dict[str, Any]:
         "evaluation": trial.evaluation.out if trial.evaluation else None,
         "command": redact(said_command(trial.config, "eval" if of_runs else "train", ranks)),
     }
+    # A result that is to be done anew is told from the new one by the time of its file.
+    stale = (result := ranked.result_of(noted)).is_file() and not is_done(trial)
+    return noted | {"before": result.stat().st_mtime_ns if stale else None}

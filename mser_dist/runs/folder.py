@@ -28,8 +28,9 @@ _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a ru
 # What a run of stage 2 did whose config has no such key yet; of other keys that are new it did what is the default.
 UNSAID = {"llm.order": "speech_first", "llm.packing": "off", "llm.prompt.draw": "clip"}
 
-
+# What a start writes, and what an evaluation leaves of one.
 _OF_A_START = ("log.jsonl", "mlflow.json", "validations.json", "prompt.json", "ledger.safetensors", "tested.jsonl")
+_OF_AN_EVALUATION = ("report.json", "predictions.parquet", "report.html", "table.txt")
 
 
 def _has_checkpoint(out: Path) -> bool:
@@ -76,7 +77,13 @@ def evaluated(config: cfg.Evaluation, trainings: Iterable[Path]) -> bool:
         return False
     old, new = ({k: v for k, v in flatten(of).items() if not k.startswith("tracking.")}
                 for of in (read_yaml(saved), config))  # fmt: skip
-    return old == new and all((run / "summary.json").stat().st_mtime <= report.stat().st_mtime for run in trainings)
+    return old == new and all(newer(report, run) for run in trainings)
+
+
+def newer(report: Path, training: Path) -> bool:
+    """Whether an evaluation is of a training as it is now: it has ended, and not after its evaluation."""
+    summary = training / "summary.json"
+    return summary.is_file() and summary.stat().st_mtime <= report.stat().st_mtime
 
 
 def _length(flat: dict[str, str]) -> tuple[str, float]:
@@ -111,15 +118,7 @@ def prepare(out: Path, config_text: str, anew: bool = False) -> None:
         saved = out / "config.yaml"
         same = saved.is_file() and saved.read_text(encoding="utf-8") == config_text
         if anew or not (same or _has_checkpoint(out)):
-            names = (
-                "log.jsonl",
-                "mlflow.json",
-                "validations.json",
-                "prompt.json",
-                "ledger.safetensors",
-                "tested.jsonl",
-            )
-            for name in names:
+            for name in _OF_A_START:
                 (out / name).unlink(missing_ok=True)
         if not same:
             (out / "summary.json").unlink(missing_ok=True)  # of a run that is to be longer now: it is not over
@@ -135,7 +134,16 @@ def check_no_training(out: Path) -> None:
 
 
 def prepare_evaluation(out: Path, config_text: str) -> None:
-    """`prepare`: one that was stopped goes on in its MLflow run; one that has ended is followed by another."""
+    """`prepare`: one that was stopped goes on in its MLflow run; one that has ended is followed by another.
+
+    Results that lie there go before the config does: they would look like those of an evaluation that never ended.
+    """
+    _check_no_set(out)
+    try:
+        for name in _OF_AN_EVALUATION:
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {out}: {error.strerror}: choose another with out=…") from error
     prepare(out, config_text, anew=status_of(out) in ("FINISHED", "FAILED"))
 
 

@@ -73,13 +73,16 @@ def score(client: Any, run_id: str, training: Path, found: Mapping[str, Any], ur
 
 
 def _scored(client: Any, run_id: str, training: Path, step: int, uri: str) -> str:
-    """The LoggedModel of a training's export: its run's, where that is in this store; else one that stands for it."""
+    """The LoggedModel of a training's export: its run's, where that is in this store and was not deleted; else one that
+    stands for it.
+    """
     from mlflow.entities import LoggedModelOutput
 
     record: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         record = json.loads((training / "mlflow.json").read_text(encoding="utf-8"))
     source = record.get("run_id") if record.get("tracking_uri") == uri else None
+    source = source if source is not None and _is_there(client, source) else None
     tags = {"mser.out": str(training), "mser.step": str(step), _BARE: "true"}
     if source is None:
         experiment = client.get_run(run_id).info.experiment_id
@@ -96,6 +99,18 @@ def _scored(client: Any, run_id: str, training: Path, step: int, uri: str) -> st
     if source is not None:
         client.log_outputs(source, models=[LoggedModelOutput(made.model_id, step=0)])
     return str(made.model_id)
+
+
+def _is_there(client: Any, run_id: str) -> bool:
+    """Whether the store has a run, which was not deleted: a deleted one takes nothing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
 def _plain(name: str) -> str:

@@ -72,6 +72,9 @@ class Sender:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 self.record.forget_run()  # the database was removed, or is another one
+        if run is not None and run.info.lifecycle_stage == "deleted":
+            how = f"`mlflow runs restore --run-id {run.info.run_id}` brings it back"
+            raise UserError(f"the run of {self.run} was deleted in MLflow, which takes nothing more of it: {how}")
         self._new = False
         if run is None:
             run = self._find_or_create(client)
@@ -374,6 +377,8 @@ def _sync(run: Path, config: cfg.TrackingConfig, tree: dict[str, Any], uri: str 
     sender = Sender(run, record, uri)
     try:
         sender.send()
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"MLflow at {record.tracking_uri} {trouble(error)}: mend it, or name another one with --uri"

@@ -133,6 +133,17 @@ def test_runs_of_others_and_those_that_go_on(runs: Path) -> None:
     assert told(compared(runs)) and of_experiment(Store(f"sqlite:///{runs}/mlflow.db"), experiment)[0], "by its id"
 
 
+@pytest.mark.parametrize("tag", [None, "eval"])
+def test_a_link_to_a_run_that_is_no_training(runs: Path, tag: str | None) -> None:
+    client = client_of(runs)
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    foreign = client.create_run(experiment, run_name="somebody's", tags={"mser.stage": tag} if tag else {})
+    client.set_tag(run_id_of(runs / "eval1e-2"), "mser.stage1_run_id", foreign.info.run_id)
+    found = compared(runs)
+    assert told(found)[0][:2] == ("stage1", None)
+    assert any("its parameters are not known" in note for note in found.notes)
+
+
 def test_a_training_of_another_experiment(runs: Path) -> None:
     shutil.rmtree(runs / "train1e-2")
     client = client_of(runs)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from mser_dist.config.file import load_evaluation, to_yaml
 from mser_dist.evaluation.headline import headline, last_stage, of_training
+from mser_dist.runs import folder, tested
 from mser_dist.runs import sync as syncing
-from mser_dist.runs import tested
 from mser_dist.runs.names import Name
 from mser_dist.runs.page import page, pages, sweep_page
 from mser_dist.runs.record import HEADLINE, run_id_of
@@ -124,6 +125,44 @@ def test_what_a_dead_server_misses_is_sent_later(
     assert run_of(out).data.metrics[HEADLINE] == run_of(runs / "eval").data.metrics[HEADLINE]
 
 
+@pytest.mark.parametrize("how", ["deleted", "unknown"])
+def test_a_training_whose_run_is_gone(
+    runs: Path, tracked_in: dict[str, Any], capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    shards, out = write_clips(runs / "set"), runs / "train"
+    train(out, **tracked_in)
+    client, gone = client_of(runs), str(run_id_of(out))
+    if how == "deleted":
+        client.delete_run(gone)
+    else:
+        path = out / "mlflow.json"
+        path.write_text(path.read_text().replace(gone, "0" * 32))
+        (out / "config.yaml").unlink()  # else its run is found again by its key
+    evaluate(runs / "eval", shards, {"stage1": answers(shards, 0.8)}, stages={1: out}, **tracked_in)
+    said = capsys.readouterr().err
+    run = run_of(runs / "eval")
+    assert run.info.status == "FINISHED" and run.data.metrics["ua"] == run.data.metrics[HEADLINE]
+    (model,) = client.search_logged_models([run.info.experiment_id], f"tags.`mser.out` = '{out}'")
+    assert model.source_run_id is None and {point.key for point in model.metrics} >= {"ua", "wa"}
+    if how == "deleted":
+        assert f"was deleted in MLflow, which takes nothing more of it: `mlflow runs restore --run-id {gone}`" in said
+        assert "sends it later" not in said and len(said.splitlines()) == 1, said
+        client.restore_run(gone)
+        sync(out)
+        assert run_of(out).data.metrics[HEADLINE] == run.data.metrics[HEADLINE]
+
+
+def test_results_go_before_another_evaluation_begins(runs: Path) -> None:
+    shards, out = write_clips(runs / "set"), runs / "eval"
+    run = train(runs / "train")
+    evaluate(out, shards, {"stage1": answers(shards, 0.8)}, stages={1: run})
+    config = load_evaluation("demo_eval", [f"out={out}", f"stage1={run}", "stage2=null", "batch=7"], runs=False)
+    assert (out / "report.json").is_file() and not folder.evaluated(config, [run])
+    folder.prepare_evaluation(out, to_yaml(config))  # and it is killed here
+    assert not folder.evaluated(config, [run]), "it was never scored"
+    assert not {"report.json", "predictions.parquet", "table.txt"} & {path.name for path in out.iterdir()}
+
+
 def test_a_folder_that_cannot_be_written_and_one_that_is_no_run(
     runs: Path, tracked_in: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,8 +170,8 @@ def test_a_folder_that_cannot_be_written_and_one_that_is_no_run(
     train(out, **tracked_in)
     (out / tested.FILE).mkdir()  # as root, whom no permission stops
     (runs / "download").mkdir()  # an export alone
-    for name, folder in (("one", out), ("two", runs / "download")):
-        evaluate(runs / name, shards, {"stage1": answers(shards, 0.8)}, stages={1: folder}, **tracked_in)
+    for name, run in (("one", out), ("two", runs / "download")):
+        evaluate(runs / name, shards, {"stage1": answers(shards, 0.8)}, stages={1: run}, **tracked_in)
         assert HEADLINE in run_of(runs / name).data.metrics
     assert "its run does not get this evaluation" in capsys.readouterr().err
     assert list((runs / "download").iterdir()) == []

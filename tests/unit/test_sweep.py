@@ -1,5 +1,8 @@
 """Sweeps: which words make which runs, and the MLflow run that they are children of."""
 
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 from mser_dist.config import Stage1
 from mser_dist.config.file import to_yaml
 from mser_dist.errors import UserError
+from mser_dist.files import read_json, write_json
 from mser_dist.jobs import launch, ranked, sweep
 from mser_dist.ranks.distributed import free_port
 from mser_dist.runs.record import run_id_of
@@ -134,7 +138,17 @@ def test_the_folder_of_a_run_is_no_folder_for_a_sweep(tmp_path: Path) -> None:
 
 
 def made(folder: Path, name: str, scores: dict[str, float], **values: str) -> ranked.Outcome:
-    return ranked.Outcome(name, values, folder / name, None, f"mser train {name}", scores)
+    return ranked.Outcome(name, values, folder / name, None, f"mser train {name}", scores, ended=True)
+
+
+def unseen(folder: Path, name: str, **ua: float) -> ranked.Outcome:
+    """An evaluation that found these UAs; of languages in capitals, which the training had heard."""
+    rows = [
+        {"model": "stage1", "corpus": "c", "language": key.lower(), "seen_language": key.isupper(), "ua": value}
+        | {"ua_low": None, "ua_high": None}
+        for key, value in ua.items()
+    ]
+    return replace(made(folder, name, {}, sets=name), rows=rows)
 
 
 def test_the_best_is_first_and_what_failed_is_last(tmp_path: Path) -> None:
@@ -160,12 +174,65 @@ def test_seeds_count_together(tmp_path: Path) -> None:
     assert "0.650 of 2" in str(found.table())
 
 
-def test_an_evaluation_is_told_by_its_mean_uas() -> None:
-    rows = [
-        {"model": f"stage{stage}", "stage": stage, "seen_language": seen, "ua": ua}
-        for stage, seen, ua in ((1, False, 0.9), (2, False, 0.2), (2, False, 0.4), (2, True, 0.7))
-    ]
-    assert ranked.scores({"zero_shot": rows}) == pytest.approx({"ua_unseen": 0.3, "ua_seen": 0.7})
+def test_evaluations_are_ranked_by_what_is_unseen_in_all(tmp_path: Path) -> None:
+    given = (
+        unseen(tmp_path, "all", EN=0.9, DE=0.9, EL=0.9),
+        unseen(tmp_path, "en", EN=0.9, de=0.8, el=0.5),  # .65 of its own
+        unseen(tmp_path, "en,de", EN=0.9, DE=0.9, el=0.6),
+    )
+    found = ranked.rank(given)
+    assert [one.name for one in found.outcomes] == ["en,de", "en", "all"] and found.left == 0
+    assert [one.score for one in found.outcomes] == [0.6, 0.5, float("-inf")]
+    assert [one.scores["ua_seen"] for one in found.outcomes] == [0.9, 0.9, 0.9], "over en alone"
+    lines = "\n".join(found.winner())
+    assert "the mean is over el of c, unseen in all runs that have any; left out: de of c" in lines
+    assert "nothing is unseen to all: ranked last" in lines and "best: en,de" in lines and "–" in str(found.table())
+    assert ranked.rank(given[1:2]).outcomes[0].score == pytest.approx(0.65), "alone it is its own"
+    found = ranked.rank([unseen(tmp_path, "a", de=0.8, EL=0.7), unseen(tmp_path, "b", el=0.9, DE=0.7)])
+    assert found.best is None and "no corpus and language is unseen in all runs" in found.winner()[0]
+    leaky = [{**row, "leaks": "stage 1 heard 3 clips"} if row["language"] == "de" else row for row in given[1].rows]
+    found = ranked.rank([replace(given[1], rows=leaky)])
+    assert found.best and found.best.score == 0.5 and "without de of c (it leaks)" in found.notes[0]
+    found = ranked.rank([unseen(tmp_path, "a", DE=0.8), unseen(tmp_path, "b", DE=0.9)])
+    assert found.best and found.best.name == "b" and found.notes == [], "of what all have heard"
+
+
+def planned_trainings(tmp_path: Path, *words: str) -> list[sweep.Trial]:
+    off = "tracking.enabled=false"
+    return sweep.trials("demo_stage1", ["data.sets=shards", f"out={tmp_path}/x", "seed=0,1", off, *words])
+
+
+def test_a_sweep_without_validation_ends(tmp_path: Path) -> None:
+    planned = planned_trainings(tmp_path)
+    sweep.join(planned)
+    for trial in planned:
+        train(Path(trial.config.out), ua=None)
+    found = ranked.settle(tmp_path / "x")
+    assert (found.left, found.best) == (0, None) and "seed=1" in str(found.table())
+
+
+def test_a_temperature_is_no_score(tmp_path: Path) -> None:
+    planned = planned_trainings(tmp_path)
+    sweep.join(planned)
+    for trial in planned:
+        train(Path(trial.config.out))
+        path = Path(trial.config.out) / "summary.json"
+        summary = read_json(path)
+        write_json(path, summary | {"validation": {"temperature": 1.5} | summary["validation"]})
+    found = ranked.settle(tmp_path / "x")
+    assert "temperature" not in str(found.table()) and found.best and found.best.score == 0.5
+
+
+def test_what_is_to_be_longer_has_not_ended(tmp_path: Path) -> None:
+    for epochs in (5, 9):
+        planned = planned_trainings(tmp_path, f"train.epochs={epochs}")
+        sweep.join(planned)
+        assert ranked.settle(tmp_path / "x").left == 2, "the old results are of a shorter run"
+        for trial in planned:
+            train(Path(trial.config.out), *as_words(trial.config))
+        assert ranked.settle(tmp_path / "x").left == 0
+    sweep.join(planned)
+    assert ranked.settle(tmp_path / "x").left == 0, "there is nothing to do"
 
 
 # ---- an evaluation behind each run
@@ -234,6 +301,12 @@ def test_a_sweep_is_ranked_in_its_folder_and_in_mlflow(
     assert ranking.outcomes[0].interval and ranking.outcomes[0].scores["ua"] == 0.5
     assert all(map(sweep.is_done, planned)), "the same command has nothing left to do"
     table = (out / "sweep/table.txt").read_text()
+    summary = out / "lr=1e-2/summary.json"
+    os.utime(summary, ns=(time.time_ns(),) * 2)
+    assert ranked.outcome(read_json(out / "sweep/trials.json")[1]).ended is False, "it was trained anew"
+    summary.unlink()
+    assert ranked.outcome(read_json(out / "sweep/trials.json")[1]).ended is False, "it is being trained"
+    assert not sweep.is_done(planned[1])
     assert "to repeat it: mser train demo_stage1" in table and f"out={out}/lr=1e-2" in table
     run = store.get_run(parent)
     assert run.info.status == "FINISHED" and table.strip() in run.data.tags["mlflow.note.content"]
