@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mser_dist.errors import UserError
 from mser_dist.jobs import launch, sweep
 from mser_dist.jobs.job import Job
+from mser_dist.runs.record import run_id_of
 from mser_dist.synth.speech import SynthConfig
 from mser_dist.synth.write import write_set
 from tests.slurm.cluster import Cluster
@@ -144,9 +145,9 @@ def test_a_sweep_is_an_array_of_children_of_one_mlflow_run(here: Path, cluster: 
     ]
     results = [job.result() for job in jobs]
     assert [result["out"] for result in results] == ["runs/sweep/seed=0", "runs/sweep/seed=1"]
-    client = MlflowClient(f"sqlite:///{here}/runs/sweep/mlflow.db")
+    client = MlflowClient(f"sqlite:///{here}/runs/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
-    children = [run for run in runs if run is not parent]
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    parent = run_id_of(here / "runs/sweep/sweep")
+    assert parent in {run.info.run_id for run in runs}
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
     assert {run.info.run_id for run in children} == {result["mlflow_run_id"] for result in results}
