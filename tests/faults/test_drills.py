@@ -169,7 +169,7 @@ def test_a_signal_to_one_rank_saves_the_same_step_everywhere(work: Path) -> None
 def test_a_signal_to_one_rank_ends_an_evaluation_which_goes_on(work: Path) -> None:
     """What was scored before the signal, what after it, and what one process scores, are the same to the last bit."""
     words = ["eval", "demo_eval", "data.sets=shards", "stage1=runs/whole", "stage2=null", "batch=4"]
-    mser(*words, "out=runs/alone", "tracking.enabled=false", cwd=work)
+    mser(*words, "out=runs/alone", "tracking.enabled=false", cwd=work, OMP_NUM_THREADS="1")  # as ranks have
     words.append("out=runs/eval")
     error = drilled("1|evaluate stage 1, batch 1|USR2", *words, cwd=work, code=SAVED)
     assert "SIGUSR2: stopped between two batches; the same command goes on from there" in error

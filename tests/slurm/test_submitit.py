@@ -30,7 +30,7 @@ STEPS = 150
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("submitit")
     small = SynthConfig(
-        languages=("en",), unseen_languages=(), train_sentences=4, val_sentences=1, test_sentences=1,
+        languages=("en",), unseen_languages=("el",), train_sentences=4, val_sentences=1, test_sentences=1,
         train_takes=1, val_takes=1, test_takes=1, val_voices=2, test_voices=2,
     )  # fmt: skip
     write_set(folder / "shards", small)
@@ -151,3 +151,22 @@ def test_a_sweep_is_an_array_of_children_of_one_mlflow_run(here: Path, cluster: 
     assert parent in {run.info.run_id for run in runs}
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent]
     assert {run.info.run_id for run in children} == {result["mlflow_run_id"] for result in results}
+
+
+def test_the_jobs_of_a_sweep_evaluate_and_rank_it(here: Path) -> None:
+    """Two ranks a job; the last job that ends brings the ranking and the sweep's MLflow run to their end."""
+    words = [*WORDS, "seed=0,1", "train.steps=2", "out=runs/ranked", "eval.data.sets=shards", "eval.data.workers=0"]
+    words.append("eval.data.labels=[anger, happy, neutral, sad]")
+    jobs = sweep.sweep("demo_stage1", words, evaluate="demo_eval", nodes=2, cpus_per_task=1, time=60)
+    for job in jobs:
+        assert {row["language"]: row["seen_language"] for row in job.result()["zero_shot"]} == {"en": True, "el": False}
+    place = here / "runs/ranked/sweep"
+    table = (place / "table.txt").read_text()
+    assert {f"seed={seed}" for seed in (0, 1)} <= set(table.split()) and "to repeat it: mser train" in table
+    client = MlflowClient(f"sqlite:///{here}/runs/mlflow.db")
+    parent = client.get_run(str(run_id_of(place)))
+    assert parent.info.status == "FINISHED"
+    assert {"table.txt", "compare.html"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
+    for seed in (0, 1):
+        trained = client.get_run(str(run_id_of(here / f"runs/ranked/seed={seed}")))
+        assert "test/ua_unseen" in trained.data.metrics and trained.info.status == "FINISHED"
