@@ -287,4 +287,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(work: Path) -> No
             for name in a:
                 if name.endswith(("key.bias", "k_proj.bias")):
                     continue  # softmax does not see them: their gradient is of rounding alone, which Adam scales up
+                if not a[name].is_floating_point():  # the hashes of the ledger
+                    assert torch.equal(a[name], b[name])
+                    continue
                 assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm() + 1e-7, name
