@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mser_dist.evaluation.bootstrap import DRAWS, draw_ua, expanded, kinds_of
+from mser_dist.evaluation.bootstrap import DRAWS, Drawn, draw_ua, kinds_of, weights_of
 from mser_dist.evaluation.metrics import ua
 from mser_dist.files import write_json
 
@@ -35,19 +35,17 @@ def drawn_again(
     speakers = int(who.max()) + 1
     place = reference * CLASSES + predicted
     tables = np.stack([np.bincount(place[who == one], minlength=CLASSES**2) for one in range(speakers)])
-    random = np.random.default_rng(seed)
-    first, many = kinds_of(tables, random)
+    first, many = kinds_of(tables, np.random.default_rng(seed))
     if (many > 1).any():
         raise SystemExit("two speakers have the same answers: take more clips a speaker")
-    weights = random.multinomial(speakers, many / speakers, size=draws)
     order = np.argsort(who, kind="stable")
     clips = np.split(order, np.cumsum(np.bincount(who, minlength=speakers))[:-1])
     values = []
-    for row in weights:
+    for row in np.concatenate(list(weights_of(many, draws, seed))).astype(int):
         own = np.concatenate([clips[one] for one in np.repeat(first, row)])
         counts = np.bincount(place[own], minlength=CLASSES**2)
         values.append(float(ua(counts.reshape(CLASSES, CLASSES))))
-    return expanded(np.array(values), speakers)
+    return Drawn(values[0], np.array(values[1:]), speakers, len(who)).interval()
 
 
 def bootstrap(clips: int = 100_000, rows: int = 20, speakers: int = 200) -> dict[str, Any]:
