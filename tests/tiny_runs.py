@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from mser_dist.synth.speech import SynthConfig
+from tests.warm import Command
 
 ROOT = Path(__file__).parents[1]
 # Four sentences in two languages, and Greek to be evaluated on.
@@ -24,13 +25,16 @@ LLM = "llm.arch={hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, n
 TWO = ["--nproc", "2"]
 
 
-def start(*words: str | Path, cwd: Path, **env: str) -> "subprocess.Popen[str]":
-    """Start ``mser WORDS`` with its output captured."""
+def start(*words: str | Path, cwd: Path, **env: str) -> "subprocess.Popen[str] | Command":
+    """Start ``mser WORDS`` with its output captured; with its imports done, unless a PYTHONPATH says what to import."""
     plain = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    variables = {**plain, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **env}
+    if "PYTHONPATH" not in env:
+        return Command(list(map(str, words)), cwd, variables)
     return subprocess.Popen(
         [sys.executable, "-m", "mser_dist", *map(str, words)],
         cwd=cwd,
-        env={**plain, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **env},
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -49,7 +53,7 @@ def mser(*words: str | Path, cwd: Path, code: int = 0, **env: str) -> str:
     return error if code else output
 
 
-def _ended(process: "subprocess.Popen[str]") -> tuple[str, str]:
+def _ended(process: "subprocess.Popen[str] | Command") -> tuple[str, str]:
     """End a command that stands still, its ranks and workers first; their stacks are in what it wrote."""
     for one in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):

@@ -13,12 +13,14 @@ import torch.multiprocessing as mp
 
 from mser_dist.quiet import hush
 from mser_dist.ranks import distributed
+from tests.warm import CONTEXT
 
 
 def run(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """Call ``function(rank, *arguments)`` in `ranks` processes; their results (tensors, plain values) by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, (function, ranks, distributed.free_port(), folder, arguments), nprocs=ranks)
+        words = (function, ranks, distributed.free_port(), folder, arguments)
+        mp.start_processes(_entry, words, nprocs=ranks, start_method=CONTEXT.get_start_method())
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

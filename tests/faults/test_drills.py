@@ -48,8 +48,8 @@ def same_model(one: Path, two: Path) -> None:
 
 
 def no_orphan(folder: Path) -> None:
-    for process in psutil.process_iter(["cwd", "cmdline"]):
-        if process.info["cwd"] == str(folder) and "mser_dist" in " ".join(process.info["cmdline"] or []):
+    for process in psutil.process_iter(["cwd"]):
+        if process.info["cwd"] == str(folder):
             raise AssertionError(f"left behind: {process}")
 
 
