@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mser_dist.evaluation.metrics import Metrics, score
 from mser_dist.evaluation.summary import shown
+from mser_dist.runs.names import Name
 from mser_dist.tables import Table
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Scores of labels that a scorer may tell besides, (n, K) or (n, P, K).
 SCORES = ("sum", "mean", "prior", "constrained", "by_prompt")
+_SENT = ("sum", "mean", "prior", "constrained", "free", "common")
+_SHARES = ("constrained_agreement", "invalid_rate", "ua_seen_labels", "ua_unseen_labels", "harmonic")
 DEFINITIONS = {
     "sum": "log-likelihood of a label's tokens and its end, by their sum",
     "mean": "by their mean",
@@ -145,6 +148,19 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[Ta
     head = ["UA", "corpus", "language", *(columns[i] for i in used)]
     meant = [f"{columns[i]}: {DEFINITIONS[columns[i]]}" for i in used if columns[i] in DEFINITIONS]
     return [Table(head, [s for s in sections if s], align="lll" + "r" * len(used)), "\n".join(meant)]
+
+
+def numbers(rows: Sequence[Mapping[str, Any]], asked: bool) -> dict[Name, float]:
+    """What MLflow gets, by model, corpus and language, of what the `tables` show."""
+    found: dict[Name, float] = {}
+    for row in rows:
+        told = {name: row[name] for name in _SHARES if name in row}
+        if asked:
+            told |= {f"ua_{name}": metrics["ua"] for name, metrics in row.get("protocols", {}).items() if name in _SENT}
+            spread = row.get("prompt_spread", {})
+            told |= {f"ua_prompts_{name}": spread[f"ua_{name}"] for name in ("min", "max", "sd") if spread}
+        found |= {(name, row["model"], row["corpus"], row["language"]): value for name, value in told.items()}
+    return found
 
 
 def _cell(row: Mapping[str, Any], column: str) -> str:

@@ -286,7 +286,7 @@ def publish(
     found: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the table, the predictions and the plots into the run folder, and log them. `told`: below the table.
-    protocol: other protocols are asked for, and have a table of their own. found: as of `retrieval`."""
+    protocol: others are asked for, and have a table and metrics. found: as of `retrieval`."""
     from pyarrow import parquet
 
     rows = [as_row(group) for group in groups]
@@ -306,6 +306,7 @@ def publish(
             mean = macro_ua(rows, model, seen)
             if mean == mean:
                 numbers[f"ua/{model}/{'seen' if seen else 'unseen'}"] = mean
+    numbers |= protocols.numbers(rows, protocol)
     tracker.metrics(0, numbers | summary.numbers(rows, found))
     tracker.table(summary.flat(rows), "zero_shot.json")
     tracker.describe(f"{unseen.kind(rows)} {title}\n\n```\n{table}\n```")

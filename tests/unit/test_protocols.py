@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from pyarrow import parquet
 
 from mser_dist import config as cfg
@@ -21,6 +22,7 @@ from mser_dist.models.packed import SPEECH
 from mser_dist.models.small_llm import small_llama
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.text import TextTower
+from mser_dist.runs.record import run_id_of
 from mser_dist.runs.tracking import tracked
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.shards.writer import DatasetWriter
@@ -115,6 +117,12 @@ def test_tables_below_the_table(shards: ShardSet, tmp_path: Path) -> None:
     }
     with tracked(cfg.TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"), tmp_path, {}, {}, True) as tracker:
         report.conclude(tracker, "title", answers, shards, THREE, protocol={"asked": True})
+    run_id = run_id_of(tmp_path)
+    assert run_id
+    sent = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id).data.metrics
+    place = "stage2/c/de"
+    assert sent[f"invalid_rate/{place}"] == pytest.approx(1 / 3) and sent[f"ua_free/{place}"] == pytest.approx(1 / 3)
+    assert sent[f"ua_prompts_sd/{place}"] == pytest.approx(0.236, abs=1e-3) and f"harmonic/{place}" in sent
     text = (tmp_path / "table.txt").read_text(encoding="utf-8")
     assert max(map(len, text.splitlines())) <= 120
     main, by_protocol, meaning, sets, *_ = text.split("\n\n")
