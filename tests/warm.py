@@ -21,6 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
+from mser_dist.ranks import preempt
+
 # What the commands of the tests import.
 IMPORTED = ["mser_dist.training.loop", "mser_dist.evaluation.evaluate", "deepspeed.runtime.engine", "peft"]
 IMPORTED += ["deepspeed.runtime.zero.muon.original_muon", "transformers.trainer_utils", "matplotlib.figure"]
@@ -86,6 +88,7 @@ class _Rank:
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the launcher's
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            preempt._listening = None
             if preexec_fn is not None:
                 preexec_fn()
             _become(command[3:], env, [stdout.fileno()] * 2 if stdout is not None else [1, 2])
