@@ -76,6 +76,7 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
 
     requeue = verb("requeue", _requeue, "put the SLURM job that this runs in back in the queue, if that can help")
     requeue.add_argument("code", type=int, metavar="CODE", help="exit code of `srun mser train`")
+    requeue.add_argument("--state", metavar="WORD", help="squeue's word for the job: only decide (exit code 75: yes)")
     config_words(requeue)
 
 
@@ -91,6 +92,9 @@ def _job_options(sub: argparse.ArgumentParser) -> Any:
     ask.add_argument("--signal", type=int, default=180, metavar="S", help="save S seconds before the time is over")
     ask.add_argument(
         "--setup", action="append", default=[], metavar="LINE", help="first run this, e.g. 'module load cuda'"
+    )
+    ask.add_argument(
+        "--site", type=Path, metavar="FILE", help="a site file, e.g. slurm/sites/bare.sh (default: $MSER_SITE)"
     )
     ask.add_argument("--slurm", action="append", default=[], metavar="KEY[=VALUE]", help="other options, e.g. mem=64G")
     how = sub.add_argument_group("submission")
@@ -120,6 +124,7 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
         "signal_seconds": options.signal,
         "setup": options.setup,
         "slurm": slurm,
+        "site": options.site,
     }
 
 
@@ -253,4 +258,4 @@ def _requeue(options: argparse.Namespace) -> int:
     from mser_dist.config.file import load_any
     from mser_dist.jobs.requeue import requeue
 
-    return int(requeue(options.code, Path(load_any(options.config, options.words).out)))
+    return int(requeue(options.code, Path(load_any(options.config, options.words).out), options.state))
