@@ -32,10 +32,11 @@ PACKAGE = ROOT / "mser_dist"
 README = ROOT / "README.md"
 MANUALS = sorted(PACKAGE.glob("*/README.md"))
 COOKBOOK = PACKAGE / "evaluation/COOKBOOK.md"
-PAGES = [README, COOKBOOK, ROOT / "CONTRIBUTING.md", ROOT / "slurm/README.md", ROOT / "ds_configs/README.md", *MANUALS]
+SLURM_PAGES = sorted((ROOT / "slurm").rglob("README.md"))
+PAGES = [README, COOKBOOK, ROOT / "CONTRIBUTING.md", *SLURM_PAGES, ROOT / "ds_configs/README.md", *MANUALS]
 ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 # First words of lines that are other programs' own.
-OTHERS = ("source", "bash", "export", "apt-get", "squeue;", ".venv/bin/pre-commit")
+OTHERS = ("source", "bash", "cp", "export", "apt-get", "squeue;", ".venv/bin/pre-commit")
 
 
 def name(path: Path) -> str:
@@ -168,7 +169,7 @@ def test_a_command_is_taken(page: str, command: str, block: bool, monkeypatch: p
             options = get_args_parser().parse_args(rest)
             assert options.module and options.training_script == "mser_dist"
             take(options.training_script_args)
-        case ["sbatch", *rest]:
+        case ["sbatch" | "slurm/submit.sh", *rest]:
             take_sbatch(rest)
         case ["make", *targets]:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -62,13 +62,13 @@ def test_the_job_scripts_and_python_ask_for_the_same(path: Path, monkeypatch: py
 
 
 def test_a_node_of_fewer_gpus_gets_fewer_tasks_and_the_command_line_wins() -> None:
-    small = {"MSER_SITE": "slurm/sites/apptainer.sh"}
-    words = submit("--show", "slurm/stage1.sh", **small)
+    small = "slurm/sites/apptainer.sh"
+    words = submit("--show", "slurm/stage1.sh", MSER_SITE=small)
     assert {"--ntasks-per-node=4", "--gpus-per-task=1", "--constraint=a100"} <= set(words)
-    words = submit("--show", "--partition=other", "--nodes=1", "slurm/features.sh", **small)
+    words = submit("--show", "--partition=other", "--nodes=1", "slurm/features.sh", MSER_SITE=small)
     assert "--gpus-per-task=1" in words and not [word for word in words if word.startswith("--ntasks")]
     assert words.index("--partition=other") > words.index("--partition=gpu"), "sbatch takes the last"
-    without = submit("--show", "--gpus-per-node=0", "--ntasks-per-node=1", "slurm/stage1.sh", **small)
+    without = submit("--show", "--gpus-per-node=0", "--ntasks-per-node=1", "slurm/stage1.sh", MSER_SITE=small)
     assert not [word for word in without if "gpus-per" in word]
 
 
