@@ -35,6 +35,7 @@ run_on_all() {
   local shared=$PWD # all nodes have to see it
   [ -w "$shared" ] || shared=$HOME
   export MSER_FIRST_CODE=$shared/.mser-$start.code
+  foresee "$verb" "$config" "$@"
   # At scancel and at the time limit SLURM sends TERM to this shell too. With a trap (even an empty one, but not '', which
   # srun would inherit) it waits for srun and keeps its exit code; without one it would die first.
   trap : TERM INT USR1 USR2
@@ -56,6 +57,17 @@ run_on_all() {
   clean "$cache"
   ((code == 0 || code == 2)) || queue_again "$code" "$config" "$@" || code=$?
   exit "$code"
+}
+
+# foresee VERB CONFIG [key=value …]: what would fail is said by one process (`mser check`), before all ranks load for minutes;
+# a start after a requeue has been through it. MSER_CHECK=0 leaves it out.
+foresee() {
+  local verb=$1 nodes=${SLURM_JOB_NUM_NODES:-1} code=0
+  shift
+  [[ $verb != features && ${MSER_CHECK:-1} != 0 && ${SLURM_RESTART_COUNT:-0} == 0 ]] || return 0
+  local tasks=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-$nodes} / nodes))}
+  inside "$MSER" check "$@" --quiet --nodes="$nodes" --tasks-per-node="$tasks" || code=$?
+  ((code != 2)) || exit 2
 }
 
 # inside COMMAND …: one process where the tasks run: in the container, where the site has one.
