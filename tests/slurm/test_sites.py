@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mser_dist.jobs import launch
+from mser_dist.jobs import check, launch
 from mser_dist.synth.speech import SynthConfig
 from mser_dist.synth.write import write_set
 from tests.slurm.cluster import Cluster
@@ -100,3 +100,22 @@ def test_a_job_whose_container_cannot_reach_slurm_is_queued_again_after_a_crash(
     assert cluster.show(job)["Restarts"] == "1", log.read_text()
     assert "continuing from step 2" in log.read_text()
     assert sorted(losses(folder / "runs/container")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_sbatch_would_refuse_is_told_before_it_is_submitted(
+    cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    config = launch.resolve(WORDS[0], [*WORDS[1:], "out=runs/check"])
+    moon = site_file(folder, "moon", "SITE_SBATCH+=(--partition=moon)")
+    for site, gpus, said in (
+        (site_file(folder, "fits"), 2, "sbatch would take it"),
+        (site_file(folder, "large"), 8, "Requested node configuration is not available"),
+        (moon, 2, "invalid partition specified: moon"),
+    ):
+        need = launch.Resources(nodes=1, gpus_per_node=gpus, site=site)
+        script = check.check(config, need)[-1]
+        assert script.name == "script" and said in script.found
+        assert script.status == ("ok" if site.stem == "fits" else "fail")
+    assert cluster.ask("squeue", "-h") == "", "nothing was submitted"
