@@ -62,7 +62,10 @@ def run_job_script(
     script = spool / "slurm_script"
     script.write_bytes((ROOT / "slurm" / f"{stage}.sh").read_bytes())
     srun = spool / "srun"
-    srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nprintf "OMP=%s RANK=%s\\n" "$OMP_NUM_THREADS" "${RANK-unset}"\n')
+    srun.write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@"\nprintf "OMP=%s RANK=%s\\n" "$OMP_NUM_THREADS" "${RANK-unset}"\n'
+        "exit ${MSER_SRUN_CODE:-0}\n"
+    )
     srun.chmod(0o755)
     environment = {
         "PATH": f"{spool}:{os.environ['PATH']}",

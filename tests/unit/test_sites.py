@@ -12,7 +12,7 @@ import pytest
 from mser_dist.errors import UserError
 from mser_dist.jobs import launch, site
 from mser_dist.jobs.requeue import requeue
-from tests.unit.test_repository import SHELL_FILES
+from tests.unit.test_repository import SHELL_FILES, run_job_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SITES = sorted((ROOT / "slurm/sites").glob("*.sh"))
@@ -128,6 +128,31 @@ def test_a_container_is_asked_and_slurm_told_from_outside(
     assert requeue(2, tmp_path / "a", "RUNNING") == 1
     assert [requeue(1, tmp_path / "a", "RUNNING") for _ in range(3)] == [75, 75, 1]
     assert "failed 3 times at step 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("fails", "kind"), [(False, "pyxis"), (False, "apptainer"), (True, "pyxis")])
+def test_a_container_is_entered_by_srun_or_in_each_task(fails: bool, kind: str, tmp_path: Path) -> None:
+    """The real site files but for `site_begin`; the `srun` that is found prints its words, and may end as a crash does."""
+    file = tmp_path / "mine.sh"
+    file.write_text(f"source {ROOT}/slurm/sites/{kind}.sh\nsite_begin() {{ export MSER_CHECK=0; }}\n")
+    for name, lines in {"squeue": "echo 1 1 RUNNING", "apptainer": "exit 3"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"MSER_SITE": str(file), "MSER": "/none"} | ({"MSER_SRUN_CODE": "1"} if fails else {})
+    done = run_job_script("stage1", tmp_path, ["demo_stage1"], ROOT, **env)
+    said = done.stdout.splitlines()
+    command = ["/opt/mser/bin/mser", "train", "demo_stage1"]
+    task = [str(ROOT / "slurm/task.sh")]
+    if kind == "pyxis":
+        assert "--container-image=/images/mser.sqsh" in said and f"--container-mounts={ROOT},{tmp_path},/data" in said
+        assert said[said.index(task[0]) :][:4] == [*task, *command]
+    else:
+        assert said[said.index(task[0]) + 1 :][:3] == ["apptainer", "exec", "--nv"]
+        at = said.index("/images/mser.sif")
+        assert said[at + 1 : at + 4] == command
+    asked = [line for line in said if line == "requeue"]
+    assert done.returncode == (1 if fails else 0), done.stderr
+    assert bool(asked) == fails and (not fails or {"--overlap", "--state=RUNNING"} <= set(said))
 
 
 def text(name: str) -> str:
