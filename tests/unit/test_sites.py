@@ -132,7 +132,7 @@ def test_a_container_is_asked_and_slurm_told_from_outside(
 
 @pytest.mark.parametrize(("fails", "kind"), [(False, "pyxis"), (False, "apptainer"), (True, "pyxis")])
 def test_a_container_is_entered_by_srun_or_in_each_task(fails: bool, kind: str, tmp_path: Path) -> None:
-    """The real site files but for `site_begin`; the `srun` that is found prints its words, and may end as a crash does."""
+    """The real site files but for `site_begin`; the `srun` that is found prints its words, and may end as a crash."""
     file = tmp_path / "mine.sh"
     file.write_text(f"source {ROOT}/slurm/sites/{kind}.sh\nsite_begin() {{ export MSER_CHECK=0; }}\n")
     for name, lines in {"squeue": "echo 1 1 RUNNING", "apptainer": "exit 3"}.items():
