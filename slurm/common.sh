@@ -1,25 +1,15 @@
 #!/bin/bash
 # What the job scripts share. Sourced by them inside the job; MSER_HOME is the repository.
 
-# ---- SITE SETTINGS: the environment ----------------------------------------------------------------------------------
-# module load cuda gcc                          # what your site offers; the compiler builds DeepSpeed's fused optimizers
-MSER=${MSER:-$MSER_HOME/.venv/bin/mser}         # the command, on a file system that every node sees
-SRUN_ARGS=()                                    # more options of srun
-# ---- a container (never tried here): these lines with Pyxis; else a script of yours that calls `apptainer exec … mser "$@"`
-# SRUN_ARGS+=(--container-image=/images/mser.sqsh --container-mounts="$MSER_HOME,/data" --container-workdir="$PWD")
-# MSER_TASK=/opt/venv/bin/mser                  # the command inside; MSER stays one outside, where `mser requeue` runs
-# ---- the network and shared places -----------------------------------------------------------------------------------
-# export NCCL_SOCKET_IFNAME=ib0                 # the network card for NCCL's set-up, where a node has several
-# export GLOO_SOCKET_IFNAME=ib0                 # the same for gloo, over which ranks also agree in GPU runs
-# export NCCL_IB_HCA=mlx5                       # the InfiniBand adapters to use
-# export HF_HOME=/shared/huggingface            # models fetched beforehand …
-# export HF_HUB_OFFLINE=1                       # … where compute nodes have no way out
-# export MSER_FEATURES=/shared/features         # what frozen encoders make of the clips; default: ~/.cache/mser_dist/features
-# export MLFLOW_TRACKING_URI=http://mlflow:5000 # default: runs/mlflow.db
-# ---- the same at every site ------------------------------------------------------------------------------------------
-VERB_ARGS=()                                    # options of the verb that a job script adds
+VERB_ARGS=() # options of the verb that a job script adds
 
-command -v "$MSER" >/dev/null || {
+# Modules, network, containers: the site file that MSER_SITE names (slurm/sites/), or none.
+# shellcheck source=slurm/site.sh
+source "$MSER_HOME/slurm/site.sh"
+read_site
+site_begin
+MSER=${SITE_MSER:-${MSER:-$MSER_HOME/.venv/bin/mser}} # the command, on a file system that every node sees, or in the container
+[ -n "$SITE_MSER" ] || command -v "$MSER" >/dev/null || {
   echo "${SLURM_JOB_NAME:-mser}: no command $MSER: run 'make install' in $MSER_HOME, or export MSER=/path/to/mser" >&2
   exit 2
 }
@@ -45,12 +35,13 @@ run_on_all() {
   local shared=$PWD # all nodes have to see it
   [ -w "$shared" ] || shared=$HOME
   export MSER_FIRST_CODE=$shared/.mser-$start.code
+  foresee "$verb" "$config" "$@"
   # At scancel and at the time limit SLURM sends TERM to this shell too. With a trap (even an empty one, but not '', which
   # srun would inherit) it waits for srun and keeps its exit code; without one it would die first.
   trap : TERM INT USR1 USR2
   # From SLURM 22.05 on srun does not inherit --cpus-per-task. One rank's death ends the step, or its peers would hang.
-  srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" "${SRUN_ARGS[@]}" \
-    bash "$MSER_HOME/slurm/task.sh" "${MSER_TASK:-$MSER}" "$verb" "$config" "$@" "${VERB_ARGS[@]}" &
+  srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" "${SITE_SRUN[@]}" \
+    bash "$MSER_HOME/slurm/task.sh" "${SITE_RUN[@]}" "$MSER" "$verb" "$config" "$@" "${VERB_ARGS[@]}" &
   local srun=$!
   # srun waits for ever for a task whose node does not answer any more: not so once another task has failed. It has no
   # part in the output, or a reader of that would wait for its last `sleep`.
@@ -64,8 +55,45 @@ run_on_all() {
     rm -f "$MSER_FIRST_CODE"
   fi
   clean "$cache"
-  ((code == 0 || code == 2)) || "$MSER" requeue "$code" "$config" "$@" || code=$?
+  ((code == 0 || code == 2)) || queue_again "$code" "$config" "$@" || code=$?
   exit "$code"
+}
+
+# foresee VERB CONFIG [key=value …]: what would fail is said by one process (`mser check`), before all ranks load for minutes;
+# a start after a requeue has been through it. MSER_CHECK=0 leaves it out.
+foresee() {
+  local verb=$1 nodes=${SLURM_JOB_NUM_NODES:-1} code=0
+  shift
+  [[ $verb != features && ${MSER_CHECK:-1} != 0 && ${SLURM_RESTART_COUNT:-0} == 0 ]] || return 0
+  local tasks=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-$nodes} / nodes))}
+  inside "$MSER" check "$@" --quiet --nodes="$nodes" --tasks-per-node="$tasks" || code=$?
+  ((code != 2)) || exit 2
+}
+
+# inside COMMAND …: one process where the tasks run: in the container, where the site has one.
+inside() {
+  if [ -n "$SITE_MSER" ] && ((${#SITE_RUN[@]} == 0)); then
+    # Pyxis: srun is what enters it.
+    srun --overlap --nodes=1 --ntasks=1 --cpus-per-task="$OMP_NUM_THREADS" "${SITE_SRUN[@]}" "$@"
+  else
+    "${SITE_RUN[@]}" "$@"
+  fi
+}
+
+# queue_again CODE CONFIG [key=value …]: `mser requeue` decides whether SLURM starts the job again. A container has no way to
+# SLURM: there it is told what squeue says, and answers by its exit code.
+queue_again() {
+  if [ -z "$SITE_MSER" ]; then
+    "$MSER" requeue "$@"
+    return
+  fi
+  local id state code=0
+  read -r id state < <(squeue --noheader --array --job "$SLURM_JOB_ID" --format='%A %i %T' |
+    awk -v own="$SLURM_JOB_ID" '$1 == own { print $2, $3 }') || return "$1"
+  inside "$MSER" requeue --state="$state" "$@" || code=$?
+  ((code == 75)) || return "$1"
+  scontrol requeue "$id" && sleep 60 # SLURM ends this shell; were it to end by itself, the job would count as failed
+  return "$1"
 }
 
 # clean FOLDER: remove it on every node of the job. Briefly, as a job may have little time left to be queued again; a node's /tmp is not for ever.

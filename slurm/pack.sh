@@ -3,7 +3,7 @@
 #   sbatch slurm/pack.sh emodb data/emodb shards/emodb
 # A job that was pushed out or reached its time limit leaves its finished shards; it, or the same command, goes on from there.
 
-# ---- SITE SETTINGS: the scheduler (modules, environment, network: top of slurm/common.sh) ----------------------------
+# ---- what is asked for; what is the same in all jobs of a cluster is in its site file (slurm/sites/) -----------------
 ##SBATCH --partition=gpu
 ##SBATCH --account=my-project
 #SBATCH --nodes=1
@@ -20,7 +20,9 @@ set -euo pipefail
 # SLURM runs a copy of this file from a spool folder, so the repository is looked for where the job was submitted.
 MSER_HOME=${MSER_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$MSER_HOME/slurm/common.sh" ] || { echo "pack.sh: no slurm/common.sh in $MSER_HOME: submit from the repository, or export MSER_HOME" >&2; exit 2; }
+# shellcheck source=slurm/common.sh
 source "$MSER_HOME/slurm/common.sh"
 # No srun: a preemption's warning goes to job steps alone, and this needs none. It packs on until SLURM takes the node, and
 # SLURM queues it again by itself.
-exec "$MSER" pack "$@"
+[ -n "$SITE_MSER" ] || exec "$MSER" pack "$@"
+inside "$MSER" pack "$@"

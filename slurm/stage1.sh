@@ -3,7 +3,7 @@
 #   sbatch slurm/stage1.sh [CONFIG] [key=value …]
 # CONFIG is a preset's name or a YAML file. What sbatch is told on its command line overrides the lines below.
 
-# ---- SITE SETTINGS: the scheduler (modules, environment, network: top of slurm/common.sh) ----------------------------
+# ---- what is asked for; what is the same in all jobs of a cluster is in its site file (slurm/sites/) -----------------
 ##SBATCH --partition=gpu
 ##SBATCH --account=my-project
 #SBATCH --nodes=4
@@ -23,5 +23,6 @@ set -euo pipefail
 # SLURM runs a copy of this file from a spool folder, so the repository is looked for where the job was submitted.
 MSER_HOME=${MSER_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$MSER_HOME/slurm/common.sh" ] || { echo "stage1.sh: no slurm/common.sh in $MSER_HOME: submit from the repository, or export MSER_HOME" >&2; exit 2; }
+# shellcheck source=slurm/common.sh
 source "$MSER_HOME/slurm/common.sh"
 run_on_all train whisper-large-v3_llama3-8b_stage1 "$@"

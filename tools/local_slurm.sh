@@ -21,7 +21,8 @@ you, on free ports, and touch nothing of an installed SLURM, munge or MariaDB. A
   partition high   pushes jobs of low out
 
 A requeued job waits 15 s before it may start again (AuthInfo=cred_expire, 120 s on most clusters). A job cancelled or
-out of time has 15 s between TERM and KILL. There are no GPUs: sbatch --gpus-per-node=0.
+out of time has 15 s between TERM and KILL. There are no GPUs (sbatch --gpus-per-node=0), or with --gpus N pretended ones:
+SLURM hands out N names of each node, as --gpus-per-node, --gres=gpu: or --gpus-per-task ask for.
 HELP
 }
 
@@ -53,6 +54,7 @@ daemons() {
 # Processes of jobs, which outlive a slurmstepd that was killed: SLURM gives them both variables.
 job_processes() {
   local file pid
+  # shellcheck disable=SC2013 # such names have no spaces
   for file in $(grep -lzxF "SLURM_CONF=$dir/slurm.conf" /proc/[0-9]*/environ 2>/dev/null); do
     pid=${file//[!0-9]/}
     grep -qz '^SLURM_JOB_ID=' "$file" 2>/dev/null && [[ $pid != "$$" && $pid != "$PPID" ]] && echo "$pid"
@@ -92,7 +94,8 @@ free_ports() {
 }
 
 write_settings() {
-  local host user ports i
+  local host user ports i gres=''
+  if ((gpus)); then gres=" Gres=gpu:$gpus"; fi
   host=$(hostname -s) user=$(id -un)
   read -ra ports <<<"$(free_ports $((nodes + 2)))"
   cat >"$dir/slurm.conf" <<CONF
@@ -126,6 +129,7 @@ SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
+GresTypes=gpu
 ReturnToService=2
 KillWait=15
 SlurmdTimeout=60
@@ -135,8 +139,9 @@ PartitionName=low Nodes=ALL Default=YES State=UP PriorityTier=1 PreemptMode=REQU
 PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 CONF
   for ((i = 1; i <= nodes; i++)); do
-    echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[i + 1]} CPUs=$CPUS RealMemory=$MEMORY"
+    echo "NodeName=node$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[i + 1]} CPUs=$CPUS RealMemory=$MEMORY$gres"
   done >>"$dir/slurm.conf"
+  if ((gpus)); then pretend_gpus; fi
   # DbdHost is compared with the machine's name; DbdAddr is where it listens. The database has no port and no password:
   # its socket lets in the user who owns it (StorageHost=localhost and MYSQL_UNIX_PORT, see below).
   (umask 077 && cat >"$dir/slurmdbd.conf") <<CONF
@@ -151,6 +156,16 @@ StorageUser=$user
 PidFile=$dir/run/slurmdbd.pid
 LogFile=$dir/log/slurmdbd.log
 CONF
+}
+
+# Links to a device in place of /dev/nvidia0 and so on, as a file that is no device is not handed on to tasks.
+pretend_gpus() {
+  local i k
+  mkdir "$dir/gpus"
+  for ((i = 1; i <= nodes; i++)); do
+    for ((k = 0; k < gpus; k++)); do ln -s /dev/null "$dir/gpus/node$i-$k"; done
+    echo "NodeName=node$i Name=gpu File=$dir/gpus/node$i-[0-$((gpus - 1))]"
+  done >"$dir/gres.conf"
 }
 
 # launch NAME COMMAND …: a daemon, without this shell's pipes, which whoever reads them would wait for.
@@ -256,21 +271,22 @@ status() {
 }
 
 # ---- the command line ------------------------------------------------------------------------------------------------
-verb='' nodes=2 dir=/tmp/mser-slurm-$UID
+verb='' nodes=2 gpus=0 dir=/tmp/mser-slurm-$UID
 while (($#)); do
   case $1 in
   up | down | status) [ -z "$verb" ] || fail "one of up, down and status, not both $verb and $1"; verb=$1 ;;
-  --nodes | --dir)
+  --nodes | --dir | --gpus)
     [ -n "${2:-}" ] || fail "$1 wants a value: see --help"
-    [ "$1" = --nodes ] && nodes=$2 || dir=$2
+    case $1 in --nodes) nodes=$2 ;; --gpus) gpus=$2 ;; *) dir=$2 ;; esac
     shift
     ;;
   -h | --help) usage && exit ;;
-  *) fail "unknown word $1: up, down or status, --nodes N, --dir DIR; --help teaches" ;;
+  *) fail "unknown word $1: up, down or status, --nodes N, --gpus N, --dir DIR; --help teaches" ;;
   esac
   shift
 done
 [[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "--nodes $nodes: a number from 1 to 99"
+[[ $gpus =~ ^[0-9]$ ]] || fail "--gpus $gpus: a number from 0 to 9"
 dir=$(realpath -m -- "$dir")
 [[ $dir =~ ^[A-Za-z0-9/._+-]+$ ]] || fail "$dir: SLURM's settings take no spaces or special characters: another --dir"
 case $verb in

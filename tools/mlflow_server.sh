@@ -34,9 +34,10 @@ me=$(id -un)
 # The newest of Debian's versions, or that which made the database.
 find_postgres() {
   local version
+  # shellcheck disable=SC2012 # Debian's folders are numbers
   version=$(cat "$dir/postgres/PG_VERSION" 2>/dev/null) || version=$(ls /usr/lib/postgresql 2>/dev/null | sort -n | tail -n 1)
   bin=/usr/lib/postgresql/$version/bin
-  [ -n "$version" ] && [ -x "$bin/postgres" ] ||
+  [[ -n $version && -x $bin/postgres ]] ||
     fail "no PostgreSQL${version:+ $version} here: as root on Debian or Ubuntu, apt-get install postgresql"
 }
 

@@ -1,9 +1,11 @@
-"""The verbs of the ``mser`` command that have to do with a cluster: submit, sweep, requeue, sync, doctor."""
+"""The verbs of the ``mser`` command that have to do with a cluster: check, submit, sweep, requeue, sync, doctor."""
 
 import argparse
 import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ Submit a training or an evaluation as a job: to SLURM, or to this machine where 
   mser submit my_stage1.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 train.lr=3e-4
   mser submit my_stage2.yaml --nodes 4 --gpus-per-node 8 --after JOBID      starts when that job has ended well
   mser submit demo_stage1 --local --tasks-per-node 2 --wait                 two ranks on this machine
-  mser submit my_stage1.yaml --nodes 4 --dry-run                            shows what sbatch would get
+  mser submit my_stage1.yaml --nodes 4 --dry-run                            shows what sbatch would get, and mser check
 
 Before the wall time ends, and when the job is preempted, all ranks save; the job goes back in the queue and continues.
 """
@@ -48,6 +50,18 @@ What this machine or allocation can do: Python, torch, GPUs, attention kernels, 
 all-reduce between real processes; a remedy beside each thing that is missing. `srun mser doctor` checks an allocation.
 """
 
+_CHECK_HELP = """\
+What would end a job after it has waited in the queue, told before it: sets and labels, the runs it builds on, weights
+and the access to them, the disk, the ranks, what sbatch says to the script. A remedy stands beside each; exit code 2 if
+anything would fail.
+
+  mser check my_stage1.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
+  mser check my_stage2.yaml --nodes 4 --gpus-per-node 8 --after JOBID      what that job has to bring is no failure yet
+  mser submit my_stage1.yaml --nodes 4 --gpus-per-node 8 --dry-run         the same, below the script
+
+Nothing is written, loaded or submitted. A job script asks it before its ranks start.
+"""
+
 Verb = Callable[..., argparse.ArgumentParser]
 
 
@@ -56,6 +70,12 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     submit = verb("submit", _submit, "submit a training or an evaluation as a job", _SUBMIT_HELP)
     config_words(submit)
     _job_options(submit).add_argument("--parsable", action="store_true", help="print the id alone, for --after")
+
+    check = verb("check", _check, "what would end a job, told before it", _CHECK_HELP)
+    config_words(check)
+    _resource_options(check)
+    check.add_argument("--after", metavar="JOBID", help="it starts when this job, or these (12:13), ended well")
+    check.add_argument("--quiet", action="store_true", help="only what is not as it should be")
 
     sweep = verb("sweep", _sweep, "submit a job for each combination of values", _SWEEP_HELP)
     sweep.add_argument("config", metavar="CONFIG", help="YAML file or preset name")
@@ -76,10 +96,11 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
 
     requeue = verb("requeue", _requeue, "put the SLURM job that this runs in back in the queue, if that can help")
     requeue.add_argument("code", type=int, metavar="CODE", help="exit code of `srun mser train`")
+    requeue.add_argument("--state", metavar="WORD", help="squeue's word for the job: only decide (exit code 75: yes)")
     config_words(requeue)
 
 
-def _job_options(sub: argparse.ArgumentParser) -> Any:
+def _resource_options(sub: argparse.ArgumentParser) -> None:
     ask = sub.add_argument_group("resources")
     ask.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
     ask.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks (default: the GPUs per node, or 1)")
@@ -92,13 +113,20 @@ def _job_options(sub: argparse.ArgumentParser) -> Any:
     ask.add_argument(
         "--setup", action="append", default=[], metavar="LINE", help="first run this, e.g. 'module load cuda'"
     )
+    ask.add_argument(
+        "--site", type=Path, metavar="FILE", help="a site file, e.g. slurm/sites/bare.sh (default: $MSER_SITE)"
+    )
     ask.add_argument("--slurm", action="append", default=[], metavar="KEY[=VALUE]", help="other options, e.g. mem=64G")
+
+
+def _job_options(sub: argparse.ArgumentParser) -> Any:
+    _resource_options(sub)
     how = sub.add_argument_group("submission")
     how.add_argument("--after", metavar="JOBID", help="start when this job, or these (12:13), ended well")
     how.add_argument("--local", action="store_true", help="run on this machine, also where there is SLURM")
     how.add_argument("--folder", type=Path, default=Path("runs/jobs"), help="of logs (default: %(default)s)")
     how.add_argument("--wait", action="store_true", help="wait for the end and show the result")
-    how.add_argument("--dry-run", action="store_true", help="print what sbatch would get, and submit nothing")
+    how.add_argument("--dry-run", action="store_true", help="print what sbatch would get, check it, and submit nothing")
     return how
 
 
@@ -120,7 +148,21 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
         "signal_seconds": options.signal,
         "setup": options.setup,
         "slurm": slurm,
+        "site": options.site,
     }
+
+
+def _check(options: argparse.Namespace) -> None:
+    from mser_dist.config.file import to_yaml
+    from mser_dist.jobs import check, launch
+
+    need = launch.Resources(**_resources(options))
+    config = launch.resolve(options.config, options.words)
+    if not options.quiet:
+        print(to_yaml(config), flush=True)
+    found = check.check(config, need, options.after)
+    check.tell(found, options.quiet)
+    check.raise_if_failed(found)
 
 
 def _submit(options: argparse.Namespace) -> None:
@@ -130,7 +172,13 @@ def _submit(options: argparse.Namespace) -> None:
     config = launch.resolve(options.config, options.words)
     name = launch.job_name(config)
     if options.dry_run:
-        print(launch.script([config], need, name=name, after=options.after, folder=options.folder), end="")
+        from mser_dist.jobs import check
+
+        print(launch.script([config], need, name=name, after=options.after, folder=options.folder), flush=True)
+        with redirect_stdout(sys.stderr):  # the script alone can be kept
+            found = check.check(config, need, options.after)
+            check.tell(found)
+        check.raise_if_failed(found)
         return
     cluster = "local" if options.local else launch.where()
     (job,) = launch.start([config], need, name=name, after=options.after, cluster=cluster, folder=options.folder)
@@ -253,4 +301,4 @@ def _requeue(options: argparse.Namespace) -> int:
     from mser_dist.config.file import load_any
     from mser_dist.jobs.requeue import requeue
 
-    return int(requeue(options.code, Path(load_any(options.config, options.words).out)))
+    return int(requeue(options.code, Path(load_any(options.config, options.words).out), options.state))

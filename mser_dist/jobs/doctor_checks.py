@@ -24,7 +24,7 @@ Status = Literal["ok", "warn", "fail"]
 Finding = tuple[Status, str, str]  # what was found, and for "warn" and "fail" how to mend it
 
 GIB = 2**30
-_SITE_CARDS = "for several nodes: export NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME=CARD, as slurm/common.sh shows"
+_SITE_CARDS = "for several nodes: export NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME=CARD, as slurm/sites/bare.sh shows"
 # Locks of POSIX and SQLite are slow or wrong on these.
 _NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "9p", "afs", "pvfs", "orangefs", "weka", "fuse.")
 

@@ -25,6 +25,7 @@ from typing import Any
 from mser_dist.config import Evaluation, Stage1, Stage2, batch_shape
 from mser_dist.config.file import load_any
 from mser_dist.errors import UserError
+from mser_dist.jobs import site
 from mser_dist.jobs.job import Job
 from mser_dist.jobs.task import Task
 from mser_dist.ranks.distributed import free_port
@@ -79,6 +80,8 @@ class Resources:
     """Shell lines before the start on SLURM, e.g. ``module load cuda``."""
     slurm: dict[str, str | bool] = field(default_factory=dict)
     """Any other option of sbatch, e.g. {"mem": "64G", "exclusive": True}."""
+    site: str | Path | None = None
+    """A site file (slurm/sites): what is the same in all jobs of a cluster. None: that of ``MSER_SITE``, or none."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "tasks_per_node", "cpus_per_task", "signal_seconds"):
@@ -189,8 +192,9 @@ def start(
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit from a login node, or run on this machine (--local)")
     place = _place(Path(folder), name)
-    executor = submitit.SlurmExecutor(folder=place, max_num_timeout=_TIMEOUTS)
-    executor.update_parameters(**_parameters(configs, need, name, after, parallel or len(configs), place))
+    here = site.read(need.site)
+    executor = submitit.SlurmExecutor(folder=place, max_num_timeout=_TIMEOUTS, python=here.python)
+    executor.update_parameters(**_parameters(configs, need, here, name, after, parallel or len(configs), place))
     make_folder(place, _ELSEWHERE)  # here, since SLURM could not open a log in a folder that is made later
     try:
         jobs = executor.submit_array([Task(config, **own) for config, own in zip(configs, more, strict=True)])
@@ -228,11 +232,11 @@ def script(
 
     for config in configs:
         check(config, need, "slurm")
-    place = _place(Path(folder), name)
-    parameters = _parameters(configs, need, name, after, parallel or len(configs), place)
+    place, here = _place(Path(folder), name), site.read(need.site)
+    parameters = _parameters(configs, need, here, name, after, parallel or len(configs), place)
     if len(configs) > 1:
         parameters["map_count"] = len(configs)
-    command = f"{sys.executable} -u -m submitit.core._submit {place}"
+    command = f"{here.python or sys.executable} -u -m submitit.core._submit {place}"
     return str(slurm._make_sbatch_string(command=command, folder=place, **parameters))
 
 
@@ -261,13 +265,22 @@ def job_name(config: Config) -> str:
 
 
 def _parameters(
-    configs: Sequence[Config], need: Resources, name: str, after: Job | str | None, parallel: int, place: Path
+    configs: Sequence[Config],
+    need: Resources,
+    here: site.Site,
+    name: str,
+    after: Job | str | None,
+    parallel: int,
+    place: Path,
 ) -> dict[str, Any]:
-    """What submitit's SlurmExecutor is given."""
+    """What submitit's SlurmExecutor is given: the site's options, and those of the submission, which win."""
+    asked = here.options(need.gpus_per_node)
+    cpus = asked.pop("cpus_per_task", None) if need.cpus_per_task is None else need.cpus_per_task
     srun = ["--kill-on-bad-exit=1"]  # the peers of a dead rank would wait for it in a collective
-    if need.cpus_per_task:
-        srun.append(f"--cpus-per-task={need.cpus_per_task}")  # from SLURM 22.05 on srun does not inherit it
-    extra: dict[str, str | bool] = {"requeue": True}
+    if cpus:
+        srun.append(f"--cpus-per-task={cpus}")  # from SLURM 22.05 to 23.02 srun does not inherit it
+    ours = {"partition": need.partition, "account": need.account, "nodes": 1, "time": 1, "ntasks_per_node": 1}
+    extra = {"requeue": True} | {key: value for key, value in asked.items() if not ours.get(key)}
     dependency = None
     if after is not None:
         dependency = f"afterok:{_ids(after)}"
@@ -277,8 +290,7 @@ def _parameters(
         "job_name": name,
         "nodes": need.nodes,
         "ntasks_per_node": need.tasks,
-        "gpus_per_node": need.gpus_per_node or None,
-        "cpus_per_task": need.cpus_per_task,
+        "cpus_per_task": cpus,
         "time": minutes(need.time),
         "partition": need.partition,
         "account": need.account,
@@ -286,8 +298,8 @@ def _parameters(
         "signal_delay_s": need.signal_seconds,
         "array_parallelism": parallel,
         "wckey": None,  # a site that keeps wckeys refuses one that it does not know
-        "setup": [*need.setup, *_SETUP, *([] if len(configs) > 1 else [_NO_ARRAY]), *_end(configs, place)],
-        "srun_args": srun,
+        "setup": [*here.setup, *need.setup, *_SETUP, *([] if len(configs) > 1 else [_NO_ARRAY]), *_end(configs, place)],
+        "srun_args": [*srun, *here.srun],
         "additional_parameters": extra,
     }
 

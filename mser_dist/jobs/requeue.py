@@ -1,7 +1,7 @@
 """After a job has ended: whether SLURM should start it again.
 
 Called with srun's exit code by slurm/common.sh (`mser requeue`), and by the script of a submitted job (`launch.py`) as
-``python -m mser_dist.jobs.requeue CODE OUT``.
+``python -m mser_dist.jobs.requeue CODE OUT``. In a container, from which SLURM is out of reach, it only decides.
 """
 
 import json
@@ -22,32 +22,38 @@ _FAILURES, _STARTS = 3, 10  # failures, and starts of any kind, without a step f
 _NO_FAULT = (SAVED, 128 + 10, 128 + 12, 128 + 15)
 
 
-def requeue(code: int, out: Path) -> int:
+def requeue(code: int, out: Path, told: str | None = None) -> int:
     """Ask SLURM to start this job, of the run folder `out`, again if that is of use; the exit code to end with.
 
     It is of use after a preemption or a crash; not after a mistake that the user must mend (2), not where the job was
-    cancelled, and not when it has failed three times, or was stopped ten times, at one step.
+    cancelled, and not when it has failed three times, or was stopped ten times, at one step. told: squeue's word for
+    the job, where the caller asks SLURM: then it is only decided, and 75 is the answer yes, 1 no.
     """
-    job = _job()
+    job = os.environ.get("SLURM_JOB_ID") if told is not None else _job()
+    if told is not None:
+        return SAVED if _again(code, out, job, told) else 1
+    if _again(code, out, job, None if job is None else _ask("squeue", "--noheader", "--job", job, "--format=%T")):
+        if _ask("scontrol", "requeue", str(job)) is None:
+            _say(f"`scontrol requeue {job}` failed: start it again by hand; the same command continues")
+            return code
+        _say(f"exit code {code}: job {job} is queued again")
+        time.sleep(60)  # SLURM ends this process; were it to return first, the job would count as failed
+    return code
+
+
+def _again(code: int, out: Path, job: str | None, state: str | None) -> bool:
+    """Whether another start is of use, by squeue's word for the job, None where it gave none; why not is said."""
     if code in (0, 2) or job is None:
-        return code
-    state = _ask("squeue", "--noheader", "--job", job, "--format=%T")
+        return False
     if state not in ("RUNNING", None):  # cancelled, out of time, or put back into the queue by SLURM or submitit
         _say(f"exit code {code}; job {job} is {state or 'over'}: not started again from here")
-        return code
+        return False
     why = _no_step_forward(out, code, job)
     if why:
         _say(f"exit code {code}; {why}, so the job is not started again: see {out / 'ends.jsonl'}")
-        return code
-    if state is None:
+    elif state is None:
         _say(f"exit code {code}; squeue does not know job {job}, or does not answer: not started again from here")
-        return code
-    if _ask("scontrol", "requeue", job) is None:
-        _say(f"`scontrol requeue {job}` failed: start it again by hand; the same command continues")
-        return code
-    _say(f"exit code {code}: job {job} is queued again")
-    time.sleep(60)  # SLURM ends this process; were it to return first, the job would count as failed
-    return code
+    return not why and state is not None
 
 
 def _job() -> str | None:

@@ -19,11 +19,16 @@ SCRIPT = ROOT / "tools" / "local_slurm.sh"
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes, partitions low and high, accounting. Skips, with the line that installs it, where SLURM is missing."""
+    """Two nodes with two pretended GPUs each, partitions low and high, accounting.
+
+    Skips, with the line that installs it, where SLURM is missing.
+    """
     # Not pytest's own folder: the paths of sockets are short.
     folder = Path(tempfile.mkdtemp(prefix="mser-slurm-"))
     try:
-        done = subprocess.run([SCRIPT, "up", "--dir", folder], capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            [SCRIPT, "up", "--gpus", "2", "--dir", folder], capture_output=True, text=True, timeout=240
+        )
         if "apt-get install" in done.stderr:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from mser_dist.cli import main as cli
 from mser_dist.config.file import load_training, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["submit", "sweep", "sync", "doctor", "requeue"]
+VERBS = ["check", "submit", "sweep", "sync", "doctor", "requeue"]
 WORDS = ["demo_stage1", "data.sets=no/shards", "train.global_batch=8", "tracking.enabled=false"]
 
 
@@ -43,10 +43,11 @@ def test_a_dry_run_shows_what_sbatch_would_get(
     assert (
         cli.main(["submit", *WORDS, *options, "--dry-run", "--slurm", "mem=8G", "--slurm", "exclusive", "seed=3"]) == 0
     )
-    text = capsys.readouterr().out
+    text, table = capsys.readouterr()
     for option in ("nodes=2", "ntasks-per-node=2", "time=120", "dependency=afterok:7", "partition=gpu", "mem=8G"):
         assert f"#SBATCH --{option}\n" in text
     assert text.startswith("#!/bin/bash\n") and "#SBATCH --exclusive\n" in text
+    assert "job 7 has to bring it" in table and " 0 would fail" in table, "no/shards is not there yet"
     assert not list(tmp_path.iterdir())
 
 

@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"mser_dist", "ds_configs", "slurm", "tests", "tools"}
 PYTHON_FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-SHELL_FILES = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "tools").glob("*.sh")), ROOT / ".ci" / "run"]
+SHELL_FILES = [*sorted((ROOT / "slurm").rglob("*.sh")), *sorted((ROOT / "tools").glob("*.sh")), ROOT / ".ci" / "run"]
+SOURCED = [ROOT / "slurm/common.sh", ROOT / "slurm/site.sh", *(ROOT / "slurm/sites").glob("*.sh")]
 VERBS = {"features": "features", "stage1": "train", "stage2": "train", "eval": "eval"}
 PRESETS = {"features": "stage1"}  # of job scripts that have none of their own
 STAGES = tuple(VERBS)
@@ -51,7 +52,7 @@ def test_python_files_are_short(path: Path) -> None:
 def test_shell_scripts_parse(path: Path) -> None:
     checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
-    assert "set -euo pipefail" in path.read_text() or path.name == "common.sh"
+    assert "set -euo pipefail" in path.read_text() or path in SOURCED
 
 
 def run_job_script(
@@ -61,7 +62,10 @@ def run_job_script(
     script = spool / "slurm_script"
     script.write_bytes((ROOT / "slurm" / f"{stage}.sh").read_bytes())
     srun = spool / "srun"
-    srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nprintf "OMP=%s RANK=%s\\n" "$OMP_NUM_THREADS" "${RANK-unset}"\n')
+    srun.write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@"\nprintf "OMP=%s RANK=%s\\n" "$OMP_NUM_THREADS" "${RANK-unset}"\n'
+        "exit ${MSER_SRUN_CODE:-0}\n"
+    )
     srun.chmod(0o755)
     environment = {
         "PATH": f"{spool}:{os.environ['PATH']}",
@@ -151,3 +155,4 @@ def test_the_wheel_and_the_sdist_carry_the_data_files(tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "Makefile", "constraints.txt", "slurm/stage1.sh", "slurm/common.sh"} <= inside
+    assert {"slurm/sites/bare.sh", "slurm/containers/Dockerfile", "slurm/containers/apptainer.def"} <= inside

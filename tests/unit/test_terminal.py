@@ -34,7 +34,8 @@ COMMANDS = [
     ["predict", "stage1", "c0.wav", "--labels", "радость,грусть", "--json", "ответ.json"],
     ["predict", "stage1", "c0.wav", "--labels", "радость,грусть"],
     ["export", "stage1", "вывод"],
-    ["submit", "demo_stage1", *RUN, "out=Опыт", "--dry-run"],
+    ["check", "demo_stage1", *RUN, *TRAIN, "out=Опыт"],
+    ["submit", "demo_stage1", *RUN, *TRAIN, "out=Опыт", "--dry-run"],
     ["sweep", "demo_stage1", *RUN, "out=Опыт", "seed=1,2", "--dry-run"],
     ["doctor", "--no-ranks"],
 ]
