@@ -1,6 +1,7 @@
 """The networks of a config without their weights: built by the code that trains them, on a device without storage."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,12 @@ def _text_width(text: cfg.TextConfig) -> int:
 
 
 def _llm(config: cfg.Stage2, shape: str | None) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names in transformers, which peft calls too
+        return _built(config, shape)
+
+
+def _built(config: cfg.Stage2, shape: str | None) -> PreTrainedModel:
     wanted = config.llm
     if wanted.pretrained is None and shape is None:
         model: PreTrainedModel = small_llama(wanted.arch, small_tokenizer(config.data.labels), ATTENTION)

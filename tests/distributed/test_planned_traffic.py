@@ -10,7 +10,7 @@ import torch
 from mser_dist import config as cfg
 from mser_dist import deepspeed_parts
 from mser_dist.config.file import load_training
-from mser_dist.planning import rehearsal, shapes
+from mser_dist.planning import real, rehearsal, shapes
 from mser_dist.planning.collectives import Log, Traffic
 from mser_dist.ranks.distributed import discover
 from mser_dist.training.engine import Engine
@@ -91,3 +91,17 @@ def _talk(rank: int) -> list[list[Any]]:
         gather(torch.empty(6), torch.ones(3))
         scatter(torch.empty(3), torch.ones(6))
     return [[one.kind, one.ranks, one.calls, one.bytes] for one in log.said()]
+
+
+@pytest.mark.timeout(600)
+def test_the_benchs_number_is_of_real_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 as it is; and not where the rehearsal would say something else."""
+    assert real.bytes_error() == 0
+    planned = rehearsal.rehearse
+
+    def more(*arguments: Any) -> Any:
+        found = planned(*arguments)
+        return replace(found, said=[replace(one, bytes=2 * one.bytes) for one in found.said])
+
+    monkeypatch.setattr(rehearsal, "rehearse", more)
+    assert real.bytes_error() == 1

@@ -76,20 +76,13 @@ def test_whole_sources_are_held_out_by_a_rule_that_sees_no_speed() -> None:
 
 
 def test_the_shipped_constants_are_those_of_the_fit_and_their_errors_are_what_is_told() -> None:
-    """The fit itself takes a while: at its constants no small step makes the figures that it saw come out better."""
     constants, interval = step_time.shipped()
     held = fit.held_out()
     assert fit.median_error() == held.median and fit.p90_error() == held.p90
     factors = 1 / (1 + held.errors)
     assert interval == pytest.approx((float(np.quantile(factors, 0.1)), float(np.quantile(factors, 0.9))))
     seen = published.split(published.figures())[0]
-    largest = [f for f in seen if f.source == "mosaicml/llm-foundry"]
-    typical = np.median(np.abs(fit.errors(largest, constants)))
-    assert typical < 0.06
-    for name in ("h100", "a100", "recompute"):
-        for factor in (0.8, 1.25):
-            changed = step_time.Constants(**{**step_time.as_json(constants), name: getattr(constants, name) * factor})
-            assert np.median(np.abs(fit.errors(largest, changed))) > typical, name
+    assert step_time.as_json(fit.fit(seen)) == pytest.approx(step_time.as_json(constants), rel=0.02, abs=1e-6)
 
 
 def test_known_shapes_have_the_published_sizes() -> None:
