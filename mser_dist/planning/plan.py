@@ -22,6 +22,8 @@ from mser_dist.training.engine import resolve_json
 from mser_dist.training.peaks import peak_of
 
 REHEARSED = 16  # ranks at most: beyond them the same is said, of parts that are padded otherwise
+DEEP = 36  # layers of an LLM that are rehearsed as they are
+SHALLOW = (8, 10)  # layers in place of more
 _KINDS = 4  # of instruction, in a micro-batch
 
 
@@ -90,7 +92,7 @@ def look(config: cfg.Stage1 | cfg.Stage2, cluster: Cluster, given: Given) -> Net
     ranks = min(cluster.world_size, REHEARSED) if hpz <= REHEARSED else cluster.world_size
     ranks -= ranks % max(1, hpz) if ranks > hpz else 0
     if ranks > 1:
-        rehearsed = rehearsal.rehearse(config, ranks, min(2, accumulation), given.llm_shape, given.stage1)
+        rehearsed = _rehearsed(config, model, ranks, min(2, accumulation), given)
     else:
         everything = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -105,6 +107,19 @@ def look(config: cfg.Stage1 | cfg.Stage2, cluster: Cluster, given: Given) -> Net
         kept,
         rehearsed,
     )
+
+
+def _rehearsed(config: cfg.Stage1 | cfg.Stage2, model: Any, ranks: int, micro: int, given: Given) -> Rehearsed:
+    """DeepSpeed's; of a deep LLM that of two shallow ones, for all its layers are alike: it would take minutes."""
+    text = model.llm_config.get_text_config() if isinstance(model, SpeechLLM) else None
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if text is None or text.num_hidden_layers <= DEEP or len(kinds) > 1 or config.train.groups:
+        return rehearsal.rehearse(config, ranks, micro, given.llm_shape, given.stage1)
+    few, more = SHALLOW
+    short, long = (
+        rehearsal.rehearse(config, ranks, micro, given.llm_shape, given.stage1, layers) for layers in SHALLOW
+    )
+    return rehearsal.deeper(short, long, more - few, text.num_hidden_layers - more)
 
 
 def _zero(config: cfg.Stage1 | cfg.Stage2, cluster: Cluster) -> dict[str, Any]:

@@ -56,14 +56,46 @@ class Rehearsed:
         return found
 
 
+def deeper(short: Rehearsed, long: Rehearsed, between: int, more: int) -> Rehearsed:
+    """Of an LLM with `more` layers above `long`'s: from `short` to it are `between`, and each further adds as much."""
+
+    def on(one: int, other: int) -> int:
+        return other + round((other - one) / between * more)
+
+    def all_of(one: list[Traffic], other: list[Traffic]) -> list[Traffic]:
+        before = {(t.kind, t.ranks): t for t in one}
+        found = []
+        for now in other:
+            then = before.get((now.kind, now.ranks), Traffic(now.kind, now.ranks, 0, 0))
+            found.append(replace(now, calls=on(then.calls, now.calls), bytes=on(then.bytes, now.bytes)))
+        return found
+
+    return replace(
+        long,
+        trained=on(short.trained, long.trained),
+        frozen=on(short.frozen, long.frozen),
+        masters=on(short.masters, long.masters),
+        said=all_of(short.said, long.said),
+        said_more=all_of(short.said_more, long.said_more),
+    )
+
+
 def rehearse(
-    config: cfg.Stage1 | cfg.Stage2, ranks: int, micro: int, llm_shape: str | None = None, stage1: str | None = None
+    config: cfg.Stage1 | cfg.Stage2,
+    ranks: int,
+    micro: int,
+    llm_shape: str | None = None,
+    stage1: str | None = None,
+    layers: int | None = None,
 ) -> Rehearsed:
-    """A step of `micro` micro-batches, in a process of its own, with which the fake group ends."""
+    """A step of `micro` micro-batches, in a process of its own, with which the fake group ends.
+
+    layers: of the LLM, in place of its own.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_alone, config, ranks, micro, llm_shape, stage1).result()
+            return pool.submit(_alone, config, ranks, micro, llm_shape, stage1, layers).result()
         except UserError:
             raise
         except RuntimeError as error:
@@ -74,7 +106,12 @@ def rehearse(
 
 
 def _alone(
-    config: cfg.Stage1 | cfg.Stage2, ranks: int, micro: int, llm_shape: str | None, stage1: str | None
+    config: cfg.Stage1 | cfg.Stage2,
+    ranks: int,
+    micro: int,
+    llm_shape: str | None,
+    stage1: str | None,
+    layers: int | None,
 ) -> Rehearsed:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -91,7 +128,7 @@ def _alone(
     config = replace(config, train=replace(config.train, global_batch=ranks * micro, micro_batch=1))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        model = shapes.build(config, llm_shape, stage1)
+        model = shapes.build(config, llm_shape, stage1, layers)
         for name in ("to", "bfloat16", "half", "float"):  # there is nothing to move, and Engine gives the dtype
             setattr(model, name, lambda *_, **__: model)
         with Log(pretending=True):

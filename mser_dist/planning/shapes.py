@@ -28,12 +28,13 @@ _TEXT_WIDTH = 384  # of all-MiniLM-L6-v2, the default text tower
 
 
 def build(
-    config: cfg.Stage1 | cfg.Stage2, llm_shape: str | None = None, stage1: str | None = None
+    config: cfg.Stage1 | cfg.Stage2, llm_shape: str | None = None, stage1: str | None = None, layers: int | None = None
 ) -> Aligner | SpeechLLM:
     """The model that a config trains, with what is frozen in it; call it where tensors take no memory.
 
     llm_shape: of shapes.json, or a folder with a config.json, in place of `llm.pretrained`. stage1: config of stage 1
-    that a stage 2 builds on, where that has not run yet. Raises `UserError` for shapes that nobody knows.
+    that a stage 2 builds on, where that has not run. layers: of the LLM, in place of its own. Raises `UserError` for
+    shapes that nobody knows.
     """
     if isinstance(config, cfg.Stage1):
         model: Aligner | SpeechLLM = Aligner(_fresh_speech(config), _text_width(config.text), config.contrastive)
@@ -44,7 +45,7 @@ def build(
         if config.freeze_qformer:
             speech.qformer.requires_grad_(False)
             speech.queries.requires_grad_(False)
-        model = SpeechLLM(speech, _llm(config, llm_shape))
+        model = SpeechLLM(speech, _llm(config, llm_shape, layers))
     assign(model, config.train.groups)
     model.train()
     return model
@@ -132,18 +133,19 @@ def _text_width(text: cfg.TextConfig) -> int:
     return int(there["hidden_size"]) if there and "hidden_size" in there else _TEXT_WIDTH
 
 
-def _llm(config: cfg.Stage2, shape: str | None) -> PreTrainedModel:
+def _llm(config: cfg.Stage2, shape: str | None, layers: int | None) -> PreTrainedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names in transformers, which peft calls too
-        return _built(config, shape)
+        return _built(config, shape, layers)
 
 
-def _built(config: cfg.Stage2, shape: str | None) -> PreTrainedModel:
+def _built(config: cfg.Stage2, shape: str | None, layers: int | None) -> PreTrainedModel:
     wanted = config.llm
+    shorter = {} if layers is None else {"num_hidden_layers": layers}
     if wanted.pretrained is None and shape is None:
-        model: PreTrainedModel = small_llama(wanted.arch, small_tokenizer(config.data.labels), ATTENTION)
+        model: PreTrainedModel = small_llama(wanted.arch | shorter, small_tokenizer(config.data.labels), ATTENTION)
     else:
-        fields = llm_shape(shape or str(wanted.pretrained))
+        fields = llm_shape(shape or str(wanted.pretrained)) | shorter
         model_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         llm.check_kind(model_config, shape or str(wanted.pretrained))
         model = AutoModelForCausalLM.from_config(model_config, attn_implementation=ATTENTION.kernel)

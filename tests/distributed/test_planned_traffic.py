@@ -1,7 +1,9 @@
 """What a plan says that ranks send is what two real ones send, to the byte."""
 
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +107,17 @@ def test_the_benchs_number_is_of_real_ranks(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(rehearsal, "rehearse", more)
     assert real.bytes_error() == 1
+
+
+@pytest.mark.timeout(600)
+def test_each_further_layer_adds_as_much(tmp_path: Path) -> None:
+    """Of a deep LLM two shallow ones are rehearsed. Here DeepSpeed lets go of weights between forward and backward."""
+    json_file = tmp_path / "small.json"
+    small = {"stage": 3, "stage3_max_live_parameters": 60000, "stage3_max_reuse_distance": 60000}
+    small |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 20000}
+    json_file.write_text(json.dumps({"zero_optimization": small}), encoding="utf-8")
+    config = load_training("demo_stage2", [*WORDS, f"engine.deepspeed={json_file}"])
+    short, long, deep = (rehearsal.rehearse(config, 3, 1, None, None, layers) for layers in (4, 5, 9))
+    assert rehearsal.deeper(short, long, 1, 4) == deep
+    weights = 3 * 4 * (deep.trained + deep.frozen)
+    assert {t.kind: t.bytes for t in deep.said}["all-gather"] > 1.5 * weights, "most are gathered twice"
