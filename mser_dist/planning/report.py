@@ -11,7 +11,7 @@ from mser_dist.planning.cluster import Cluster
 from mser_dist.planning.given import Given
 from mser_dist.planning.memory import USABLE
 from mser_dist.planning.plan import Network, TrainingPlan, plan
-from mser_dist.tables import Table
+from mser_dist.tables import Table, count
 
 _GIB = 2**30
 
@@ -172,5 +172,6 @@ def draw(found: list[TrainingPlan], here: TrainingPlan, path: Path) -> None:
         axes.axvline(here.cluster.world_size, color="0.8", zorder=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    above.set_title(f"{here.micro_batch * here.accumulation} clips a rank and step, {here.cluster.gpu.name}")
+    clips = count(here.micro_batch * here.accumulation, "clip")
+    above.set_title(f"{clips} a rank and step, {here.cluster.gpu.name}")
     figure.savefig(path, dpi=130)
