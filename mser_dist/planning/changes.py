@@ -82,7 +82,7 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[tuple[str, Config,
         cached = deepcopy(config)
         cached.encoder.cache = "auto"
         yield "encoder.cache=auto", cached, cluster
-    for nodes in (cluster.nodes // 2, 2 * cluster.nodes, 4 * cluster.nodes):
+    for nodes in (cluster.nodes // 2, *(times * cluster.nodes for times in (2, 4, 8, 16, 32))):
         if nodes and train.global_batch % (nodes * cluster.gpus_per_node) == 0:
             per_rank = train.global_batch // (nodes * cluster.gpus_per_node)
             size = min(micro, per_rank)

@@ -91,12 +91,8 @@ def look(config: cfg.Stage1 | cfg.Stage2, cluster: Cluster, given: Given) -> Net
     hpz = _zero(config, cluster).get("zero_hpz_partition_size", 1)
     ranks = min(cluster.world_size, REHEARSED) if hpz <= REHEARSED else cluster.world_size
     ranks -= ranks % max(1, hpz) if ranks > hpz else 0
-    if ranks > 1:
-        rehearsed = _rehearsed(config, model, ranks, min(2, accumulation), given)
-    else:
-        everything = sum(p.numel() for p in parameters)
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        rehearsed = Rehearsed(1, trained, everything - trained, trained, 1, [], [])
+    ranks = max(2, ranks)  # one rank says nothing; the plans of more that it is compared with do
+    rehearsed = _rehearsed(config, model, ranks, min(2, accumulation), given)
     encoder = model.speech.frozen
     return Network(
         model,

@@ -37,7 +37,7 @@ def parts(found: TrainingPlan, changes: list[Change], price: float | None) -> li
     if cluster.nodes > 1:
         nodes += f", {cluster.across * 8 / 1e9:g} Gb/s a GPU between nodes"
     shown: list[Table | str] = [
-        f"{nodes}: {cluster.world_size:,} ranks, micro-batch {found.micro_batch}, {found.accumulation} a step",
+        f"{nodes}: {count(cluster.world_size, 'rank')}, micro-batch {found.micro_batch}, {found.accumulation} a step",
         Table(["memory of a rank", "GiB"], [memory, [["sum", f"{found.memory_sum / _GIB:.2f}"]], rest]),
         verdict,
     ]
