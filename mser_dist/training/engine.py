@@ -281,6 +281,10 @@ class Engine:
         for group, peak, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = peak * share(schedule.last_epoch)
 
+    def parts(self) -> list[list[deepspeed_parts.Part]]:
+        """What this rank steps of each parameter, by the optimizer's groups."""
+        return deepspeed_parts.trained(self._engine)
+
     def state_bytes(self) -> int:
         """Bytes that this rank's part of a checkpoint takes."""
         return sum(tensor.nbytes for tensor in self.collect()[0].values())

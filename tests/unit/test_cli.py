@@ -31,6 +31,7 @@ VERBS = [
     "push",
     "synth",
     "pack",
+    "plan",
     "inspect",
     "verify",
 ]
