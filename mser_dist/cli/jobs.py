@@ -55,11 +55,12 @@ What would end a job after it has waited in the queue, told before it: sets and 
 and the access to them, the disk, the ranks, what sbatch says to the script. A remedy stands beside each; exit code 2 if
 anything would fail.
 
-  mser check my_stage1.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
+  mser check my_stage1.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 --gpu h100
   mser check my_stage2.yaml --nodes 4 --gpus-per-node 8 --after JOBID      what that job has to bring is no failure yet
   mser submit my_stage1.yaml --nodes 4 --gpus-per-node 8 --dry-run         the same, below the script
 
-Nothing is written, loaded or submitted. A job script asks it before its ranks start.
+Nothing is written, loaded or submitted. A job script asks it before its ranks start. --gpu takes a minute or two more
+where the LLM is large, and what the plan assumes is said by mser plan.
 """
 
 Verb = Callable[..., argparse.ArgumentParser]
@@ -75,6 +76,7 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     config_words(check)
     _resource_options(check)
     check.add_argument("--after", metavar="JOBID", help="it starts when this job, or these (12:13), ended well")
+    check.add_argument("--gpu", metavar="NAME", help="plan memory and time for it, as mser plan does: h100, a100, …")
     check.add_argument("--quiet", action="store_true", help="only what is not as it should be")
 
     sweep = verb("sweep", _sweep, "submit a job for each combination of values", _SWEEP_HELP)
@@ -160,7 +162,7 @@ def _check(options: argparse.Namespace) -> None:
     config = launch.resolve(options.config, options.words)
     if not options.quiet:
         print(to_yaml(config), flush=True)
-    found = check.check(config, need, options.after)
+    found = check.check(config, need, options.after, options.gpu)
     check.tell(found, options.quiet)
     check.raise_if_failed(found)
 

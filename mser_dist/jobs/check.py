@@ -16,21 +16,25 @@ from mser_dist.jobs import check_weights, launch
 from mser_dist.jobs.doctor import Check, folder, guarded, show, slurm
 from mser_dist.jobs.doctor_checks import GIB, Finding, existing
 from mser_dist.jobs.planned import Figures, figures
+from mser_dist.planning.cluster import cluster_of
 from mser_dist.runs import folder as run_folder
 from mser_dist.tables import count
 
 _PATIENCE = 600.0  # seconds for one: an index of thousands of shards on a network disk, sums of a large export
 _BYTES = 16  # of a checkpoint for each trained weight, at most: fp32 and its average, Adam's two moments
-_NOT_PLANNED: Finding = ("ok", "not planned", "")
 
 
-def check(config: launch.Config, need: launch.Resources, after: str | None = None) -> list[Check]:
+def check(
+    config: launch.Config, need: launch.Resources, after: str | None = None, gpu: str | None = None
+) -> list[Check]:
     """Every check of a job, whatever the others found.
 
+    gpu: plan memory and time for this one (`mser plan`), which takes a minute or two for a large LLM.
     after: jobs that this one waits for: what they may still bring is a warning, not a failure.
     """
     done = []
-    for name, call in _checks(config, need, after):
+    cluster = cluster_of(need.nodes, need.tasks, gpu) if gpu else None
+    for name, call in _checks(config, need, after, figures(config, cluster)):
         found = _remedied(guarded(name, call, _PATIENCE))
         if after and found.status == "fail" and name in ("sets", "validation", "stage 1", "stage 2"):
             found = Check(name, "warn", found.found, f"job {after} has to bring it. Else: {found.remedy}")
@@ -66,10 +70,9 @@ def _remedied(found: Check) -> Check:
 
 
 def _checks(
-    config: launch.Config, need: launch.Resources, after: str | None
+    config: launch.Config, need: launch.Resources, after: str | None, plan: Figures
 ) -> Iterator[tuple[str, Callable[[], Finding]]]:
     """The checks by name, in the order of the report."""
-    plan = figures(config, need.world_size)
     yield "config", lambda: _config(config)
     yield "ranks", lambda: _ranks(config, need)
     yield "out", lambda: _out(config)
@@ -213,21 +216,18 @@ def _trained(config: cfg.Stage1 | cfg.Stage2) -> int | None:
 
 def _memory(plan: Figures) -> Finding:
     if plan.memory is None or plan.room is None:
-        return _NOT_PLANNED
-    found = f"{plan.memory / GIB:.1f} GiB on the fullest of the GPUs, which has {plan.room / GIB:.0f}"
+        return "ok", f"not planned: {plan.why}", ""
+    found = f"{plan.memory / GIB:.1f} GiB on the fullest of the GPUs, which has {plan.room / GIB:.0f} for it"
     if plan.memory < plan.room:
         return "ok", found, ""
-    return "fail", found, "a smaller train.micro_batch, a higher ZeRO stage, or more GPUs"
+    return "fail", found, "mser plan says what would make it fit"
 
 
 def _time(need: launch.Resources, plan: Figures) -> Finding:
     limit = 60 * launch.minutes(need.time)
     if plan.seconds is None:
-        return (
-            "ok",
-            f"not planned; {limit / 3600:.1f} h are asked for, and the job saves and goes back in the queue",
-            "",
-        )
+        found = f"not planned; {limit / 3600:.1f} h are asked for, and the job saves and goes back in the queue"
+        return "ok", found, ""
     starts = -(-plan.seconds // (limit - need.signal_seconds))
     found = f"{plan.seconds / 3600:.1f} h by the plan, {limit / 3600:.1f} h asked for"
     return ("ok", found, "") if starts <= 1 else ("warn", f"{found}: {starts:.0f} starts", "more --time, or more nodes")

@@ -3,21 +3,34 @@
 from dataclasses import dataclass
 
 from mser_dist import config as cfg
+from mser_dist.errors import UserError
+from mser_dist.planning.cluster import Cluster
 
 
 @dataclass(frozen=True)
 class Figures:
-    """memory: bytes of the fullest rank, on its GPU. room: bytes that such a GPU has. seconds: of the whole training.
-
-    checkpoint: bytes of one, over all ranks. None: not known.
+    """memory: bytes of the fullest rank, on its GPU. room: bytes that such a GPU has for them. seconds: of the whole
+    training. checkpoint: bytes of one, over all ranks. None: not known. why: it is not planned.
     """
 
-    memory: int | None = None
-    room: int | None = None
+    memory: float | None = None
+    room: float | None = None
     seconds: float | None = None
-    checkpoint: int | None = None
+    checkpoint: float | None = None
+    why: str = ""
 
 
-def figures(config: cfg.Stage1 | cfg.Stage2 | cfg.Evaluation, ranks: int) -> Figures:
-    """The figures of a job of so many ranks. Nothing plans yet: all of them are unknown."""
-    return Figures()
+def figures(config: cfg.Stage1 | cfg.Stage2 | cfg.Evaluation, cluster: Cluster | None) -> Figures:
+    """The figures of a training on a cluster; none of an evaluation, or where no GPU is named."""
+    if cluster is None:
+        return Figures(why="--gpu h100 plans it")
+    if isinstance(config, cfg.Evaluation):
+        return Figures(why="an evaluation is not planned")
+    from mser_dist.planning.memory import USABLE
+    from mser_dist.planning.plan import plan
+
+    try:
+        found = plan(config, cluster)
+    except UserError as error:
+        return Figures(why=str(error))
+    return Figures(found.memory_sum, USABLE * cluster.gpu.memory, found.duration, found.checkpoint)

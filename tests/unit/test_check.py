@@ -34,7 +34,7 @@ def test_a_job_that_will_run_has_no_failure(tiny_set: Path, capsys: pytest.Captu
     assert {row.status for row in found.values()} == {"ok"}, found
     assert found["ranks"].found.startswith("global batch 4 = 2 ranks × 2 × 1")
     assert "every label occurs" in found["sets"].found and "installed package" in found["text tower"].found
-    assert found["memory"].found == "not planned"
+    assert found["memory"].found == "not planned: --gpu h100 plans it"
     assert cli.main(["check", "demo_stage1", *words]) == 0
     said = capsys.readouterr().out
     assert "global_batch: 4" in said, "the resolved config"
