@@ -68,6 +68,8 @@ def announce(run: "Run", step: int, checked: str) -> None:
             print(run.stage.describe(world.world_size))
         elif config.data.batching != "tokens":  # of packs nobody knows the clips ahead
             print(_cost(run, run.stage, hosts.count(hosts[0])))
+        if setup.order.automatic:
+            print(f"clips are shuffled within {setup.order.shuffle_shards} shards at a time (data.shuffle_shards)")
         if setup.order.balance:
             print(f"each batch is balanced over {', '.join(setup.order.balance.names)}")
         print(f"attention: {setup.attention.kernel} ({setup.attention.reason})")
