@@ -262,6 +262,18 @@ def test_compare_losses(
         tool.main()
 
 
+def test_bench_scale(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    done = run_tool("bench_scale", "--ranks", "2,5", "--shards", 20, "--json", out)
+    assert done.returncode == 0 and "at 1,024 ranks" in done.stdout, done.stderr
+    rows = {(row["name"], row["ranks"]): row for row in json.loads(out.read_text())["rows"]}
+    assert all(set(row) >= {"name", "ranks", "value"} and row["value"] > 0 for row in rows.values())
+    assert rows.keys() >= {(n, r) for n in ("resume-seconds", "boundary-ms") for r in (2, 5)} | {("index-seconds", 4)}
+    for ranks in (2, 5):
+        assert rows["sockets", ranks]["value"] <= 16 and rows["sockets", ranks]["server"] >= 2 * ranks
+        assert rows["resume-opens", ranks]["value"] <= 8 and rows["resume-opens", ranks]["mean"] >= 3
+
+
 def test_bench_compare(tmp_path: Path) -> None:
     out = tmp_path / "row.json"
     done = run_tool("bench_compare", "--runs", 2, "--clips", 36, "--rounds", 1, "--json", out)
