@@ -139,12 +139,17 @@ def sockets(pid: int | str = "self") -> int:
     return found
 
 
-def light(world: World, folder: Path, answer: Any) -> None:
-    """One rank of a job: it meets the others, is watched, walks over some steps, saves and goes on from that."""
+def light(world: World, folder: Path, answer: Any, more: Callable[[World], dict[str, float]] | None = None) -> None:
+    """One rank of a job: it meets the others, is watched, walks over some steps, saves and goes on from that.
+
+    more: what else a rank does before its first step; numbers.
+    """
     torch.set_num_threads(1)
     began = time.perf_counter()
     distributed.join_store(world, 300)
     found: dict[str, Any] = {"start": time.perf_counter() - began}
+    if more:
+        found |= more(world)
     store = distributed.store()
     engine = LightEngine(world.rank, world.world_size, seed=world.rank)
     checkpoints = Checkpoints(folder, world, keep=1)
@@ -181,8 +186,6 @@ def light(world: World, folder: Path, answer: Any) -> None:
         if everyone and kernel:
             answer.send((everyone, kernel.read() / world.world_size))
         store.to_main(None)  # rank 0, with which the store goes, goes last
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def _together(store: Any) -> None:
@@ -195,14 +198,14 @@ def _children() -> list[int]:
     return [int(pid) for pid in text.split()]
 
 
-def job(ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """The rows of a job of so many ranks on this machine."""
+def job(ranks: int, folder: Path, more: Callable[[World], dict[str, float]] | None = None) -> list[dict[str, Any]]:
+    """The rows of a job of so many ranks on this machine; with `more`, "rank" has the most of each of its numbers."""
     port = distributed.free_port()
     here, there = CONTEXT.Pipe(duplex=False)
     processes = []
     for rank in range(ranks):
         world = World(rank, ranks, rank, "127.0.0.1", port, "torchrun")
-        processes.append(CONTEXT.Process(target=light, args=(world, folder, there)))
+        processes.append(CONTEXT.Process(target=light, args=(world, folder, there, more)))
         processes[-1].start()
     deadline = time.monotonic() + 120 + ranks
     while not here.poll(0.2):
@@ -216,13 +219,14 @@ def job(ranks: int, folder: Path) -> list[dict[str, Any]]:
         process.join()
     most = {name: max(one[name] for one in everyone) for name in everyone[0]}
     seconds = most["wall"] if ranks <= (os.cpu_count() or 1) else most["cpu"]
-    return [
+    rows = [
         {"name": "sockets", "ranks": ranks, "value": most["sockets"], "server": most["server"]},
         {"name": "resume-opens", "ranks": ranks, "value": most["opens"], "mean": mean},
         {"name": "resume-seconds", "ranks": ranks, "value": seconds, "wall": most["wall"]},
         {"name": "boundary-ms", "ranks": ranks, "value": boundary_ms(polls, most["every"])}
         | {"every": most["every"], "longest": float(polls.max()), "get": most["get"]},
     ]
+    return rows + ([{"name": "rank", "ranks": ranks, "value": most["start"], **most}] if more else [])
 
 
 def boundary_ms(polls: NDArray[Any], every: int) -> float:

@@ -215,10 +215,9 @@ def seen_by_all(out: Path, patience: float = 30.0) -> None:
     deadline = time.monotonic() + patience
     while (seen := _digest(out / "config.yaml") == wanted) is False and time.monotonic() < deadline:
         time.sleep(0.5)
-    blind = [host for host, sees in distributed.gather((socket.gethostname(), seen)) if not sees]
-    if blind:
+    if blind := distributed.first(None if seen else socket.gethostname()):
         raise UserError(
-            f"{blind[0]} does not see the run folder {out} of rank 0: set out= to an absolute path on a file system "
+            f"{blind} does not see the run folder {out} of rank 0: set out= to an absolute path on a file system "
             "that all nodes share"
         )
 

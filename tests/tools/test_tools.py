@@ -274,6 +274,17 @@ def test_bench_scale(tmp_path: Path) -> None:
         assert rows["resume-opens", ranks]["value"] <= 8 and rows["resume-opens", ranks]["mean"] >= 3
 
 
+def test_rehearse_64_ranks(tiny_set: Path, tmp_path: Path) -> None:
+    words = [f"data.sets=[{tiny_set}]", f"out={tmp_path / 'run'}", "data.val_split=null"]
+    small = ["data.languages=[]", "train.global_batch=128"]
+    done = run_tool("rehearse", "demo_stage1", *words, *small, "--ranks", 64)
+    assert done.returncode == 0, done.stderr
+    for said in ("64 ranks, on", "start-up", "sockets        2; 1", "MiB", "between steps", "at 4096 ranks breaks: "):
+        assert said in done.stdout, done.stdout
+    refused = run_tool("rehearse", "demo_stage1", *words, "train.global_batch=100", "--ranks", 64)
+    assert refused.returncode == 2 and "global_batch" in refused.stderr and refused.stderr.count("\n") == 1
+
+
 def test_bench_compare(tmp_path: Path) -> None:
     out = tmp_path / "row.json"
     done = run_tool("bench_compare", "--runs", 2, "--clips", 36, "--rounds", 1, "--json", out)
