@@ -1,6 +1,6 @@
 """A job of many ranks on one machine, with nothing computed: what it opens and holds, and what first breaks.
 
-    python tools/rehearse.py CONFIG [--ranks 64] [key=value …]
+    python tools/rehearse.py CONFIG [key=value …] [--ranks 64]
 
 N light processes meet at the real store, under the real watchdog; they open the config's sets (the first one reads the
 indexes, the others map them), plan its order, deal out its first steps, walk over the boundary between two steps, save
