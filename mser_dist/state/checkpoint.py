@@ -25,6 +25,7 @@ from mser_dist.errors import PassingError, UserError
 from mser_dist.files import file_sha256, fsync_tree, shows, write_json
 from mser_dist.ranks import distributed
 from mser_dist.state import engine_state, manifest
+from mser_dist.state.random_state import random_state, set_random_state
 from mser_dist.state.seal import Sealed, folder_fault, whole_fault
 
 FORMAT = 3  # of state.json and the ranks' files: raised where an older version could not read what this one writes
@@ -85,7 +86,7 @@ class Checkpoints:
         tensors, description = engine.collect()
         self._description = description
         self._copy(tensors)
-        random = _random_state()
+        random = random_state()
         failure = None
         if self.world.is_main:
             try:
@@ -293,7 +294,7 @@ def load(
         check(state)
     engine.restore(folder, fork)
     if state["world_size"] == world.world_size:
-        _set_random_state(load_file(folder / f"random-{world.rank:05d}.safetensors"))
+        set_random_state(load_file(folder / f"random-{world.rank:05d}.safetensors"))
     return state
 
 
@@ -393,16 +394,3 @@ def _fresh(folder: Path) -> None:
 def _make(folder: Path) -> None:
     for one in (folder.parent, folder):  # not by `parents`, which would take the umask's mode
         one.mkdir(mode=0o700, exist_ok=True)
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
