@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,16 @@ def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shows(path: Path, seconds: float, size: int | None = None) -> bool:
+    """Whether a file is there (of so many bytes) within `seconds`: a network disk shows another node's a bit later."""
+    deadline = time.monotonic() + seconds
+    while not (path.is_file() and size in (None, path.stat().st_size)):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def read_json(path: Path) -> Any:
@@ -87,3 +98,12 @@ def unlock_file(handle: int) -> None:
     with suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
+
+
+def started(pid: int) -> str:
+    """When a process of this machine started, in clock ticks: with its number it names one process for good."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rpartition(")")[2].split()[19]  # field 22 of proc_pid_stat(5)
+    except (OSError, IndexError):
+        return "gone"

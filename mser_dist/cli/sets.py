@@ -223,6 +223,6 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{path}: {'no problem found' if not problems else f'problems: {len(problems)}'}")
         found += len(problems)
     if gathered.shards:
-        for line in repeats.lines(repeats.describe(ShardSet(gathered, None))):
+        for line in repeats.lines(repeats.describe(ShardSet(gathered.table(), None))):
             print(line)
     return 1 if found else 0

@@ -121,8 +121,10 @@ class TrainingDataConfig(DataConfig):
         8192,
         "batching=tokens: a micro-batch's encoder steps (20 ms) with its padding, at most; global_batch counts packs",
     )
-    shuffle_shards: NonNegativeInt = opt(
-        0, "shuffle within so many shards at a time (remote sets larger than the cache); 0: all"
+    shuffle_shards: NonNegativeInt | None = opt(
+        None,
+        "shuffle within so many shards at a time; 0: all; null: 64 of a remote set, or of more than 128 shards, where "
+        "nothing else decides the order",
     )
     balance: List[str] | None = opt(
         None,

@@ -15,6 +15,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from mser_dist.errors import PassingError, UserError
+from mser_dist.ranks import rendezvous
+from mser_dist.ranks.limits import check_files
+from mser_dist.ranks.store import Server, Store
 
 
 @dataclass(frozen=True)
@@ -191,18 +194,34 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
         torch.cuda.set_device(local)
     else:
         deepspeed_parts.skip_shared_memory_op()
-    limit = timedelta(minutes=timeout_minutes)
-    global _control
+    global _store, _server
     try:
+        if _store is None:
+            check_files(world.world_size, world.is_main, mesh=device != "cuda")
+            client, _server = _meet(world, timeout_minutes * 60)
+            _store = Store(client, world.rank, world.world_size)
         if not torch.distributed.is_initialized():
-            _join(world, "nccl" if device == "cuda" else "gloo", limit)
-        if _control is None and torch.distributed.get_backend() == "nccl":
-            _control = torch.distributed.new_group(backend="gloo", timeout=limit)
+            _join(world, "nccl" if device == "cuda" else "gloo", timedelta(minutes=timeout_minutes))
     except (RuntimeError, ValueError) as error:
         raise PassingError(
             f"rank {world.rank} of {world.world_size} could not join {world.master_addr}:{world.master_port} "
             f"({str(error).splitlines()[0]}): check that every rank started and that MASTER_ADDR is reachable"
         ) from error
+
+
+def _meet(world: World, seconds: float) -> tuple[Any, Server | None]:
+    """The job's store, and what serves it on rank 0."""
+    import torch.distributed as dist
+
+    if world.world_size == 1:
+        return dist.HashStore(), None
+    if dist.is_initialized():  # somebody else's group, whose store is not ours to take
+        server = Server() if world.is_main else None
+        port = agree(server.port if server else None)
+        return dist.TCPStore(world.master_addr, port, is_master=False, timeout=timedelta(seconds=seconds)), server
+    if world.launcher == "srun":
+        return rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port)
+    return rendezvous.meet_at(world.rank, world.world_size, world.master_addr, world.master_port, seconds)
 
 
 def _join(world: World, backend: str, limit: timedelta) -> None:
@@ -211,29 +230,44 @@ def _join(world: World, backend: str, limit: timedelta) -> None:
     from mser_dist import deepspeed_module
 
     deepspeed = deepspeed_module.module()
-    if world.launcher == "srun":
-        from mser_dist.ranks import rendezvous
-
-        with rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port) as store:
-            torch.distributed.init_process_group(
-                backend, store=store, rank=world.rank, world_size=world.world_size, timeout=limit
-            )
+    torch.distributed.init_process_group(
+        backend, store=store().client, rank=world.rank, world_size=world.world_size, timeout=limit
+    )
     deepspeed.init_distributed(backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
+
+
+def join_store(world: World, seconds: float) -> None:
+    """Meet at the job's store alone: for ranks that compute nothing, as a rehearsal's. `leave_store` leaves it."""
+    global _store, _server
+    client, _server = _meet(world, seconds)
+    _store = Store(client, world.rank, world.world_size)
+
+
+def store() -> Store:
+    """The job's store; one of this process alone where no job has been started."""
+    return _store or Store(None, 0, 1)
 
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     import torch.distributed as dist
 
-    global _control
-    _control = None
-    if not dist.is_initialized():
-        return
-    deepspeed = sys.modules.get("deepspeed")
-    if deepspeed is not None and deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()  # forgets the groups it keeps: a training after this one would use them
-    else:
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        deepspeed = sys.modules.get("deepspeed")
+        if deepspeed is not None and deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # forgets the groups it keeps: the next training would use them
+        else:
+            dist.destroy_process_group()
+    leave_store()
+
+
+def leave_store() -> None:
+    """Leave the job's store, and on rank 0 end what serves it."""
+    global _store, _server
+    _store = None
+    if _server:
+        _server.stop()
+    _server = None
 
 
 def warn(text: str) -> None:
@@ -249,29 +283,53 @@ def barrier() -> None:
 
 
 def most(values: list[int]) -> list[int]:
-    """Each value's maximum over the ranks, by the CPU: asking for it does not wait for a GPU's queue."""
+    """Each value's maximum over the ranks."""
     import torch
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return values
-    found = torch.tensor(values)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_control)
+    found = torch.tensor(values, device=_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.tolist()
 
 
-_control: Any = None  # a gloo group beside NCCL's; None: gloo's own default group
-
-
-def all_sum(values: list[float], device: Any = "cpu") -> list[float]:
-    """Each value summed over the ranks, in double precision; on the CPU it does not wait for a GPU's queue."""
+def all_sum(values: list[float], device: Any = None) -> list[float]:
+    """Each value summed over the ranks, in double precision; device: None: where the backend sums."""
     import torch
     import torch.distributed as dist
 
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    total = torch.tensor(values, dtype=torch.float64, device=device or _device())
     if dist.is_initialized():
-        dist.all_reduce(total, group=_control if total.device.type == "cpu" else None)
+        dist.all_reduce(total)
     return total.tolist()
+
+
+def _device() -> str:
+    """Where the backend's tensors are: NCCL has the GPU alone. A second group, of gloo, would be a mesh of sockets."""
+    import torch.distributed as dist
+
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
+_store: Store | None = None
+_server: Server | None = None  # on rank 0, where the launcher does not serve it
+
+
+def first(problem: str | None) -> str | None:
+    """What the first rank says that has a problem, on every rank; None where none has. No rank hears all the others."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        said = store().to_main(problem)
+        return store().agree(next((one for one in said if one), None) if said else None)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found = most([ranks - rank if problem else 0])[0]
+    if not found:
+        return None
+    box = [problem]
+    dist.broadcast_object_list(box, src=ranks - found)
+    return box[0]
 
 
 def agree(value: Any) -> Any:
@@ -279,14 +337,14 @@ def agree(value: Any) -> Any:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return value
+        return store().agree(value)
     box = [value]
     dist.broadcast_object_list(box, src=0)  # over the backend's own device: NCCL has none but the GPU
     return box[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+    """Every rank's value, in rank order, on every rank: for once a run, and small values; else `Store.to_main`."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

@@ -1,9 +1,9 @@
-"""Where the ranks of a SLURM step meet: a port that no two jobs can share.
+"""Where the ranks of a job meet: at one store, and in a SLURM step at a port that no two jobs can share.
 
-Every rank knows the address of rank 0, but a port that they compute from the job's number may be taken there, by
-another job or any program. So rank 0's store takes whatever port is free, and rank 0 tells it at a door: the first free
-port of a list that follows from the job and step. The others try the list, again and again, until a door names their
-own job.
+A launcher such as torchrun names the store's port, or serves it itself. In a SLURM step every rank knows the address of
+rank 0, but a port that they compute from the job's number may be taken there, by another job or any program. So the
+store takes whatever port is free, and rank 0 tells it at a door: the first free port of a list that follows from the
+job and step. The others try the list, again and again, until a door names their own job.
 """
 
 import json
@@ -11,21 +11,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from mser_dist.errors import PassingError, UserError
+from mser_dist.ranks.store import Server, all_here
 
 _DOORS = 32  # ports in the list
 
 
-@contextmanager
-def meet(rank: int, ranks: int, host: str, port: int, seconds: float = 600.0) -> Iterator[Any]:
-    """Rank 0's `TCPStore`, for `torch.distributed.init_process_group` within the block.
+def meet(rank: int, ranks: int, host: str, port: int, seconds: float = 600.0) -> tuple[Any, Server | None]:
+    """The job's `TCPStore` once every rank of the SLURM step has come, and on rank 0 what serves it.
 
-    `host` is where rank 0 is, `port` where the list of doors begins. Raises `UserError` after `seconds`, or when every
-    port of the list is taken.
+    `host` is where rank 0 is, `port` where the list of doors begins. Raises `UserError` after `seconds`, which names
+    who did not come, or when every port of the list is taken.
     """
     from torch.distributed import TCPStore
 
@@ -33,22 +33,39 @@ def meet(rank: int, ranks: int, host: str, port: int, seconds: float = 600.0) ->
     job = "/".join(os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     doors = [1024 + (port - 1024 + 97 * i) % (65536 - 1024) for i in range(_DOORS)]
     if rank:
-        store = TCPStore(host, _ask(rank, host, doors, job, seconds), is_master=False)
-        store.add("arrived", 1)
-        yield store
-        return
-    store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-    with _open(doors) as door:
-        sign = json.dumps({"mser": job, "port": store.port}).encode()
-        threading.Thread(target=_answer, args=(door, sign), daemon=True).start()
-        # Starting a process group does not wait for the others under NCCL: the door stays open until all have come.
-        deadline = time.monotonic() + seconds
-        while (missing := ranks - 1 - store.add("arrived", 0)) > 0:
-            if time.monotonic() > deadline:
-                raise UserError(f"{missing} of {ranks} ranks did not come to {host} in {seconds:.0f} s: see their log")
-            time.sleep(0.05)
-        door.shutdown(socket.SHUT_RDWR)  # wakes the thread
-    yield store
+        client = TCPStore(host, _ask(rank, host, doors, job, seconds), is_master=False)
+        all_here(client, rank, ranks, seconds, host)
+        return client, None
+    server = Server()
+    try:
+        with _open(doors) as door:
+            sign = json.dumps({"mser": job, "port": server.port}).encode()
+            threading.Thread(target=_answer, args=(door, sign), daemon=True).start()
+            client = TCPStore("127.0.0.1", server.port, is_master=False)
+            all_here(client, rank, ranks, seconds, host)  # the door stays open until all have come
+            door.shutdown(socket.SHUT_RDWR)  # wakes the thread
+    except BaseException:
+        server.stop()
+        raise
+    return client, server
+
+
+def meet_at(rank: int, ranks: int, host: str, port: int, seconds: float) -> tuple[Any, Server | None]:
+    """The same where the launcher has named a port of rank 0's machine; or, as torchrun does, serves the store."""
+    from torch.distributed import TCPStore
+
+    limit = timedelta(seconds=seconds)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return TCPStore(host, port, is_master=False, timeout=limit), None
+    server = None if rank else Server(port)
+    try:
+        client = TCPStore(host if rank else "127.0.0.1", port, is_master=False, timeout=limit)
+        all_here(client, rank, ranks, seconds, f"{host}:{port}")
+    except BaseException:
+        if server:
+            server.stop()
+        raise
+    return client, server
 
 
 def _open(doors: list[int]) -> socket.socket:

@@ -28,6 +28,7 @@ def session() -> Iterator[None]:
     finally:
         if _has_group() and not had_group:
             distributed.shutdown()
+        distributed.leave_store()
         sys.excepthook = excepthook
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]

@@ -5,6 +5,8 @@ few seconds that the process lives and how far its main thread is. Rank 0 watche
 finds a rank silent, or stuck while the others wait for it, says so, and every rank ends with `LOST`.
 
 A process that was stopped (SIGSTOP, a hung node) is silent; one whose main thread hangs beats on, but does not move.
+A beat is a count, and who looks at it notes by its own monotonic clock when it changed: two nodes' clocks are never
+compared, so that one that is off, or set while the job runs, names nobody.
 """
 
 import os
@@ -14,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 from mser_dist.ranks import distributed
@@ -51,7 +52,7 @@ class Watchdog:
         if self.world.world_size == 1:
             yield
             return
-        store = self._meet()
+        store = distributed.store().clone(self.silence)  # the other may be held by a main thread that waits
         self._last_answer = self._last_look = self._last_beat = time.monotonic()
         for work in (lambda: self._beat(store), self._guard):
             threading.Thread(target=work, name="watchdog", daemon=True).start()
@@ -66,20 +67,10 @@ class Watchdog:
         finally:
             self._over.set()
 
-    def _meet(self) -> Any:
-        """A key-value store of rank 0, apart from the one of the process group, whose client may be busy waiting."""
-        from torch.distributed import TCPStore
-
-        limit = timedelta(seconds=self.silence)
-        if self.world.is_main:
-            store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=limit)
-            distributed.agree(store.port)
-            return store
-        return TCPStore(self.world.master_addr, distributed.agree(None), is_master=False, timeout=limit)
-
     def _beat(self, store: Any) -> None:
         rank, ranks = self.world.rank, self.world.world_size
         seen: dict[int, tuple[str, float]] = {}  # rank → (its last beat, when it came)
+        begun: set[int] = set()
         moved, ticks_then = time.monotonic(), -1
         count, pulse = 0, b""
         while not self._over.wait(min(5.0, self.silence / 5)):
@@ -98,9 +89,13 @@ class Watchdog:
             except Exception:  # rank 0's process has gone, or does not answer: `_guard` counts the time
                 continue
             self._last_answer = now = time.monotonic()
-            for peer in range(ranks):
-                key = f"beat/{peer}"
-                beat = store.get(key).decode() if store.check([key]) else "0 0 an-unknown-host starting"
+            # One request for all who have begun; the others are asked about one by one, and soon there are none.
+            begun |= {peer for peer in range(ranks) if peer not in begun and store.check([f"beat/{peer}"])}
+            beats = dict.fromkeys(range(ranks), "0 0 an-unknown-host starting")
+            listed = sorted(begun)
+            found = store.multi_get([f"beat/{peer}" for peer in listed])
+            beats |= {peer: beat.decode() for peer, beat in zip(listed, found, strict=True)}
+            for peer, beat in beats.items():
                 if peer not in seen or seen[peer][0] != beat:
                     seen[peer] = (beat, now)
             ticks = {peer: int(seen[peer][0].split(" ", 3)[1]) for peer in seen}
@@ -161,4 +156,6 @@ def _named(ranks: list[int], seen: dict[int, tuple[str, float]]) -> str:
 
 def _is_of_a_collective(error: BaseException) -> bool:
     text = str(error).lower()
-    return any(word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "tcpstore"))
+    return any(
+        word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "likely closed", "store")
+    )

@@ -27,6 +27,8 @@ _ENDS = ("train.patience", "train.export")  # when it ends, and what of it is ex
 _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a run can be lengthened
 # What a run of stage 2 did whose config has no such key yet; of other keys that are new it did what is the default.
 UNSAID = {"llm.order": "speech_first", "llm.packing": "off", "llm.prompt.draw": "clip"}
+# Former defaults that are None now: what the order of clips becomes is compared where a checkpoint is read.
+_FORMER = {"data.shuffle_shards": "0"}
 
 # What a start writes, and what an evaluation leaves of one.
 _OF_A_START = ("log.jsonl", "mlflow.json", "validations.json", "prompt.json", "ledger.safetensors", "tested.jsonl")
@@ -51,6 +53,7 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
     free = _FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY + _LENGTH + _ENDS
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(free)]
     changed = [key for key in keys if old.get(key) != new.get(key)]
+    changed = [key for key in changed if (old.get(key), new.get(key)) != (_FORMER.get(key), "None")]
     if changed:
         differ = ", ".join(f"{key}={old.get(key)}, now {new.get(key)}" for key in changed[:8])
         more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
@@ -212,10 +215,9 @@ def seen_by_all(out: Path, patience: float = 30.0) -> None:
     deadline = time.monotonic() + patience
     while (seen := _digest(out / "config.yaml") == wanted) is False and time.monotonic() < deadline:
         time.sleep(0.5)
-    blind = [host for host, sees in distributed.gather((socket.gethostname(), seen)) if not sees]
-    if blind:
+    if blind := distributed.first(None if seen else socket.gethostname()):
         raise UserError(
-            f"{blind[0]} does not see the run folder {out} of rank 0: set out= to an absolute path on a file system "
+            f"{blind} does not see the run folder {out} of rank 0: set out= to an absolute path on a file system "
             "that all nodes share"
         )
 

@@ -3,7 +3,7 @@
 import difflib
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,23 @@ class Keys:
     """The keys of each shard, compressed: they are only read to name a sample to a person."""
 
     def __init__(self) -> None:
-        self._packed: list[bytes] = []
+        self._packed: Sequence[Any] = []  # of bytes, or what is like them
         self._recent: OrderedDict[int, list[str]] = OrderedDict()
 
+    @classmethod
+    def of_packed(cls, blob: NDArray[np.uint8], starts: NDArray[np.int64]) -> "Keys":
+        """What `packed` gave; the blob may be mapped."""
+        keys = cls()
+        keys._packed = _Cut(blob, starts)
+        return keys
+
+    def packed(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """(all shards' keys as they are compressed, one behind the other; (shards + 1,) where each begins)."""
+        starts = np.cumsum([0, *map(len, self._packed)], dtype=np.int64)
+        return np.frombuffer(b"".join(self._packed), dtype=np.uint8), starts
+
     def add(self, keys: list[str]) -> None:
+        assert isinstance(self._packed, list)
         self._packed.append(zlib.compress("\n".join(keys).encode("utf-8", "surrogateescape"), 1))
 
     def of(self, shard: int) -> list[str]:
@@ -55,6 +68,30 @@ class Keys:
             if len(self._recent) > 16:
                 self._recent.popitem(last=False)
         return self._recent[shard]
+
+
+class _Cut(Sequence[Any]):
+    """Stretches of an array, as a sequence."""
+
+    def __init__(self, blob: NDArray[np.uint8], starts: NDArray[np.int64]) -> None:
+        self._blob, self._starts = blob, starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._blob[int(self._starts[number]) : int(self._starts[number + 1])].data
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a `ShardSet`."""
+
+    shards: list[Shard]
+    arrays: dict[str, NDArray[Any]]  # "duration", "source", "shard", "row", those of `PLACE`; maybe "sound", "peak"
+    coded: dict[str, Column]
+    keys: Keys
+    votes: dict[int, Votes] | None
 
 
 class Filter:
@@ -172,13 +209,18 @@ class Gathered:
     def _put(self, name: str, values: NDArray[Any]) -> None:
         self._parts.setdefault(name, []).append(_narrow(values))
 
-    def take(self, name: str) -> NDArray[Any]:
-        """A whole column, no longer held here."""
+    def table(self) -> Table:
+        """All of it as columns, no longer held here."""
+        names = ("source", "shard", "row", *PLACE, *(["sound", "peak"] if self.sound else []))
+        arrays = {"duration": self._take("duration").astype(np.float32), **{name: self._take(name) for name in names}}
+        return Table(self.shards, arrays, {name: self._take_coded(name) for name in FIELDS}, self.keys, self.votes)
+
+    def _take(self, name: str) -> NDArray[Any]:
         return np.concatenate(self._parts.pop(name))
 
-    def take_coded(self, name: str) -> Column:
+    def _take_coded(self, name: str) -> Column:
         """A column whose names are those that occur, sorted."""
-        codes, names = self.take(name), list(self._numbers[name])
+        codes, names = self._take(name), list(self._numbers[name])
         there = np.flatnonzero(np.bincount(codes, minlength=len(names)))
         order = sorted(there.tolist(), key=lambda code: (names[code] is not None, names[code]))
         new = np.zeros(len(names), dtype=np.int64)

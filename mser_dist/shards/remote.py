@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist.errors import UserError
+from mser_dist.files import started
 
 ATTEMPTS = 4
 FIRST_WAIT = 0.5  # seconds before the second attempt; four times as long before each further one
@@ -220,7 +221,7 @@ def _claim(path: Path) -> Iterator[bool]:
             return
         try:
             with mark.open("x", encoding="utf-8") as file:
-                file.write(f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}")
+                file.write(f"{socket.gethostname()} {os.getpid()} {started(os.getpid())}")
             break
         except FileExistsError:
             if _abandoned(mark):
@@ -241,15 +242,5 @@ def _abandoned(mark: Path) -> bool:
     except FileNotFoundError:
         return False
     if len(owner) == 3 and owner[0] == socket.gethostname():
-        return _started(int(owner[1])) != owner[2]
+        return started(int(owner[1])) != owner[2]
     return age > (STALE if len(owner) == 3 else 5.0)  # a claim without its owner was being written by one that died
-
-
-def _started(pid: int) -> str:
-    """When a process of this machine started, in clock ticks: with its number it names one process for good."""
-    try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-        )  # field 22 of proc_pid_stat(5)
-    except (OSError, IndexError):
-        return "gone"

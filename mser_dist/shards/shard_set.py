@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from mser_dist.errors import UserError
 from mser_dist.shards import index as shard_index
-from mser_dist.shards.columns import FIELDS, PLACE, Filter, Gathered
+from mser_dist.shards import node
+from mser_dist.shards.columns import PLACE, Filter, Gathered, Table
 from mser_dist.shards.reader import Ref, ShardReader, VanishedError
 from mser_dist.shards.remote import RemoteCache
-from mser_dist.shards.source import load_all
+from mser_dist.shards.source import load_all, state_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +46,21 @@ class ShardSet:
     known, of a set opened with it.
     """
 
-    def __init__(self, gathered: Gathered, cache: RemoteCache | None) -> None:
+    def __init__(self, table: Table, cache: RemoteCache | None) -> None:
         """Use `open`."""
-        self.shards = gathered.shards
+        self.shards = table.shards
         self.reader = ShardReader(self.shards, cache)
-        self.duration = gathered.take("duration").astype(np.float32)
-        self.source = gathered.take("source")
-        self.sound: NDArray[Any] | None = gathered.take("sound") if gathered.sound else None
-        self.peak: NDArray[Any] | None = gathered.take("peak") if gathered.sound else None
-        self.votes = gathered.votes  # by sample, of those that have them; None of a set opened without
-        self.shard = gathered.take("shard")
-        self.coded = {name: gathered.take_coded(name) for name in FIELDS}
-        self._row = gathered.take("row")  # of the shard's index
+        self.duration = table.arrays["duration"]
+        self.source = table.arrays["source"]
+        self.sound: NDArray[Any] | None = table.arrays.get("sound")
+        self.peak: NDArray[Any] | None = table.arrays.get("peak")
+        self.votes = table.votes  # by sample, of those that have them; None of a set opened without
+        self.shard = table.arrays["shard"]
+        self.coded = table.coded
+        self._row = table.arrays["row"]  # of the shard's index
         # [5 × (n,)], as in Ref
-        self._place = [gathered.take(n) for n in PLACE]
-        self._keys = gathered.keys
+        self._place = [table.arrays[name] for name in PLACE]
+        self._keys = table.keys
 
     @classmethod
     def open(
@@ -90,12 +91,20 @@ class ShardSet:
         """
         listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
         cache = cache or RemoteCache()
-        gathered = Gathered(Filter(split, labels, keep or {}, drop or {}), sound=sound, votes=votes)
-        for number, path in enumerate(listed):
-            for shard, index in load_all(path, cache):
-                gathered.add(number, shard, index)
-        gathered.check(", ".join(map(str, listed)))
-        return cls(gathered, cache)
+        chosen = Filter(split, labels, keep or {}, drop or {})
+
+        def read() -> Table:
+            gathered = Gathered(chosen, sound=sound, votes=votes)
+            for number, path in enumerate(listed):
+                for shard, index in load_all(path, cache):
+                    gathered.add(number, shard, index)
+            gathered.check(", ".join(map(str, listed)))
+            return gathered.table()
+
+        if votes:  # of test sets, which are small
+            return cls(read(), cache)
+        asked = [chosen.quiet, chosen.keep, chosen.drop, sound, str(cache.folder)]
+        return cls(node.once([list(map(state_of, listed)), *asked], read), cache)
 
     def __len__(self) -> int:
         return len(self.duration)

@@ -68,6 +68,19 @@ def facts(description: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]
     return result
 
 
+def state_of(path: str | Path) -> list[Any]:
+    """A set's name, and what tells it from what it was before it was written anew; JSON. A remote set's is its URL."""
+    if is_remote(path):
+        return [str(path)]
+    place = Path(str(path).removeprefix("file://")).absolute()
+    found: list[Any] = [str(path), str(place)]
+    for one in (place, place / DATASET_FILE):
+        with suppress(OSError):
+            status = one.stat()
+            found += [status.st_mtime_ns, status.st_size, status.st_ino]
+    return found
+
+
 def extra_shards(path: str | Path, expected: Mapping[str, Any]) -> list[Path]:
     """The tars of a local set that its dataset.json does not list: nobody would read them, and not know it."""
     folder = Path(str(path).removeprefix("file://"))

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: copy → write → hash → seal → publish → prune.
 
 A checkpoint is ``<run>/checkpoints/step-000123``: each rank's slices of the training state (`engine_state`), its random
-state, ``state.json``, and ``seal.json`` with the size and SHA-256 of every file. Training waits only for the copy to
+state, ``state.json``, ``manifest.json`` (which file holds what), and ``seal.json`` with the size and SHA-256 of every
+file. Training waits only for the copy to
 memory; a thread of each rank writes, syncs and hashes that rank's files under a ``.partial`` name. When all ranks have
 said so between two steps, rank 0 seals and publishes by one rename, and only then are older ones pruned.
 Nothing in a checkpoint is a pickle.
@@ -21,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from mser_dist import __version__
 from mser_dist.errors import PassingError, UserError
-from mser_dist.files import file_sha256, fsync_tree, write_json
+from mser_dist.files import file_sha256, fsync_tree, shows, write_json
 from mser_dist.ranks import distributed
-from mser_dist.state import engine_state
-from mser_dist.state.seal import Sealed, folder_fault, read_seal, seal_fault
+from mser_dist.state import engine_state, manifest
+from mser_dist.state.random_state import random_state, set_random_state
+from mser_dist.state.seal import Sealed, folder_fault, whole_fault
 
 FORMAT = 3  # of state.json and the ranks' files: raised where an older version could not read what this one writes
 _READ = (2, FORMAT)  # formats that can be read: 2 held frozen weights too
@@ -40,7 +42,7 @@ class Engine(Protocol):
 
     def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: ...
 
-    def restore(self, files: list[Path], fork: bool = False) -> None: ...
+    def restore(self, folder: Path, fork: bool = False) -> None: ...
 
 
 class Checkpoints:
@@ -64,6 +66,7 @@ class Checkpoints:
         self._writing: _Background | None = None
         self._publishing: _Background | None = None
         self._state: dict[str, Any] = {}
+        self._description: dict[str, Any] = {}  # of this rank's part of the save under way
         self._began = 0.0
 
     # ---- saving ------------------------------------------------------------------------------------------------------
@@ -81,8 +84,9 @@ class Checkpoints:
         }
         staging = self._staging()
         tensors, description = engine.collect()
+        self._description = description
         self._copy(tensors)
-        random = _random_state()
+        random = random_state()
         failure = None
         if self.world.is_main:
             try:
@@ -90,7 +94,7 @@ class Checkpoints:
             except OSError as error:
                 failure = str(error)
         if failure := distributed.agree(failure):
-            raise self._cannot([failure])
+            raise self._cannot(failure)
         rank, buffers = self.world.rank, {name: self._buffers[name] for name in tensors}
         self._writing = _Background(lambda: write_part(staging, rank, buffers, description, random))
         if not self.background:
@@ -124,8 +128,8 @@ class Checkpoints:
             self._publishing.join()
         failure = self._publishing.error if self._publishing else None
         self._publishing = None
-        if failures := [f for f in distributed.gather(failure) if f]:
-            raise self._cannot(failures)
+        if failure := distributed.first(failure):
+            raise self._cannot(failure)
 
     def _seal(self) -> None:
         """Collect what the ranks have written; rank 0 publishes it in a thread, as pruning may take long."""
@@ -133,23 +137,26 @@ class Checkpoints:
         self._writing.join()
         task, self._writing = self._writing, None
         failure = f"rank {self.world.rank}: {task.error}" if task.error else None
-        parts = distributed.gather((failure, task.result))
-        if failures := [f for f, _ in parts if f]:
-            raise self._cannot(failures)
-        files = {name: facts for _, part in parts for name, facts in part.items()}
+        if failure := distributed.first(failure):
+            raise self._cannot(failure)
+        parts = distributed.store().to_main(task.result)  # rank 0 alone has to know of all files
+        if parts is None:
+            return
+        files = {name: (size, digest) for part, _ in parts for name, (size, digest) in part.items()}
+        where = manifest.combine(self._description, [layout for _, layout in parts])
         staging, state = self._staging(), self._state
 
         def publish_and_prune() -> None:
-            publish(staging, files, state)
+            publish(staging, files, state, where)
             self.seconds = time.monotonic() - self._began
             self._damaged.discard(staging.with_suffix("").name)
             self._prune_softly()
 
         if self._publishing:
             self._publishing.join()
-        self._publishing = _Background(publish_and_prune) if self.world.is_main else None
+        self._publishing = _Background(publish_and_prune)
 
-    def _cannot(self, failures: list[str]) -> UserError:
+    def _cannot(self, failure: str) -> UserError:
         """A full disk is the user's to mend; any other failure may pass, and the job may be started again."""
         if self.world.is_main:
             shutil.rmtree(self._staging(), ignore_errors=True)
@@ -157,9 +164,9 @@ class Checkpoints:
             free = f"{shutil.disk_usage(self.folder.parent).free / 2**30:.1f} GiB free"
         except OSError:  # the run folder has been removed meanwhile
             free = f"there is no {self.folder.parent} any more"
-        what = f"cannot write the checkpoint {self._staging().with_suffix('')} ({failures[0]}; {free})"
+        what = f"cannot write the checkpoint {self._staging().with_suffix('')} ({failure}; {free})"
         again = "start the same command again; earlier checkpoints are untouched"
-        if any(map(_FULL.search, failures)):
+        if _FULL.search(failure):
             return UserError(f"{what}: free space and {again}")
         return PassingError(f"{what}: {again}")
 
@@ -236,16 +243,14 @@ class Checkpoints:
 
     def choose(self, trust: bool = False) -> Path | None:
         """The newest checkpoint whose seal holds, or None where there is no checkpoint."""
-        found, problem = distributed.agree(self._look(trust) if self.world.is_main else None)
+        listed, problem = distributed.agree(self._look(trust) if self.world.is_main else None)
         if problem:
             raise UserError(problem)
+        found = [self.folder / name for name in listed]
         broken: list[str] = []
         for folder in reversed(found):
-            sealed, fault = distributed.agree(read_seal(folder) if self.world.is_main else None)
-            # Hashing a large checkpoint takes minutes on one node: each rank takes its share of the files.
-            fault = fault or seal_fault(folder, sealed, self.world.rank, self.world.world_size)
-            if faults := [f for f in distributed.gather(fault) if f]:
-                broken.append(faults[0])
+            if fault := whole_fault(folder, self.world.rank, self.world.world_size):
+                broken.append(fault)
                 continue
             if broken and self.world.is_main:
                 distributed.warn(f"falling back to {folder}: {'; '.join(broken)}")
@@ -257,8 +262,8 @@ class Checkpoints:
             )
         return None
 
-    def _look(self, trust: bool) -> tuple[list[Path], str | None]:
-        """(published checkpoints, what forbids to use them). What an earlier start left half-written is removed."""
+    def _look(self, trust: bool) -> tuple[list[str], str | None]:
+        """(names of published checkpoints, what forbids to use them). What was left half-written is removed."""
         found = self.published()
         if found and not trust and (faults := [f for f in map(folder_fault, (self.folder, *found)) if f]):
             return [], f"{faults[0]}: make sure of what is in it, then set train.trust_checkpoints=true"
@@ -270,14 +275,16 @@ class Checkpoints:
             why = "" if found else "; no checkpoint was finished, so the run starts from step 0"
             distributed.warn(f"removing {staging.name}, half written or half removed{why}")
             shutil.rmtree(staging, ignore_errors=True)
-        return found, None
+        return [folder.name for folder in found], None
 
 
 def load(
     folder: Path, engine: Engine, world: distributed.World, fork: bool = False, check: Check | None = None
 ) -> dict[str, Any]:
     """Put a checkpoint, whose seal was checked, into an engine; its state. `fork`: it is of another run. Collective."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state: dict[str, Any] = distributed.agree(
+        json.loads((folder / "state.json").read_text(encoding="utf-8")) if world.is_main else None
+    )
     if state.get("format") not in _READ:
         raise UserError(
             f"{folder} was written by mser_dist {state.get('version', '0.1.0')}, and this is "
@@ -285,9 +292,9 @@ def load(
         )
     if check:
         check(state)
-    engine.restore(sorted(folder.glob("rank-*.safetensors")), fork)
+    engine.restore(folder, fork)
     if state["world_size"] == world.world_size:
-        _set_random_state(load_file(folder / f"random-{world.rank:05d}.safetensors"))
+        set_random_state(load_file(folder / f"random-{world.rank:05d}.safetensors"))
     return state
 
 
@@ -320,37 +327,40 @@ def write_part(
     tensors: dict[str, torch.Tensor],
     description: dict[str, Any],
     random: dict[str, torch.Tensor],
-) -> Sealed:
-    """Write one rank's files; their sizes and hashes."""
+) -> tuple[Sealed, dict[str, Any]]:
+    """Write one rank's files; their sizes and hashes, and what is where in them (`manifest.layout`)."""
     _make(staging)  # another node may not see rank 0's folder yet
-    part, state = staging / f"rank-{rank:05d}.safetensors", staging / f"random-{rank:05d}.safetensors"
+    part, state = manifest.rank_file(staging, rank), staging / f"random-{rank:05d}.safetensors"
     engine_state.write(part, tensors, description)
     save_file(random, state)
     for path in (part, state):
         fsync_tree(path)
-    return {path.name: (path.stat().st_size, file_sha256(path)) for path in (part, state)}
+    sealed = {path.name: (path.stat().st_size, file_sha256(path)) for path in (part, state)}
+    return sealed, manifest.layout(description)
 
 
-def publish(staging: Path, files: Sealed, state: dict[str, Any]) -> None:
-    """Seal what all ranks have written and give it its name. Raises `OSError` where a file is not to be seen here."""
+def publish(staging: Path, files: Sealed, state: dict[str, Any], where: manifest.Manifest) -> None:
+    """Seal what all ranks have written and give it its name. Raises `OSError` where a file is not to be seen here.
+
+    One look at each file: the seal is a promise of rank 0 for all of them, and a thread makes it.
+    """
     deadline = time.monotonic() + _LATE
     for name, (size, _) in files.items():
-        while not ((staging / name).is_file() and (staging / name).stat().st_size == size):
-            if time.monotonic() > deadline:
-                raise OSError(f"{name} is not to be seen by rank 0: out= must be on a file system that all nodes share")
-            time.sleep(0.2)
-    seal(staging, files, state)
+        if not shows(staging / name, deadline - time.monotonic(), size):
+            raise OSError(f"{name} is not to be seen by rank 0: out= must be on a file system that all nodes share")
+    seal(staging, files, state, where)
     final = staging.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
     fsync_tree(final.parent, below=False)
 
 
-def seal(staging: Path, files: Sealed, state: dict[str, Any]) -> None:
-    """Write ``state.json`` and ``seal.json``: from here on the checkpoint counts as whole, once it is renamed."""
-    path = staging / "state.json"
-    write_json(path, state)
-    write_json(staging / "seal.json", files | {path.name: (path.stat().st_size, file_sha256(path))})
+def seal(staging: Path, files: Sealed, state: dict[str, Any], where: manifest.Manifest) -> None:
+    """Write ``state.json``, the manifest and ``seal.json``: the checkpoint counts as whole, once it is renamed."""
+    for name, value in (("state.json", state), (manifest.FILE, where)):
+        write_json(staging / name, value, compact=name == manifest.FILE)
+        files = files | {name: ((staging / name).stat().st_size, file_sha256(staging / name))}
+    write_json(staging / "seal.json", files)
     fsync_tree(staging, below=False)
 
 
@@ -384,16 +394,3 @@ def _fresh(folder: Path) -> None:
 def _make(folder: Path) -> None:
     for one in (folder.parent, folder):  # not by `parents`, which would take the umask's mode
         one.mkdir(mode=0o700, exist_ok=True)
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -8,8 +8,7 @@ files of one world size or ZeRO stage are read under another.
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ from torch import Tensor
 from mser_dist import deepspeed_parts
 from mser_dist.deepspeed_parts import Part
 from mser_dist.errors import UserError
+from mser_dist.files import shows
 from mser_dist.ranks import distributed
+from mser_dist.state import manifest
+from mser_dist.state.seal import LATE
 
 # How a group is stepped, not what the step is: it follows the device, not the checkpoint.
 _NOT_HYPER = {"params", "foreach", "fused", "capturable", "differentiable"}
@@ -90,7 +92,7 @@ def write(path: Path, tensors: dict[str, Tensor], description: Description) -> N
     save_file(tensors, path, metadata={"mser": json.dumps(description)})
 
 
-def restore(engine: Any, files: Sequence[Path], fork: bool = False) -> set[str]:
+def restore(engine: Any, folder: Path, fork: bool = False) -> set[str]:
     """Put what all ranks wrote into a fresh engine with any number of ranks, under any ZeRO stage. Collective.
 
     Same world size: bit for bit. Another one: the same, but for the buffers, which are rank 0's on every rank.
@@ -99,7 +101,7 @@ def restore(engine: Any, files: Sequence[Path], fork: bool = False) -> set[str]:
     Parameters that were left out stay as they are. Returns the frozen ones that were not.
     Raises `UserError` on every rank, with nothing changed, if the files are not of this model and optimizer.
     """
-    saved = _Saved(files)
+    saved = saved_by_all(folder, torch.distributed.get_rank())
     groups, frozen = deepspeed_parts.trained(engine), deepspeed_parts.frozen(engine)
     optimizer = deepspeed_parts.optimizer(engine)
     buffers = dict(engine.module.named_buffers())
@@ -108,7 +110,7 @@ def restore(engine: Any, files: Sequence[Path], fork: bool = False) -> set[str]:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(
-            f"the checkpoint {Path(files[0]).parent} is not of this model: {problems[0]}{more}: "
+            f"the checkpoint {folder} is not of this model: {problems[0]}{more}: "
             "resume with the config that wrote it, or start a new run folder with out=…"
         )
     with deepspeed_parts.rewriting(engine):
@@ -121,62 +123,67 @@ def restore(engine: Any, files: Sequence[Path], fork: bool = False) -> set[str]:
         for part in held:
             saved.copy(saved.kind(part.name), part, part.owner)
         _restore_buffers(engine.module, buffers, saved)
-    _restore_small(engine, saved.description, fork)
+    _restore_small(engine, saved.manifest, fork)
     return {part.name for part in held}
 
 
-def weights(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+def weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Each parameter (float32 masters; a frozen one in its own dtype) and buffer (rank 0's) of a checkpoint, whole.
 
     One at a time is in memory; those that were left out are not among them. Raises `UserError` where a rank's file is
     missing.
     """
-    saved = _Saved(files)
-    for name, entry in saved.description["parameters"].items():
-        pieces = [saved.tensor(f"{saved.kind(name)}/{name}", rank)[:] for _, _, rank in saved.pieces(name)]
+    found, problem = manifest.load(folder)
+    if problem:
+        raise UserError(problem)
+    saved = Saved(folder, found)
+    for name, entry in found["parameters"].items():
+        key = f"{saved.kind(name)}/{name}"
+        pieces = [saved.tensor(key, rank)[:] for _, count, rank in manifest.pieces(found, name) if count]
         if pieces:
             yield name, torch.cat(pieces).view(entry["shape"])
-    for name, shape in saved.description["buffers"].items():
+    for name, shape in found["buffers"].items():
         if 0 not in shape:
             yield name, saved.tensor(f"buffer/{name}", 0)[:].view(shape)
 
 
-class _Saved:
-    """The files of all ranks of one checkpoint."""
+def saved_by_all(folder: Path, rank: int) -> "Saved":
+    """A checkpoint by its manifest, which rank 0 alone reads. Collective. Raises `UserError` on every rank."""
+    found, problem = distributed.agree(manifest.load(folder) if rank == 0 else None)
+    if problem:
+        raise UserError(problem)
+    return Saved(folder, found)
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        found = []
-        for path in files:
-            with safe_open(path, "pt") as file:
-                found.append((json.loads(file.metadata()["mser"]), path))
-        found.sort(key=lambda item: int(item[0]["rank"]))
-        self.ranks: list[Description] = [description for description, _ in found]
-        self.paths = [path for _, path in found]
-        self.description = self.ranks[0]
-        self.slots = sorted({slot for rank in self.ranks for slot in rank["slots"]})
-        self.steps = {
-            name: entry["step"] for rank in self.ranks for name, entry in rank["parameters"].items() if entry["count"]
-        }
-        entries = self.description["parameters"]
-        self.reloaded = {name for name, entry in entries.items() if entry.get("reloaded")}
-        self.stepped = {name for group in self.description["groups"] for name in group["parameters"]}
-        self._open: dict[int, Any] = {}
-        if [rank["rank"] for rank in self.ranks] != list(range(self.description["world_size"])):
-            raise UserError(
-                f"{self.paths[0].parent}: the checkpoint was written by {self.description['world_size']} ranks and has "
-                f"the files of {len(files)}: remove the folder to resume from an older one"
-            )
 
-    def pieces(self, name: str) -> list[tuple[int, int, int]]:
-        """(first element, number of elements, rank) of each piece of a flattened parameter, in order."""
-        entries = ((rank["parameters"][name], index) for index, rank in enumerate(self.ranks))
-        return sorted((entry["start"], entry["count"], index) for entry, index in entries if entry["count"])
+class Saved:
+    """The files of all ranks of one checkpoint, each opened when something of it is wanted."""
+
+    def __init__(self, folder: Path, found: manifest.Manifest) -> None:
+        self.folder = folder
+        self.manifest = found
+        self.ranks: int = found["world_size"]
+        self.slots: list[str] = found["slots"]
+        self.steps = {name: entry["step"] for name, entry in found["parameters"].items()}
+        self.reloaded = {name for name, entry in found["parameters"].items() if entry.get("reloaded")}
+        self.stepped = {name for group in found["groups"] for name in group["parameters"]}
+        self._open: dict[int, Any] = {}  # mapped: none of them counts against the limit on open files
+
+    def file(self, rank: int) -> Any:
+        if rank not in self._open:
+            path = manifest.rank_file(self.folder, rank)
+            if not shows(path, LATE):
+                raise UserError(f"{path} is missing: remove the folder to resume from an older checkpoint")
+            self._open[rank] = safe_open(path, "pt")
+        return self._open[rank]
 
     def tensor(self, key: str, rank: int) -> Any:
         """A handle on one tensor of one file, that reads what it is indexed with."""
-        if rank not in self._open:
-            self._open[rank] = safe_open(self.paths[rank], "pt")
-        return self._open[rank].get_slice(key)
+        return self.file(rank).get_slice(key)
+
+    def own_buffers(self, rank: int) -> dict[str, list[int]]:
+        """The shapes of the buffers that are in a rank's file: those that differ from rank 0's."""
+        found: dict[str, list[int]] = json.loads(self.file(rank).metadata()["mser"])["buffers"]
+        return found
 
     def kind(self, name: str) -> str:
         """What a parameter's weights were saved as."""
@@ -189,8 +196,7 @@ class _Saved:
         end = part.start + part.count
         found = [
             self.tensor(f"{kind}/{part.name}", rank)[max(part.start - first, 0) : end - first]
-            for first, count, rank in self.pieces(part.name)
-            if first < end and part.start < first + count
+            for first, _, rank in manifest.pieces(self.manifest, part.name, part.start, part.count)
         ]
         view = part.view(target)
         view.copy_((torch.cat(found) if len(found) > 1 else found[0]).view(view.shape))
@@ -200,9 +206,9 @@ class _Saved:
         here: dict[str, tuple[Part, int | None]]
         here = {part.name: (part, index) for index, parts in enumerate(groups) for part in parts}
         here |= {part.name: (part, None) for part in frozen}
-        there = self.description["parameters"]
+        there = self.manifest["parameters"]
         index_there = {
-            name: index for index, group in enumerate(self.description["groups"]) for name in group["parameters"]
+            name: index for index, group in enumerate(self.manifest["groups"]) for name in group["parameters"]
         }
         for name in sorted(here.keys() | there.keys()):
             if name not in there:
@@ -217,12 +223,12 @@ class _Saved:
                 yield f"parameter {name} is {groups_said[0]} there and {groups_said[1]} in the model"
             elif name in self.reloaded:
                 continue
-            elif sum(count for _, count, _ in self.pieces(name)) != math.prod(there[name]["shape"]):
+            elif not manifest.is_complete(self.manifest, name):
                 yield f"parameter {name} is incomplete"
 
     def buffer_faults(self, buffers: dict[str, Tensor], persistent: set[str]) -> Iterable[str]:
         """How the persistent buffers differ from the model's; the others may be made or grown while it runs."""
-        there = self.description["buffers"]
+        there = self.manifest["buffers"]
         for name in sorted(persistent):
             here = list(buffers[name].shape)
             if there.get(name) != here:
@@ -233,9 +239,7 @@ def _share(part: Part, rank: int, world: int) -> tuple[int, int]:
     """(first, count) of the elements that a rank writes: all it holds, or its share of what all hold."""
     if not part.everywhere:
         return 0, part.count
-    size = -(-part.count // world)
-    first = min(rank * size, part.count)
-    return first, min(size, part.count - first)
+    return manifest.even(part.count, rank, world)
 
 
 def _group_said(index: int | None) -> str:
@@ -262,7 +266,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parts: list[Part], saved: _Saved
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parts: list[Part], saved: Saved
 ) -> None:
     """The optimizer's state of one group, as torch.optim.AdamW and DeepSpeedCPUAdam make it in their first step."""
     on_device = group.get("fused") or group.get("capturable")
@@ -298,13 +302,15 @@ def _by_owner(parts: list[Part]) -> list[tuple[Tensor, list[Part]]]:
     return list(held.values())
 
 
-def _restore_buffers(module: torch.nn.Module, buffers: dict[str, Tensor], saved: _Saved) -> None:
+def _restore_buffers(module: torch.nn.Module, buffers: dict[str, Tensor], saved: Saved) -> None:
     """This rank's own buffers if the world size is the same, else rank 0's."""
     rank = torch.distributed.get_rank()
-    own = saved.ranks[rank]["buffers"] if torch.distributed.get_world_size() == len(saved.ranks) else {}
+    first = saved.manifest["buffers"]
+    same = torch.distributed.get_world_size() == saved.ranks
+    own = saved.own_buffers(rank) if same and first else {}
     for name, buffer in buffers.items():
         source = rank if name in own else 0
-        shape = saved.ranks[source]["buffers"].get(name)
+        shape = own[name] if name in own else first.get(name)
         if shape is None or 0 in shape:
             continue
         value = saved.tensor(f"buffer/{name}", source)[:].view(shape).to(buffer.device)

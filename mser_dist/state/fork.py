@@ -6,7 +6,7 @@ from typing import Any
 from mser_dist.errors import UserError
 from mser_dist.ranks import distributed
 from mser_dist.state.checkpoint import Check, Engine, load, read_notes, step_of
-from mser_dist.state.seal import folder_fault, read_seal, seal_fault
+from mser_dist.state.seal import folder_fault, whole_fault
 
 
 def run_of(fork: str) -> Path:
@@ -62,12 +62,11 @@ def load_step(run: Path, step: int, engine: Engine, world: distributed.World) ->
 
 def _check_whole(folder: Path, world: distributed.World, trust: bool, named: str) -> None:
     """Raise `UserError`, on every rank, for a checkpoint that is damaged or, without `trust`, others could write."""
-    sealed, fault = distributed.agree(read_seal(folder) if world.is_main else None)
-    if not trust and world.is_main and (found := folder_fault(folder)):
-        fault = f"{found}: make sure of what is in it, then set train.trust_checkpoints=true"
-    fault = fault or seal_fault(folder, sealed, world.rank, world.world_size)
-    if faults := [found for found in distributed.gather(fault) if found]:
-        raise UserError(f"{named}: {faults[0]}")
+    found = folder_fault(folder) if world.is_main and not trust else None
+    if found := distributed.agree(found):
+        raise UserError(f"{named}: {found}: make sure of what is in it, then set train.trust_checkpoints=true")
+    if fault := whole_fault(folder, world.rank, world.world_size):
+        raise UserError(f"{named}: {fault}")
 
 
 def _parts(fork: str) -> tuple[str, str]:

@@ -30,13 +30,6 @@ def open_training_clips(data: cfg.TrainingDataConfig) -> ShardSet:
             )
         hint = _nearest(absent[0], there)
         raise UserError(f"data.labels names {absent[0]!r}, and no clip of the split {data.split!r} has it: {hint}")
-    remote = sum(shard.bytes for shard in shards.shards if shard.is_remote) / 1e9
-    if remote > data.cache_gb and not data.shuffle_shards:
-        fit = max(1, int(len(shards.shards) * data.cache_gb / remote / 2))
-        raise UserError(
-            f"the remote sets hold {remote:.1f} GB and the cache {data.cache_gb:g} GB: a shuffle over all of it would "
-            f"fetch a shard for nearly every clip. Set data.shuffle_shards={fit}, or raise data.cache_gb"
-        )
     return shards
 
 

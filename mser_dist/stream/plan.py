@@ -56,6 +56,7 @@ class Plan:
             "tokens": packs of any number of clips, whose longest of `tokens` (size,) times their number is at most
             `budget`; those of a step cost nearly the same.
         shards, shuffle_shards: (size,) shard of each sample; shuffle within so many random shards at a time.
+        automatic: how many was not said by a config, but chosen for the set.
     """
 
     size: int
@@ -73,6 +74,7 @@ class Plan:
     budget: int = 8192
     shards: NDArray[Any] | None = None
     shuffle_shards: int = 0
+    automatic: bool = False
     _memo: tuple[int, Epoch] | None = field(default=None, init=False, repr=False)  # steps ask for an epoch repeatedly
 
     def steps(self, epoch: int = 0) -> int:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
+from mser_dist.shards.reader import MAX_OPEN
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.stream.balance import Balance, fields_of
 from mser_dist.stream.examples import Examples
@@ -22,6 +23,7 @@ from mser_dist.stream.plan import Plan, Position
 ORDER_VERSION = {"shuffle": 1, "bucket": 1, "tokens": 2}  # of the order as a function of seed, epoch and step
 TOKEN = 0.02  # seconds a token: one step of a Whisper-type encoder
 SORTED_BATCHES = 128  # of `one_pass`, whose clips are sorted by length together
+WINDOW_SHARDS = MAX_OPEN // 2  # shuffled together where a set has more than a reader holds open, or is remote
 FETCH_AHEAD = 8  # steps whose remote shards are fetched before a worker asks for them
 
 
@@ -43,6 +45,7 @@ def plan_of(
     length = np.maximum(np.minimum(shards.duration * slowest, data.max_seconds), pad_seconds or 0.0)
     groups = shards.source if parallel > 1 else None
     balance = _balance(shards, data, global_batch, groups, parallel, wish)
+    window = window_of(shards, data, free=parallel == 1 and balance is None)
     plan = Plan(
         len(shards),
         global_batch,
@@ -57,11 +60,36 @@ def plan_of(
         bucket=data.bucket,
         tokens=np.ceil(length / TOKEN).astype(np.uint32) if data.batching == "tokens" else None,
         budget=data.tokens,
-        shards=shards.shard if data.shuffle_shards else None,
-        shuffle_shards=data.shuffle_shards,
+        shards=shards.shard if window else None,
+        shuffle_shards=window,
+        automatic=bool(window) and data.shuffle_shards is None,
     )
     plan.epoch(0)  # what cannot be planned is said now
     return plan
+
+
+def window_of(shards: ShardSet, data: cfg.TrainingDataConfig, free: bool) -> int:
+    """Shards that are shuffled at a time; 0: all. free: no balance and no parallel clips decide the order.
+
+    A shuffle of a whole set of many shards opens one for nearly every clip, and of a remote set fetches all before the
+    first epoch is far; two windows' shards are held open together. Raises `UserError` where a remote set does not fit
+    the cache, and is to be shuffled as a whole.
+    """
+    remote = sum(shard.bytes for shard in shards.shards if shard.is_remote)
+    too_large = remote > data.cache_gb * 1e9
+    fit = max(1, int(len(shards.shards) * data.cache_gb * 1e9 / remote / 2)) if remote else len(shards.shards)
+    free = free and not data.weights and data.batching != "bucket"
+    used = len(np.unique(shards.shard))
+    window = data.shuffle_shards
+    if window is None:
+        large = too_large or used > (WINDOW_SHARDS if remote else MAX_OPEN)
+        window = min(WINDOW_SHARDS, fit) if large and free else 0
+    if too_large and not window:
+        raise UserError(
+            f"the remote sets hold {remote / 1e9:.1f} GB and the cache {data.cache_gb:g} GB: a shuffle over all of it "
+            f"would fetch a shard for nearly every clip. Set data.shuffle_shards={fit}, or raise data.cache_gb"
+        )
+    return window
 
 
 def _balance(
@@ -87,23 +115,31 @@ def _balance(
 
 def identity(examples: Examples, plan: Plan) -> dict[str, Any]:
     """What a position counts in, as JSON: it means nothing in another set, or in another order of the same."""
-    return {
+    found = {
         "version": ORDER_VERSION[plan.batching],
         "clips": len(examples),
         "fingerprint": examples.shards.fingerprint(),
         "seed": plan.seed,
         "global_batch": plan.global_batch,
     }
+    # What a config says is the user's to keep; what was chosen here would have been another choice in another version.
+    return found | ({"shuffle_shards": plan.shuffle_shards} if plan.automatic else {})
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise `UserError` where a checkpoint's position is one of other data, or of another order."""
-    for name, value in now.items():
+    for name, value in (dict.fromkeys(saved.keys() & {"shuffle_shards"}) | now).items():
         if saved.get(name) != value:
+            if name == "shuffle_shards" and name not in saved:
+                raise UserError(
+                    "the checkpoint was written when all shards of this set were shuffled together: set "
+                    "data.shuffle_shards=0 to go on in that order, or train anew with another out="
+                )
             what = {
                 "fingerprint": "the data set has changed since",
                 "clips": "the data set has changed since",
                 "frozen_encoder": "the frozen encoder is another one",
+                "shuffle_shards": f"set data.shuffle_shards={saved.get(name)}",
                 "version": "another version of mser_dist put the clips in another order",
             }
             raise UserError(

@@ -54,8 +54,8 @@ def _cost(run: "Run", stage: stages.Instruct, node: int) -> str:
 def announce(run: "Run", step: int, checked: str) -> None:
     """Say what runs; refuse a job too short to save, warn of a disk too small. Collective."""
     setup, config, world = run.setup, run.config, run.world
-    size = sum(distributed.gather(run.engine.state_bytes()))
-    hosts = distributed.gather(socket.gethostname())
+    size = int(distributed.all_sum([float(run.engine.state_bytes())])[0])
+    hosts = distributed.store().to_main(socket.gethostname()) or []
     problem = None
     if world.is_main:
         unit = "packs" if config.data.batching == "tokens" else "clips"
@@ -68,6 +68,8 @@ def announce(run: "Run", step: int, checked: str) -> None:
             print(run.stage.describe(world.world_size))
         elif config.data.batching != "tokens":  # of packs nobody knows the clips ahead
             print(_cost(run, run.stage, hosts.count(hosts[0])))
+        if setup.order.automatic:
+            print(f"clips are shuffled within {setup.order.shuffle_shards} shards at a time (data.shuffle_shards)")
         if setup.order.balance:
             print(f"each batch is balanced over {', '.join(setup.order.balance.names)}")
         print(f"attention: {setup.attention.kernel} ({setup.attention.reason})")

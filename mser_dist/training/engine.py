@@ -270,9 +270,9 @@ class Engine:
         """This rank's slices of the training state and their description, see `engine_state`. Collective."""
         return engine_state.collect(self._engine, self.reloaded)
 
-    def restore(self, files: list[Path], fork: bool = False) -> None:
+    def restore(self, folder: Path, fork: bool = False) -> None:
         """Go back to what `collect` gave, from the files of any number of ranks; see `engine_state`. Collective."""
-        self.reloaded -= engine_state.restore(self._engine, files, fork)
+        self.reloaded -= engine_state.restore(self._engine, folder, fork)
         if not self._decay:
             average.drop(self._engine)
         # By this run's schedule: the one that wrote the files may have been shorter.

@@ -116,7 +116,7 @@ def _fill(model: Any, folder: Path) -> None:
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     persistent = set(model.state_dict())
     filled = set()
-    for name, tensor in engine_state.weights(sorted(folder.glob("rank-*.safetensors"))):
+    for name, tensor in engine_state.weights(folder):
         place = places.get(name)
         if place is not None and place.shape == tensor.shape:
             place.copy_(tensor)

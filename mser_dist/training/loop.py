@@ -8,7 +8,8 @@ by none, because what decides is the same on all of them: the config, the step, 
               and reduces gradients; DeepSpeed sums the gradient's norm.
 3. finite:    only after an update that was skipped: a vote, and a gather of what was in the step.
 4. log:       each `train.log_every` steps: a sum of the telemetry, a gather of the clips that could not be read.
-5. poll:      one all-reduce of five integers (`ranks.boundary`): signals, time, saves under way.
+5. poll:      no collective: what rank 0 has decided of signals, time and saves is read from the store, behind the same
+              step by all, at each step or every so many (`ranks.boundary`).
 6. save:      a gather of bad clips, a digest of buffers, who writes where. What is written later is agreed on in 5;
               the last one is waited for, as in 9.
 7. validate:  between two batches a poll as in 5; then sums: which labels were taken for which, and the losses at
@@ -184,6 +185,7 @@ def validate_if_due(run: Run, state: RunState, log: StepLog) -> bool:
     batch, workers = max(run.micro, 8), run.config.data.workers
     with log.aside(), run.engine.averaged():
         measured = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
+    run.boundary.soon()
     if measured is None:
         return False
     found = measured.numbers

@@ -1,6 +1,7 @@
 """A DeepSpeed engine's state comes back bit for bit, on another number of ranks, and under another ZeRO stage."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from mser_dist import deepspeed_parts
 from mser_dist.errors import UserError
-from mser_dist.state import engine_state
+from mser_dist.files import write_json
+from mser_dist.ranks import distributed
+from mser_dist.state import engine_state, manifest
 from tests.distributed.spawn import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -129,6 +132,8 @@ def save(engine: Any, folder: Path) -> None:
     tensors, description = engine_state.collect(engine)
     cpu = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
     engine_state.write(folder / f"rank-{torch.distributed.get_rank():05d}.safetensors", cpu, description)
+    if layouts := distributed.store().to_main(manifest.layout(description)):
+        write_json(folder / manifest.FILE, manifest.combine(description, layouts))
     torch.distributed.barrier()  # the other ranks' files are read next
 
 
@@ -191,7 +196,7 @@ def resume(settings: dict[str, Any], folder: Path, steps: int) -> dict[str, list
     train(straight, range(steps, 2 * steps + 1))
     resumed = make(settings, Model(seed=6))  # all that is equal afterwards was in the checkpoint
     found = {"fresh": differing(half, now(resumed)), "moved": differing(half, now(straight))}
-    engine_state.restore(resumed, files(folder))
+    engine_state.restore(resumed, folder)
     found["restored"] = differing(half, now(resumed))
     train(resumed, range(steps, 2 * steps + 1))
     found |= {"names": names + deepspeed_parts.moved(straight), "holders": list(deepspeed_parts.holders(straight))}
@@ -201,7 +206,7 @@ def resume(settings: dict[str, Any], folder: Path, steps: int) -> dict[str, list
 def convert(source: Path, settings: dict[str, Any], target: Path) -> None:
     """Restore a checkpoint under other settings or in another number of processes, write it again, and train on."""
     engine = make(settings, Model(seed=6))
-    engine_state.restore(engine, files(source))
+    engine_state.restore(engine, source)
     save(engine, target)
     train(engine, range(STEPS, STEPS + 1))
     for name, tensor in engine_state.collect(engine)[0].items():
@@ -213,12 +218,16 @@ def refusals(folder: Path) -> dict[str, str]:
     thawed = Model()
     thawed.backbone.requires_grad_(True)
     save(make(zero(2), Model(extra=True)), folder / "extra")
+    half = folder / "half"
+    if torch.distributed.get_rank() == 0:
+        half.mkdir()
+        shutil.copy(files(folder / "2")[0], half)
     attempts = {
-        "wide": (Model(width=7), files(folder / "2")),
-        "more": (Model(extra=True), files(folder / "2")),
-        "fewer": (Model(), files(folder / "extra")),
-        "thawed": (thawed, files(folder / "2")),
-        "half": (Model(), files(folder / "2")[:1]),
+        "wide": (Model(width=7), folder / "2"),
+        "more": (Model(extra=True), folder / "2"),
+        "fewer": (Model(), folder / "extra"),
+        "thawed": (thawed, folder / "2"),
+        "half": (Model(), half),
     }
     said = {}
     for name, (model, found) in attempts.items():
@@ -309,6 +318,20 @@ def test_another_stage_and_another_number_of_ranks_take_the_same_state(folder: P
             assert differing(written, whole(path)) == [], path
     # Stage 0's wrapper takes a step as it is made, and so has moments where the saved run had none.
     assert differing(whole(folder / "start/2 bf16"), whole(folder / "two/start")) == []
+
+
+def test_the_manifest_says_what_the_files_say(folder: Path, two: list[Any]) -> None:
+    """A checkpoint that has none, as earlier versions wrote them, is read by the files themselves."""
+    for case, settings in CASES.items():
+        written = json.loads((folder / case / manifest.FILE).read_text())
+        assert written == json.loads(json.dumps(manifest.by_files(files(folder / case))))
+        listed = {name for name, entry in written["parameters"].items() if "pieces" in entry}
+        if settings["zero_optimization"]["stage"] in (0, 3):
+            assert not listed, f"{case}: all is cut evenly"
+        for rank, path in enumerate(files(folder / case)):
+            for name, entry in manifest.describe(path)["parameters"].items():
+                held = [piece for piece in manifest.pieces(written, name) if piece[2] == rank and piece[1]]
+                assert held == ([(entry["start"], entry["count"], rank)] if entry["count"] else []), (case, name)
 
 
 def test_nothing_large_is_written_twice(folder: Path, two: list[Any]) -> None:

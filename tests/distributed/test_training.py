@@ -229,8 +229,8 @@ def adapters_of_the_best_step(trained: Path, folder: str) -> None:
     found = load_file(run / "export/llm/adapter_model.safetensors")
     assert found
     for step, same in ((1, True), (3, False)):
-        files = sorted((run / f"checkpoints/step-{step:06d}").glob("rank-*.safetensors"))
-        kept = {name.replace(".default", "").removeprefix("llm."): weight for name, weight in weights(files)}
+        saved = weights(run / f"checkpoints/step-{step:06d}")
+        kept = {name.replace(".default", "").removeprefix("llm."): weight for name, weight in saved}
         assert all(torch.equal(weight, kept[name]) == same for name, weight in found.items())
 
 

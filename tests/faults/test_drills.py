@@ -153,7 +153,8 @@ def test_a_signal_to_one_rank_saves_the_same_step_everywhere(work: Path) -> None
     error = drilled("1|starting DeepSpeed|INT", *words, cwd=work, code=SAVED)  # before the first step
     assert "SIGINT: stopped at step 0" in error and not (run / "checkpoints").exists()
     error = drilled("1|step 1|TERM", *words, cwd=work, code=SAVED)  # in a step
-    assert "SIGTERM: stopped at step 1" in error and checkpoints(run) == ["step-000001"]
+    [stopped] = checkpoints(run)  # in that step, or in the next where rank 0 had looked already
+    assert stopped in ("step-000001", "step-000002") and f"SIGTERM: stopped at step {stopped[-1]}" in error
     error = drilled("0|validating|USR2", *words, cwd=work, code=SAVED)  # in a validation
     assert "SIGUSR2: stopped at step 2" in error and checkpoints(run)[-1] == "step-000002"
     drilled("1|half-written|USR2|TERM", *words, cwd=work, code=SAVED)  # in the save of step 5, and twice

@@ -262,6 +262,29 @@ def test_compare_losses(
         tool.main()
 
 
+def test_bench_scale(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    done = run_tool("bench_scale", "--ranks", "2,5", "--shards", 20, "--json", out)
+    assert done.returncode == 0 and "at 1,024 ranks" in done.stdout, done.stderr
+    rows = {(row["name"], row["ranks"]): row for row in json.loads(out.read_text())["rows"]}
+    assert all(set(row) >= {"name", "ranks", "value"} and row["value"] > 0 for row in rows.values())
+    assert rows.keys() >= {(n, r) for n in ("resume-seconds", "boundary-ms") for r in (2, 5)} | {("index-seconds", 4)}
+    for ranks in (2, 5):
+        assert rows["sockets", ranks]["value"] <= 16 and rows["sockets", ranks]["server"] >= 2 * ranks
+        assert rows["resume-opens", ranks]["value"] <= 8 and rows["resume-opens", ranks]["mean"] >= 3
+
+
+def test_rehearse_64_ranks(tiny_set: Path, tmp_path: Path) -> None:
+    words = [f"data.sets=[{tiny_set}]", f"out={tmp_path / 'run'}", "data.val_split=null"]
+    small = ["data.languages=[]", "train.global_batch=128"]
+    done = run_tool("rehearse", "demo_stage1", *words, *small, "--ranks", 64)
+    assert done.returncode == 0, done.stderr
+    for said in ("64 ranks, on", "start-up", "sockets        2; 1", "MiB", "between steps", "at 4096 ranks breaks: "):
+        assert said in done.stdout, done.stdout
+    refused = run_tool("rehearse", "demo_stage1", *words, "train.global_batch=100", "--ranks", 64)
+    assert refused.returncode == 2 and "global_batch" in refused.stderr and refused.stderr.count("\n") == 1
+
+
 def test_bench_compare(tmp_path: Path) -> None:
     out = tmp_path / "row.json"
     done = run_tool("bench_compare", "--runs", 2, "--clips", 36, "--rounds", 1, "--json", out)

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,11 +13,17 @@ import torch
 from mser_dist.errors import UserError
 from mser_dist.ranks.distributed import World
 from mser_dist.runs.folder import claimed, seen_by_all
-from mser_dist.state import checkpoint, fork
+from mser_dist.state import checkpoint, fork, seal
 from mser_dist.state.checkpoint import Checkpoints, publish
 from mser_dist.state.seal import read_seal, seal_fault
 
 PART = "rank-00000.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def no_network_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there is not waited for."""
+    monkeypatch.setattr(seal, "LATE", 0.0)
 
 
 def save(run: Path, step: int, keep: int = 9, ua: float | None = None) -> Path:
@@ -28,7 +35,7 @@ def save(run: Path, step: int, keep: int = 9, ua: float | None = None) -> Path:
     for name, data in files.items():
         (staging / name).write_bytes(data)
     sealed = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
-    publish(staging, sealed, {"step": step, "world_size": 1})
+    publish(staging, sealed, {"step": step, "world_size": 1}, {"world_size": 1})
     if ua is not None:
         checkpoints.note(step, {"ua": ua})
     checkpoints._prune()
@@ -48,7 +55,7 @@ def test_a_published_checkpoint_is_whole(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
     assert fault_in(folder) is None
     sealed = json.loads((folder / "seal.json").read_text())
-    assert sealed.keys() == {PART, "random-00000.safetensors", "state.json"}
+    assert sealed.keys() == {PART, "random-00000.safetensors", "state.json", "manifest.json"}
     assert json.loads((folder / "state.json").read_text()) == {"step": 3, "world_size": 1}
     assert [path.name for path in folder.parent.iterdir()] == ["step-000003"], "nothing of the staging is left"
 
@@ -96,6 +103,32 @@ def test_damage_is_found_and_the_one_before_is_taken(
     assert fault and fault.startswith("step-000002") and fault.endswith(says)
     assert choose(tmp_path) == older
     assert f"falling back to {older}: step-000002" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["seal.json", PART, "manifest.json"])
+def test_a_network_disk_that_shows_a_file_a_moment_later_is_waited_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seal, "LATE", 20.0)
+    folder = save(tmp_path, 1)
+    hidden = (folder / name).rename(tmp_path / name)
+    timer = threading.Timer(0.5, lambda: hidden.rename(folder / name))
+    timer.start()
+    assert choose(tmp_path) == folder
+    timer.join()
+
+
+def test_each_rank_hashes_the_files_that_it_reads_next() -> None:
+    sealed = {f"{kind}-{rank:05d}.safetensors": (1, "") for rank in range(256) for kind in ("rank", "random")}
+    sealed |= {"state.json": (1, ""), "manifest.json": (1, "")}
+    shared = seal.shares(sealed, 256)
+    assert all(
+        {f"rank-{r:05d}.safetensors", f"random-{r:05d}.safetensors"} <= share.keys() for r, share in enumerate(shared)
+    )
+    for ranks in (1, 3, 64, 1000):
+        shared = seal.shares(sealed, ranks)
+        assert len(shared) == ranks and sorted(name for share in shared for name in share) == sorted(sealed)
+        assert max(map(len, shared)) <= len(sealed) / ranks + 3
 
 
 def test_the_newest_whole_one_is_taken_and_what_was_never_finished_is_removed(
@@ -170,7 +203,7 @@ class Unread:
     def collect(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise AssertionError
 
-    def restore(self, files: list[Path], fork: bool = False) -> None:
+    def restore(self, folder: Path, fork: bool = False) -> None:
         raise AssertionError
 
 
@@ -229,7 +262,7 @@ def test_what_rank_0_cannot_see_is_not_published(tmp_path: Path, monkeypatch: py
     staging = tmp_path / "step-000001.partial"
     staging.mkdir()
     with pytest.raises(OSError, match=r"rank-00001.safetensors is not to be seen by rank 0: out= must be"):
-        publish(staging, {"rank-00001.safetensors": (3, "abc")}, {"step": 1})
+        publish(staging, {"rank-00001.safetensors": (3, "abc")}, {"step": 1}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001.partial"]
 
 

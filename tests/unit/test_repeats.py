@@ -198,7 +198,7 @@ def test_the_counts_are_those_of_counting(clips: list[tuple[int, str, str | None
                 rows.append(meta(0) | place | {"key": str(i), "sound": sound} | same)
         index = {"split": split, "count": len(rows), "columns": shard_index.columns(rows)}
         gathered.add(0, Shard(split, 1, ""), index)
-    report = repeats.describe(ShardSet(gathered, None))
+    report = repeats.describe(ShardSet(gathered.table(), None))
     groups = [[clip for clip in clips if clip[0] == sound] for sound in range(1, 6)]
     groups = [group for group in groups if len(group) > 1]
 
