@@ -1,6 +1,6 @@
 """What a rank costs as their number grows: sockets, a checkpoint's opens, the boundary between two steps, an index.
 
-    python tools/bench_scale.py [--ranks 16,64,256] [--shards 10000] [--json FILE]
+    python tools/bench_scale.py [--ranks 16,64,256] [--shards 10000] [--no-plan] [--json FILE]
 
 Light processes that compute nothing and have no model, but real parts: the store and the meeting at it, the watchdog,
 the boundary, `Checkpoints` with its seal and manifest, `ShardSet`. NCCL's own sockets (a bootstrap of a few a rank, and
@@ -11,6 +11,7 @@ its rings') cannot be counted here; a run on CPUs has gloo's mesh besides, which
     resume-seconds  of one rank; with more ranks than cores its own CPU time, `wall`: until the last of all had resumed
     boundary-ms     a step, in the mean of all ranks, at steps of 0.1 s; printed: what follows for 1,024
     index-seconds   a set of --shards opened by a further rank of a node; `first`: by the first one
+    plan-…-error    of `mser plan`, as a share: step times (published, not seen by the fit), bytes (two real ranks)
 """
 
 import argparse
@@ -283,6 +284,16 @@ def index(shards: int, folder: Path, further: int = 3) -> list[dict[str, Any]]:
     ]
 
 
+def planner() -> list[dict[str, Any]]:
+    """How far plans are off: step times, of published figures of 64 GPUs or more that the constants have not seen, and
+    bytes, of two real ranks."""
+    from mser_dist.planning import fit, real
+
+    errors = {"plan-median-error": (64, fit.median_error), "plan-p90-error": (64, fit.p90_error)}
+    errors["plan-bytes-error"] = (2, real.bytes_error)
+    return [{"name": name, "ranks": ranks, "value": error()} for name, (ranks, error) in errors.items()]
+
+
 def at_1024(rows: list[dict[str, Any]]) -> str:
     """What the boundary is at 1,024 ranks: at most as long as one request a rank, one after the other, takes."""
     each = max(row["get"] for row in rows if row["name"] == "boundary-ms")  # ms, of one rank that asks alone
@@ -305,6 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="16,64,256", help="numbers of ranks (default: %(default)s)")
     parser.add_argument("--shards", type=int, default=10_000, help="of the set (default: %(default)s); 0: none")
+    parser.add_argument("--no-plan", action="store_true", help="without the planner, whose bytes take a minute")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     given = parser.parse_args()
     limits.raise_limit()
@@ -315,7 +327,8 @@ def main() -> None:
     if given.shards:
         with tempfile.TemporaryDirectory(prefix="bench_scale-") as folder:
             rows += shown(index(given.shards, Path(folder) / "set"))
-    # The planner's rows (`plan-median-error`, `plan-p90-error`, `plan-bytes-error`) are added here.
+    if not given.no_plan:
+        rows += shown(planner())
     if line := at_1024(rows):
         print(line)
     if given.json:

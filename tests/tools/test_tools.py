@@ -264,7 +264,7 @@ def test_compare_losses(
 
 def test_bench_scale(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    done = run_tool("bench_scale", "--ranks", "2,5", "--shards", 20, "--json", out)
+    done = run_tool("bench_scale", "--ranks", "2,5", "--shards", 20, "--no-plan", "--json", out)
     assert done.returncode == 0 and "at 1,024 ranks" in done.stdout, done.stderr
     rows = {(row["name"], row["ranks"]): row for row in json.loads(out.read_text())["rows"]}
     assert all(set(row) >= {"name", "ranks", "value"} and row["value"] > 0 for row in rows.values())
@@ -272,6 +272,15 @@ def test_bench_scale(tmp_path: Path) -> None:
     for ranks in (2, 5):
         assert rows["sockets", ranks]["value"] <= 16 and rows["sockets", ranks]["server"] >= 2 * ranks
         assert rows["resume-opens", ranks]["value"] <= 8 and rows["resume-opens", ranks]["mean"] >= 3
+
+
+def test_bench_scale_asks_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mser_dist.planning import real
+
+    monkeypatch.setattr(real, "bytes_error", lambda: 0.0)  # tests/distributed/test_planned_traffic.py has it
+    errors = {row["name"]: row["value"] for row in script("bench_scale").planner()}
+    assert errors.keys() == {"plan-median-error", "plan-p90-error", "plan-bytes-error"}
+    assert 0 < errors["plan-median-error"] < errors["plan-p90-error"] < 0.5
 
 
 def test_rehearse_64_ranks(tiny_set: Path, tmp_path: Path) -> None:
