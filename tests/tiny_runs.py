@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,20 +24,10 @@ LLM = "llm.arch={hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, n
 TWO = ["--nproc", "2"]
 
 
-def start(*words: str | Path, cwd: Path, **env: str) -> "subprocess.Popen[str] | Command":
-    """Start ``mser WORDS`` with its output captured; with its imports done, unless a PYTHONPATH says what to import."""
+def start(*words: str | Path, cwd: Path, **env: str) -> Command:
+    """Start ``mser WORDS`` with its output captured, and its imports done."""
     plain = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    variables = {**plain, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **env}
-    if "PYTHONPATH" not in env:
-        return Command(list(map(str, words)), cwd, variables)
-    return subprocess.Popen(
-        [sys.executable, "-m", "mser_dist", *map(str, words)],
-        cwd=cwd,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Command(list(map(str, words)), cwd, {**plain, "PYTHONPATH": str(ROOT), **env})
 
 
 def mser(*words: str | Path, cwd: Path, code: int = 0, **env: str) -> str:
@@ -53,7 +42,7 @@ def mser(*words: str | Path, cwd: Path, code: int = 0, **env: str) -> str:
     return error if code else output
 
 
-def _ended(process: "subprocess.Popen[str] | Command") -> tuple[str, str]:
+def _ended(process: Command) -> tuple[str, str]:
     """End a command that stands still, its ranks and workers first; their stacks are in what it wrote."""
     for one in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):

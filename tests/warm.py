@@ -9,6 +9,7 @@ import atexit
 import faulthandler
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from mser_dist.ranks import preempt
 IMPORTED = ["mser_dist.training.loop", "mser_dist.evaluation.evaluate", "deepspeed.runtime.engine", "peft"]
 IMPORTED += ["deepspeed.runtime.zero.muon.original_muon", "transformers.trainer_utils", "matplotlib.figure"]
 IMPORTED += ["mlflow.store.tracking.sqlalchemy_store"]
+# What does to a rank what a drill says: where processes begin with Python itself, it finds this by PYTHONPATH.
+INJECTED = Path(__file__).parent / "faults/inject/sitecustomize.py"
 CONTEXT = multiprocessing.get_context("forkserver")
 multiprocessing.set_forkserver_preload(IMPORTED)
 
@@ -138,6 +141,8 @@ def _become(words: Sequence[str], env: Mapping[str, str], said: Sequence[int]) -
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     faulthandler.enable()
     sys.argv = ["mser", *words]
+    if "MSER_DRILL" in env:
+        runpy.run_path(str(INJECTED))
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     try:
         code = main()

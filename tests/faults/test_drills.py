@@ -22,14 +22,12 @@ from tests.tiny_runs import LLM, TWO, losses, mser, stage1, stage2
 
 pytestmark = [pytest.mark.faults, pytest.mark.distributed, pytest.mark.timeout(600)]
 
-INJECT = str(Path(__file__).parent / "inject")
-ROOT = str(Path(__file__).parents[2])
 PLAIN = ["train.save_every=2", "train.keep=9", "tracking.enabled=false"]
 
 
 def drilled(what: str, *words: str, cwd: Path, code: int) -> str:
     """Run a command in whose ranks `what` happens (see ``inject/sitecustomize.py``)."""
-    return mser(*words, *TWO, cwd=cwd, code=code, PYTHONPATH=f"{INJECT}:{ROOT}", MSER_DRILL=what)
+    return mser(*words, *TWO, cwd=cwd, code=code, MSER_DRILL=what)
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -279,7 +277,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(work: Path) -> No
         straight, elastic = (f"runs/{kind}-{make.__name__}" for kind in ("straight", "elastic"))
         mser(*make(straight), *TWO, cwd=work)
         drilled("0|step 3|USR1", *make(elastic), cwd=work, code=SAVED)
-        inject = {"PYTHONPATH": f"{INJECT}:{ROOT}", "MSER_DRILL": "single|step 4|USR1"}
+        inject = {"MSER_DRILL": "single|step 4|USR1"}
         mser(*make(elastic), cwd=work, code=SAVED, **inject)
         mser(*make(elastic), *TWO, cwd=work)
         assert losses(work / elastic) == pytest.approx(losses(work / straight), rel=1e-5)
