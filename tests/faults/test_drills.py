@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mser_dist.ranks.boundary import time_to_save
 from mser_dist.ranks.preempt import SAVED
 from mser_dist.ranks.watchdog import LOST
+from mser_dist.state import seal
 from mser_dist.state.seal import read_seal, seal_fault
 from tests.tiny_runs import LLM, TWO, losses, mser, stage1, stage2
 
@@ -108,7 +109,8 @@ def test_the_older_checkpoint_goes_only_when_the_newer_one_is_published(work: Pa
 
 
 @pytest.mark.drill("corrupt-checkpoint")
-def test_a_damaged_checkpoint_is_found_and_never_a_silent_restart(work: Path) -> None:
+def test_a_damaged_checkpoint_is_found_and_never_a_silent_restart(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seal, "LATE", 0.0)  # of this process: no file here is late
     run = work / "runs/damaged"
     shutil.copytree(work / "runs/whole", run)
     (run / "summary.json").unlink()
