@@ -65,7 +65,7 @@ foresee() {
   local verb=$1 nodes=${SLURM_JOB_NUM_NODES:-1} code=0
   shift
   [[ $verb != features && ${MSER_CHECK:-1} != 0 && ${SLURM_RESTART_COUNT:-0} == 0 ]] || return 0
-  local tasks=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-$nodes} / nodes))}
+  local tasks=$((${SLURM_NTASKS:-$nodes} / nodes)) # of both ways to ask for them
   inside "$MSER" check "$@" --quiet --nodes="$nodes" --tasks-per-node="$tasks" || code=$?
   ((code != 2)) || exit 2
 }

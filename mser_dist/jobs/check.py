@@ -125,11 +125,15 @@ def _out(config: launch.Config) -> Finding:
 
 def _training_sets(config: cfg.Stage1 | cfg.Stage2) -> Finding:
     from mser_dist.stream.examples import open_training_clips
+    from mser_dist.stream.steps import plan_of
 
     shards, data = open_training_clips(config.data), config.data
     batch = config.train.global_batch
     if data.batching != "tokens" and len(shards) < batch:
         return "fail", f"{count(len(shards), 'clip')}, fewer than train.global_batch={batch}", "set a smaller one"
+    first = isinstance(config, cfg.Stage1)
+    pad = config.encoder.pad_seconds if isinstance(config, cfg.Stage1) else None
+    plan_of(shards, data, batch, data.parallel if first else 1, config.seed, pad)  # what no batch or cache can hold
     return "ok", f"{count(len(shards), 'clip')} of {data.split} in {', '.join(data.sets)}; every label occurs", ""
 
 
@@ -192,7 +196,8 @@ def _pretrained(config: launch.Config) -> Iterator[tuple[str, str]]:
 def _disk(config: cfg.Stage1 | cfg.Stage2, plan: Figures) -> Finding:
     """Free space where the run is written, against its checkpoints: those kept, the best, and one being written."""
     place = existing(Path(config.out))
-    free, kept = shutil.disk_usage(place).free, config.train.keep + 2
+    there = len([*Path(config.out).glob("checkpoints/step-*")])
+    free, kept = shutil.disk_usage(place).free, max(1, config.train.keep + 2 - there)
     one, how = plan.checkpoint, "by the plan"
     if one is None and (weights := _trained(config)):
         one, how = _BYTES * weights, f"at most, for {weights / 1e6:.0f} M weights"
@@ -201,8 +206,11 @@ def _disk(config: cfg.Stage1 | cfg.Stage2, plan: Figures) -> Finding:
     if one is None:
         found += "; the size of a checkpoint is not planned"
         return ("ok", found, "") if free > 20 * GIB else ("warn", found, remedy)
-    found += f"; {kept} checkpoints of {one / GIB:.1f} GiB ({how})"
-    return ("ok", found, "") if free > kept * one else ("fail", found, remedy)
+    found += f"; {count(kept, 'more checkpoint')} of {one / GIB:.1f} GiB ({how})"
+    if free > kept * one:
+        return "ok", found, ""
+    # An upper bound ends no job, nor what a training that ends early would not need.
+    return "fail" if plan.checkpoint and free < one else "warn", found, remedy
 
 
 def _trained(config: cfg.Stage1 | cfg.Stage2) -> int | None:

@@ -31,6 +31,6 @@ def figures(config: cfg.Stage1 | cfg.Stage2 | cfg.Evaluation, cluster: Cluster |
 
     try:
         found = plan(config, cluster)
-    except UserError as error:
-        return Figures(why=str(error))
+    except Exception as error:  # of a shape that nobody thought of: the other checks are told all the same
+        return Figures(why=str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
     return Figures(found.memory_sum, USABLE * cluster.gpu.memory, found.duration, found.checkpoint)

@@ -159,7 +159,9 @@ def plan(
         )
     steps = config.train.steps
     if steps is None and given.clips is not None:
-        steps = max(1, round(config.train.epochs * max(1, given.clips // config.train.global_batch)))
+        steps = max(1, round(config.train.epochs * -(-given.clips // config.train.global_batch)))
+        if config.data.batching == "tokens":
+            notes.append("data.batching=tokens: an entry of the batch is taken for one clip, so that steps are at most")
     return TrainingPlan(
         cluster,
         micro,

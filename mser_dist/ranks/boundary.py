@@ -116,11 +116,11 @@ class Boundary:
         if store.ranks == 1:
             written = self._save if self.saves.written else 0
             said = Decision(self.flag.number, self.saves.failed, written)
-            return said._replace(save_due=self._due(), out_of_time=self._out_of_time())
+            return said._replace(save_due=self._due(), out_of_time=self._out_of_time(1))
         if store.rank:
             return Decision(*json.loads(store.client.get(f"{_KEY}/{self._polls}")))
         found = self._main_side.look(store, self._save)
-        found = found._replace(save_due=self._due(), out_of_time=self._out_of_time())
+        found = found._replace(save_due=self._due(), out_of_time=self._out_of_time(found.every))
         self._main_side.publish(store, self._polls, found)
         return found
 
@@ -139,12 +139,13 @@ class Boundary:
     def _due(self) -> bool:
         return self._main and time.monotonic() - self._last_save > self.save_seconds
 
-    def _out_of_time(self) -> bool:
-        """Whether the steps up to the next decision might leave too little time to save."""
+    def _out_of_time(self, every: int) -> bool:
+        """Whether the steps up to the decision behind the next `every` ones might leave too little time to save."""
         if self.ends is None or not self._main:
             return False
         under_way = 0.0 if self.saves.written else self.saves.seconds  # the last save has to wait for it
-        steps = (1 + self.every) * self._slowest
+        # Two as long as any was; the others go at the pace by which they are so many.
+        steps = 2 * self._slowest + (every - 1) * max(self._main_side.durations, default=0.0)
         return self.ends - time.time() < under_way + time_to_save(self.saves.seconds) + steps
 
 

@@ -197,7 +197,8 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
     global _store, _server
     try:
         if _store is None:
-            check_files(world.world_size, world.is_main, mesh=device != "cuda")
+            serves = world.is_main and not rendezvous.served_by_agent()
+            check_files(world.world_size, serves, mesh=device != "cuda")
             client, _server = _meet(world, timeout_minutes * 60)
             _store = Store(client, world.rank, world.world_size)
         if not torch.distributed.is_initialized():
@@ -220,7 +221,7 @@ def _meet(world: World, seconds: float) -> tuple[Any, Server | None]:
         port = agree(server.port if server else None)
         return dist.TCPStore(world.master_addr, port, is_master=False, timeout=timedelta(seconds=seconds)), server
     if world.launcher == "srun":
-        return rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port)
+        return rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port, patience=seconds)
     return rendezvous.meet_at(world.rank, world.world_size, world.master_addr, world.master_port, seconds)
 
 

@@ -6,6 +6,7 @@ store takes whatever port is free, and rank 0 tells it at a door: the first free
 job and step. The others try the list, again and again, until a door names their own job.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -19,12 +20,21 @@ from mser_dist.errors import PassingError, UserError
 from mser_dist.ranks.store import Server, all_here
 
 _DOORS = 32  # ports in the list
+_MEETINGS = itertools.count()  # of this process, which are the same on every rank
 
 
-def meet(rank: int, ranks: int, host: str, port: int, seconds: float = 600.0) -> tuple[Any, Server | None]:
+def served_by_agent() -> bool:
+    """Whether the launcher serves the store itself, as torchrun does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def meet(
+    rank: int, ranks: int, host: str, port: int, seconds: float = 600.0, patience: float = 1800.0
+) -> tuple[Any, Server | None]:
     """The job's `TCPStore` once every rank of the SLURM step has come, and on rank 0 what serves it.
 
-    `host` is where rank 0 is, `port` where the list of doors begins. Raises `UserError` after `seconds`, which names
+    `host` is where rank 0 is, `port` where the list of doors begins. patience: seconds that a request to the store may
+    take later, one that waits for rank 0 among them. Raises `UserError` after `seconds`, which names
     who did not come, or when every port of the list is taken.
     """
     from torch.distributed import TCPStore
@@ -32,8 +42,9 @@ def meet(rank: int, ranks: int, host: str, port: int, seconds: float = 600.0) ->
     # A requeued job has the same id, while ranks of its last start may still be about.
     job = "/".join(os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     doors = [1024 + (port - 1024 + 97 * i) % (65536 - 1024) for i in range(_DOORS)]
+    limit = timedelta(seconds=patience)
     if rank:
-        client = TCPStore(host, _ask(rank, host, doors, job, seconds), is_master=False)
+        client = TCPStore(host, _ask(rank, host, doors, job, seconds), is_master=False, timeout=limit)
         all_here(client, rank, ranks, seconds, host)
         return client, None
     server = Server()
@@ -41,7 +52,7 @@ def meet(rank: int, ranks: int, host: str, port: int, seconds: float = 600.0) ->
         with _open(doors) as door:
             sign = json.dumps({"mser": job, "port": server.port}).encode()
             threading.Thread(target=_answer, args=(door, sign), daemon=True).start()
-            client = TCPStore("127.0.0.1", server.port, is_master=False)
+            client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=limit)
             all_here(client, rank, ranks, seconds, host)  # the door stays open until all have come
             door.shutdown(socket.SHUT_RDWR)  # wakes the thread
     except BaseException:
@@ -52,11 +63,14 @@ def meet(rank: int, ranks: int, host: str, port: int, seconds: float = 600.0) ->
 
 def meet_at(rank: int, ranks: int, host: str, port: int, seconds: float) -> tuple[Any, Server | None]:
     """The same where the launcher has named a port of rank 0's machine; or, as torchrun does, serves the store."""
-    from torch.distributed import TCPStore
+    from torch.distributed import PrefixStore, TCPStore
 
     limit = timedelta(seconds=seconds)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return TCPStore(host, port, is_master=False, timeout=limit), None
+    if served_by_agent():
+        client = TCPStore(host, port, is_master=False, timeout=limit)
+        # It outlives a start of the ranks, and a training in them: what those have left there is not for this one.
+        start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_MEETINGS)}"
+        return PrefixStore(f"mser/{start}", client), None
     server = None if rank else Server(port)
     try:
         client = TCPStore(host if rank else "127.0.0.1", port, is_master=False, timeout=limit)

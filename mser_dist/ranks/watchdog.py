@@ -88,12 +88,17 @@ class Watchdog:
                     continue
             except Exception:  # rank 0's process has gone, or does not answer: `_guard` counts the time
                 continue
-            self._last_answer = now = time.monotonic()
+            before, self._last_answer = self._last_answer, time.monotonic()
+            now = self._last_answer
             # One request for all who have begun; the others are asked about one by one, and soon there are none.
-            begun |= {peer for peer in range(ranks) if peer not in begun and store.check([f"beat/{peer}"])}
-            beats = dict.fromkeys(range(ranks), "0 0 an-unknown-host starting")
-            listed = sorted(begun)
-            found = store.multi_get([f"beat/{peer}" for peer in listed])
+            try:
+                begun |= {peer for peer in range(ranks) if peer not in begun and store.check([f"beat/{peer}"])}
+                beats = dict.fromkeys(range(ranks), "0 0 an-unknown-host starting")
+                listed = sorted(begun)
+                found = store.multi_get([f"beat/{peer}" for peer in listed])
+            except Exception:  # what serves the store has gone: `_guard` says so when its time is over
+                self._last_answer = before
+                continue
             beats |= {peer: beat.decode() for peer, beat in zip(listed, found, strict=True)}
             for peer, beat in beats.items():
                 if peer not in seen or seen[peer][0] != beat:
@@ -122,7 +127,8 @@ class Watchdog:
             self._last_look = now
             if time.monotonic() - self._last_answer > self.silence + 5:
                 main = f"rank 0 ({self.world.master_addr})"
-                return self._end(f"{main}: no answer for {self.silence:g} s (dead or frozen)")
+                what = "dead or frozen, it or the process beside it that serves the store"
+                return self._end(f"{main}: no answer for {self.silence:g} s ({what})")
 
     def _was_paused(self) -> bool:
         """Whether all of this process was stopped for a while, after which nobody else's silence means a thing."""

@@ -27,8 +27,8 @@ _ENDS = ("train.patience", "train.export")  # when it ends, and what of it is ex
 _LENGTH = ("train.steps", "train.epochs")  # the first of them that is set; a run can be lengthened
 # What a run of stage 2 did whose config has no such key yet; of other keys that are new it did what is the default.
 UNSAID = {"llm.order": "speech_first", "llm.packing": "off", "llm.prompt.draw": "clip"}
-# Former defaults that are None now: what the order of clips becomes is compared where a checkpoint is read.
-_FORMER = {"data.shuffle_shards": "0"}
+# Chosen where it is None: what comes of it is compared where a checkpoint is read, whoever chose it.
+_FORMER = ("data.shuffle_shards",)
 
 # What a start writes, and what an evaluation leaves of one.
 _OF_A_START = ("log.jsonl", "mlflow.json", "validations.json", "prompt.json", "ledger.safetensors", "tested.jsonl")
@@ -53,7 +53,7 @@ def finished(out: Path, config: cfg.Common) -> dict[str, Any] | None:
     free = _FREE + _FREE_TRAIN + _FREE_SAFETY + _FREE_TELEMETRY + _LENGTH + _ENDS
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(free)]
     changed = [key for key in keys if old.get(key) != new.get(key)]
-    changed = [key for key in changed if (old.get(key), new.get(key)) != (_FORMER.get(key), "None")]
+    changed = [key for key in changed if key not in _FORMER or "None" not in (old.get(key), new.get(key))]
     if changed:
         differ = ", ".join(f"{key}={old.get(key)}, now {new.get(key)}" for key in changed[:8])
         more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""

@@ -2,8 +2,9 @@
 
 A thousand indexes are a thousand files to open and parse, and the columns that come of them are the same on every rank.
 So the first rank of a job on a node that asks for a set writes its columns to one file in memory (/dev/shm), and the
-others map that: pages that they share. It is of this job alone and goes with the process that wrote it, so that what a
-later job opens is looked at anew; `ShardSet` and its numbers are the same either way.
+others map that: pages that they share. It is of this job alone, so that what a later job opens is looked at anew, and
+goes with the process that wrote it; what a killed one leaves goes when this user next opens a set on that node.
+`ShardSet` and its numbers are the same either way.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ def once(question: Any, make: Callable[[], Table]) -> Table:
             _write(folder / name, {"error": str(error)}, {})
             raise
         _write(folder / name, *_plain(table))
-        return table
+        return _read(folder / name) or table  # the shared one: a node holds it once
 
 
 def _folder() -> Path | None:
@@ -97,7 +98,6 @@ def _write(place: Path, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
         with suppress(OSError, ValueError, KeyError):
             if not _lives(json.loads(old.read_text(encoding="utf-8"))["owner"]):
                 shutil.rmtree(old.parent, ignore_errors=True)
-                old.parent.with_name(f"{old.parent.name}.lock").unlink(missing_ok=True)
     staging = place.with_suffix(".partial")
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -120,8 +120,7 @@ def _write(place: Path, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
 
 def _forget(place: Path, owner: int) -> None:
     if os.getpid() == owner:  # and no process that it has forked since
-        shutil.rmtree(place, ignore_errors=True)
-        place.with_name(f"{place.name}.lock").unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)  # not its lock, which another may hold by now: an empty file
 
 
 def _read(place: Path) -> Table | None:

@@ -89,7 +89,7 @@ def load(folder: Path) -> tuple[Manifest, str | None]:
         return by_files(sorted(folder.glob("rank-*.safetensors"))), None
     except UserError as error:
         return {}, str(error)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever kind: the other ranks wait for what this one says
         return {}, f"{folder / FILE} cannot be read ({error}): remove the folder to resume from an older checkpoint"
 
 

@@ -60,7 +60,8 @@ def plan_of(
         bucket=data.bucket,
         tokens=np.ceil(length / TOKEN).astype(np.uint32) if data.batching == "tokens" else None,
         budget=data.tokens,
-        shards=shards.shard if window else None,
+        # Counted over the shards that have clips: between them lie those of other splits and of what was left out.
+        shards=np.unique(shards.shard, return_inverse=True)[1].astype(np.int32) if window else None,
         shuffle_shards=window,
         automatic=bool(window) and data.shuffle_shards is None,
     )
@@ -122,13 +123,18 @@ def identity(examples: Examples, plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "global_batch": plan.global_batch,
     }
-    # What a config says is the user's to keep; what was chosen here would have been another choice in another version.
-    return found | ({"shuffle_shards": plan.shuffle_shards} if plan.automatic else {})
+    if plan.shards is not None and not plan.automatic and int(plan.shards.max()) != int(examples.shards.shard.max()):
+        found["windows"] = "of shards that have clips"  # 0.2.0 counted the others too
+    return found | {"shuffle_shards": plan.shuffle_shards, "automatic": plan.automatic}
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise `UserError` where a checkpoint's position is one of other data, or of another order."""
-    for name, value in (dict.fromkeys(saved.keys() & {"shuffle_shards"}) | now).items():
+    for name, value in now.items():
+        if name == "automatic":  # who chose the window: only what it is matters
+            continue
+        if name == "shuffle_shards" and name not in saved and not now["automatic"]:
+            continue  # older checkpoints do not have it, whose config does
         if saved.get(name) != value:
             if name == "shuffle_shards" and name not in saved:
                 raise UserError(
@@ -140,6 +146,7 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
                 "clips": "the data set has changed since",
                 "frozen_encoder": "the frozen encoder is another one",
                 "shuffle_shards": f"set data.shuffle_shards={saved.get(name)}",
+                "windows": "another version of mser_dist put the clips in another order",
                 "version": "another version of mser_dist put the clips in another order",
             }
             raise UserError(

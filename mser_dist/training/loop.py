@@ -183,6 +183,7 @@ def validate_if_due(run: Run, state: RunState, log: StepLog) -> bool:
 
     assert run.validation is not None
     batch, workers = max(run.micro, 8), run.config.data.workers
+    run.boundary.soon()
     with log.aside(), run.engine.averaged():
         measured = validate(run.stage, run.validation, batch, workers, run.world, run.device, go_on)
     run.boundary.soon()

@@ -121,13 +121,17 @@ def test_checkpoints_that_do_not_fit_the_disk(model: Path, monkeypatch: pytest.M
     config = launch.resolve("demo_stage2", ["stage1=x", f"llm.pretrained={model}", "llm.arch={}", "llm.freeze=false"])
     assert isinstance(config, cfg.Stage2)
     enough: Callable[[], tuple[str, str, str]] = lambda: check._disk(config, planned.Figures())  # noqa: E731
-    assert enough()[0] == "ok" and "4 checkpoints of" in enough()[1]
+    assert enough()[0] == "ok" and "4 more checkpoints of" in enough()[1]
     free = 4 * 16 * 2_000_008
-    for room, status in ((free, "fail"), (free + 1, "ok")):
+    for room, status in ((free, "warn"), (free + 1, "ok")):  # it is a bound
         monkeypatch.setattr(check.shutil, "disk_usage", lambda path, room=room: type("", (), {"free": room}))
         assert enough()[0] == status
-    one = planned.Figures(checkpoint=free)
-    assert check._disk(config, one)[0] == "fail" and "by the plan" in check._disk(config, one)[1]
+    one = planned.Figures(checkpoint=free + 1)
+    assert check._disk(config, one)[0] == "warn" and "by the plan" in check._disk(config, one)[1]
+    assert check._disk(config, planned.Figures(checkpoint=free + 2))[0] == "fail", "not even one"
+    for step in (2, 4, 6):  # of a run that goes on, whose checkpoints are there
+        Path(config.out, f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    assert "; 1 more checkpoint" in check._disk(config, one)[1]
 
 
 def test_what_is_planned_is_held_against_the_gpu_and_the_time() -> None:
