@@ -65,7 +65,8 @@ foresee() {
   local verb=$1 nodes=${SLURM_JOB_NUM_NODES:-1} code=0
   shift
   [[ $verb != features && ${MSER_CHECK:-1} != 0 && ${SLURM_RESTART_COUNT:-0} == 0 ]] || return 0
-  local tasks=$((${SLURM_NTASKS:-$nodes} / nodes)) # of both ways to ask for them
+  local tasks=${SLURM_NTASKS_PER_NODE:-1}
+  [ -z "${SLURM_NTASKS:-}" ] || tasks=$((SLURM_NTASKS / nodes)) # sbatch --ntasks wins over the script's --ntasks-per-node
   inside "$MSER" check "$@" --quiet --nodes="$nodes" --tasks-per-node="$tasks" || code=$?
   ((code != 2)) || exit 2
 }
