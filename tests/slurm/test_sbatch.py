@@ -106,12 +106,14 @@ def test_an_allocation_that_does_not_match_the_config_is_one_line_and_no_requeue
     cluster: Cluster, folder: Path
 ) -> None:
     words = [*STAGE1, "out=runs/uneven", "train.global_batch=9"]
-    job = cluster.sbatch(*TWO_NODES, script("stage1"), *words, cwd=folder)
-    assert cluster.wait_state(job) == "FAILED"
-    shown, log = cluster.show(job), (folder / f"slurm-mser-stage1-{job}.out").read_text()
-    assert shown["ExitCode"] == "2:0" and shown["Restarts"] == "0"
-    said = [line for line in log.splitlines() if "mser: error" in line]
-    assert len(said) == 1 and "global_batch" in said[0] and "Traceback" not in log
+    for check in ("0", "1"):  # by the ranks, and by the check in front of them
+        job = cluster.sbatch(*TWO_NODES, script("stage1"), *words, cwd=folder, env={"MSER_CHECK": check})
+        assert cluster.wait_state(job) == "FAILED"
+        shown, log = cluster.show(job), (folder / f"slurm-mser-stage1-{job}.out").read_text()
+        assert shown["ExitCode"] == "2:0" and shown["Restarts"] == "0"
+        said = [line for line in log.splitlines() if "mser: error" in line]
+        assert len(said) == 1 and "global_batch" in said[0] and "Traceback" not in log
+        assert ("would fail" in log) == (check == "1")
 
 
 def test_a_cancelled_training_saves_and_stays_cancelled(cluster: Cluster, folder: Path) -> None:
