@@ -50,7 +50,7 @@ def submit(cluster: Cluster, site: Path, folder: Path, *words: str, **env: str) 
 def test_every_way_to_ask_for_gpus_gives_each_rank_its_own_and_the_sight_of_all(
     cluster: Cluster, folder: Path, gpus: str
 ) -> None:
-    """Two ranks, each of which sees both GPUs of its node, as NCCL wants it; of one way they train, behind the check."""
+    """Two ranks, each of which sees both GPUs of its node, as NCCL wants it. Of one way they train, being checked."""
     name = gpus.strip("-").split("=")[0]
     lines = [f"SITE_GPUS={gpus}", f"site_begin() {{ export RUNS={name}; }}", 'SITE_RUN=(bash "$PWD/look.sh")']
     trains = gpus == GPUS[-1]
