@@ -1,7 +1,9 @@
 """A rank 0 that stands still in a call which keeps Python's lock, while the store's own thread goes on answering."""
 
 import ctypes
+import os
 import time
+from pathlib import Path
 
 import pytest
 from torch.multiprocessing.spawn import ProcessExitedException
@@ -13,7 +15,8 @@ from tests.distributed.spawn import run
 pytestmark = pytest.mark.distributed
 
 
-def stand_still(rank: int) -> None:
+def stand_still(rank: int, said: str) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)
     with Watchdog(World(rank, 2), silence=3.0, stall=600.0).watch():
         time.sleep(2)
         if rank == 0:
@@ -21,8 +24,10 @@ def stand_still(rank: int) -> None:
         time.sleep(40)
 
 
-def test_the_others_notice_a_rank_0_that_stands_still(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_others_notice_a_rank_0_that_stands_still(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    said.touch()
     with pytest.raises(ProcessExitedException) as ended:
-        run(stand_still, 2)
+        run(stand_still, 2, str(said))
     assert (ended.value.error_index, ended.value.exit_code) == (1, LOST)
-    assert "rank 0 (127.0.0.1): no answer for 3 s" in capfd.readouterr().err
+    assert "rank 0 (127.0.0.1): no answer for 3 s" in said.read_text(encoding="utf-8")
