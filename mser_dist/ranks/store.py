@@ -7,6 +7,7 @@ than another, at any N. Values go from rank 0 and to rank 0 alone: no rank's mes
 0's, which has to know what all have written.
 """
 
+import gc
 import json
 import os
 import select
@@ -64,6 +65,7 @@ def _serve(channel: int, port: int, parent: int) -> NoReturn:
         for number in SIGNALS:  # a scheduler sends them to every process of a step
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        _let_go(channel)
         from torch.distributed import TCPStore
 
         server = TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False)
@@ -74,6 +76,20 @@ def _serve(channel: int, port: int, parent: int) -> NoReturn:
         os.write(channel, (str(error).splitlines() or [type(error).__name__])[0].encode()[:4096])
     finally:
         os._exit(0)  # what the parent does at its own end is not done here
+
+
+def _let_go(channel: int) -> None:
+    """Of all that the rank has open but `channel`: for a moment this process outlives the rank, and its log, sockets
+    and devices shall be free when the rank has ended.
+    """
+    gc.freeze()  # what would close a number that is given to another by then
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(nothing, number)
+    for number in map(int, os.listdir("/dev/fd")):
+        if number > 2 and number != channel:
+            with suppress(OSError):  # the listing's own
+                os.close(number)
 
 
 class Store:
