@@ -77,8 +77,8 @@ INNER: dict[str, dict[str, str]] = {
         "ds_id": "is_partitioned: marks a parameter of which each rank holds a part",
         "ds_numel": "numel: of the whole parameter",
         "ds_shape": "trained, frozen, shape: of the whole parameter",
-        "ds_tensor": "frozen, clamp, gather, own_numel: this rank's part",
-        "ds_secondary_tensor": "rewriting: a second copy within the node, made anew",
+        "ds_tensor": "frozen, fill, clamp, gather, own_numel: this rank's part",
+        "ds_secondary_tensor": "rewriting, fill: a second copy within the node, made anew",
         "partition_numel": "trained, frozen: elements of a rank's part, with the padding",
     },
     "deepspeed.ops": {"__compatible_ops__": "skip_shared_memory_op: what DeepSpeed may compile, by name"},
@@ -130,36 +130,6 @@ def holders(engine: Any) -> dict[str, Any]:
     if mapping := next((m for m in mappings if m is not None), None):
         held["the mapping to the masters"] = mapping
     return held
-
-
-# Settings under which state lives where `trained` and `frozen` do not look: "is this value one of them?"
-_REFUSED: dict[str, Callable[[Any], bool]] = {
-    "zero_optimization.offload_optimizer.device": lambda value: value == "nvme",
-    "zero_optimization.offload_param.device": lambda value: value == "nvme",
-    "zero_optimization.offload_optimizer.ratio": lambda value: value != 1,  # the rest is in a second optimizer
-    "zero_optimization.offload_optimizer.super_offload": bool,
-    "zero_optimization.zenflow": bool,
-    # DeepSpeed's map from parameters to partitions leaves the reordering out.
-    "zero_optimization.round_robin_gradients": bool,
-    "zero_optimization.zero_quantized_nontrainable_weights": bool,
-    # Anything but float32 masters and moments.
-    "bf16.bf16_master_weights_and_grads": bool,
-    "bf16.bf16_optimizer_states": bool,
-    "fp16.fp16_master_weights_and_grads": bool,
-    "torch_autocast.enabled": bool,  # its gradient scaler has a state of its own
-    "tensor_parallel.autotp_size": lambda value: value not in (0, 1),
-}
-
-
-def check_supported(ds_json: dict[str, Any]) -> None:
-    """Raise `UserError` if a DeepSpeed config asks for state that no checkpoint of this project would hold."""
-    for setting, refused in _REFUSED.items():
-        value: Any = ds_json
-        for key in setting.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None and refused(value):
-            instead = "set it to cpu" if value == "nvme" else "remove it"
-            raise UserError(f"the DeepSpeed JSON's {setting}={value} cannot be saved in a checkpoint: {instead}")
 
 
 @dataclass(frozen=True)
@@ -268,6 +238,15 @@ def rewriting(engine: Any) -> Iterator[None]:
             for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
                 for weight, master in zip(weights, masters, strict=True):
                     weight.copy_(master)
+
+
+@torch.no_grad()
+def fill(parameter: Any, read: Callable[[int, int], Tensor]) -> None:
+    """Write this rank's part of a parameter that ZeRO-3 has in parts: ``read(start, count)`` of the flattened whole."""
+    part = _slice("", parameter, parameter.ds_tensor, 0)
+    if part.count:
+        part.view(parameter.ds_tensor).copy_(read(part.start, part.count))
+    parameter.ds_secondary_tensor = None
 
 
 _SLICE = 2**24  # bytes of a parameter that ranks send each other at a time

@@ -27,7 +27,7 @@ import torch
 from mser_dist import config as cfg
 from mser_dist.config import SIX_EMOTIONS
 from mser_dist.files import write_json
-from mser_dist.models import exported
+from mser_dist.models import exported, publish
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.small_llm import small_tokenizer
@@ -93,7 +93,7 @@ def prepare(folder: Path, small: bool) -> None:
     aligner = Aligner(speech, 384, cfg.ContrastiveConfig())
     card = {"stage": 1, "labels": SIX_EMOTIONS, "text_width": 384, **exported.aligner_card(aligner)}
     (folder / "stage1").mkdir()
-    exported.write(folder / "stage1/export", aligner, aligner.state_dict(), card)
+    publish.write(folder / "stage1/export", aligner, aligner.state_dict(), card)
     tokenizer = small_tokenizer(SIX_EMOTIONS)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     llm = LlamaForCausalLM(LlamaConfig(**{**(SMALL_LLAMA if small else LLAMA), **special}))

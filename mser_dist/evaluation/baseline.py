@@ -152,9 +152,8 @@ def _encoder(trained: cfg.Stage1) -> FrozenEncoder:
     """The frozen encoder of a config, where and in the dtype that a training has it: they share its features."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, trained.engine.dtype)
     torch.manual_seed(trained.seed)  # one that is made on the spot is the same each time
-    return FrozenEncoder(build_encoder(trained.encoder, choose(trained.engine.attention, dtype, device))).to(
-        device, dtype
-    )
+    attention = choose(trained.engine.attention, dtype, device)
+    return FrozenEncoder(build_encoder(trained.encoder, attention, dtype)).to(device, dtype)
 
 
 def _hear(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig, Wav2Vec2FeatureExtractor, WhisperConfig, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -17,12 +18,12 @@ from mser_dist.models.whisper import SpeechEncoder
 TYPES = ("whisper", *waveform.MODELS)
 
 
-def build_encoder(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
+def build_encoder(config: cfg.EncoderConfig, attention: Attention, dtype: torch.dtype = torch.float32) -> Encoder:
     """The encoder a run config asks for: pretrained, or from scratch with `arch`; with its layers, stride and padding.
 
-    Raises `UserError` for weights or an `arch` that are none, or layers that are not there.
+    dtype: of a pretrained one. Raises `UserError` for weights or an `arch` that are none, or layers that are not there.
     """
-    encoder = _whole(config, attention)
+    encoder = _whole(config, attention, dtype)
     depth = encoder.depth
     chosen = {"last": [depth], "all": list(range(depth + 1))}
     encoder.use(chosen[config.layers] if isinstance(config.layers, str) else config.layers, depth)
@@ -33,9 +34,9 @@ def build_encoder(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
     return encoder
 
 
-def _whole(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
+def _whole(config: cfg.EncoderConfig, attention: Attention, dtype: torch.dtype) -> Encoder:
     if config.pretrained is not None:
-        return _pretrained(config, attention)
+        return _pretrained(config, attention, dtype)
     arch = {"model_type": "whisper", **config.arch}
     try:
         return _from_scratch(arch, attention)
@@ -82,7 +83,7 @@ def _from_scratch(arch: dict[str, Any], attention: Attention) -> Encoder:
     return encoder_of(config.to_dict(), normalize=True, attention=attention)
 
 
-def _pretrained(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
+def _pretrained(config: cfg.EncoderConfig, attention: Attention, dtype: torch.dtype) -> Encoder:
     name = config.pretrained
     assert name is not None
     source = sources.resolve(name)
@@ -105,6 +106,7 @@ def _pretrained(config: cfg.EncoderConfig, attention: Attention) -> Encoder:
         unused=unused,
         config=found,
         attn_implementation=attention.kernel,
+        dtype=dtype,
     )
     if found.model_type == "whisper":
         return SpeechEncoder(model.encoder)

@@ -13,25 +13,21 @@ What is larger than a shard is several files with an index (`weights`).
 """
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoTokenizer
-from transformers.core_model_loading import revert_weight_conversion
 
 from mser_dist import __version__, deepspeed_parts
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
-from mser_dist.files import file_sha256, fsync_tree, write_json
+from mser_dist.files import file_sha256
 from mser_dist.models import pretrained
 from mser_dist.models.aligner import Aligner, AlignHeads
 from mser_dist.models.attention import Attention
@@ -41,12 +37,11 @@ from mser_dist.models.llm import build_llm, load_llm
 from mser_dist.models.normalize import Statistics
 from mser_dist.models.speech import SpeechModel, speech_card, speech_from_card
 from mser_dist.models.speech_llm import SpeechLLM
-from mser_dist.models.weights import SHARD_BYTES, Weights, read_part, write_part
-from mser_dist.shards import ledger as ledger_file
+from mser_dist.models.weights import read_part
 from mser_dist.stream.features import Features
 
 STATISTICS = "statistics.safetensors"
-_NO_HEADS = ("speech.", "llm.", "align.")  # the last help to train, and nothing else
+NO_HEADS = ("speech.", "llm.", "align.")  # the last help to train, and nothing else
 FORMAT = 3  # of an export: raised where an older version could not read what this one writes
 WHOLE_FORMAT = 2  # of one whose speech and heads are a file each
 
@@ -101,140 +96,6 @@ def features_of(card: dict[str, Any]) -> Features:
             "at the silence too, which it does no more: train it again"
         )
     return features
-
-
-def write(
-    export: Path,
-    model: nn.Module,
-    weights: Weights | Mapping[str, Tensor],
-    card: dict[str, Any],
-    tokenizer: Any = None,
-    *,
-    main: bool = True,
-    shard_bytes: int = SHARD_BYTES,
-    readme: str = "",
-    ledger: Path | None = None,
-    check: Callable[[Path], None] = lambda export: None,
-) -> None:
-    """Publish an export at once: all files under a staging name, then one rename. Collective where the weights are.
-
-    Args:
-        model: gives shapes and LLM config, and its frozen encoder; its own weights may be partitioned.
-        weights: the trained model's, without a frozen encoder's; or its state by name. One file of at most
-            `shard_bytes` of them is in memory at a time.
-        main: whether this rank writes; the others take part in what is collective.
-        readme: the model card that people read.
-        ledger: of the run, to copy; one that is not there is not.
-        check: is given the whole export before it is published, and raises where it is not what it should be.
-
-    Raises `UserError` for a disk that is full, and what `check` raises; then an earlier export is as it was.
-    """
-    if not isinstance(weights, Weights):
-        weights = Weights.of(weights)
-    speech: Any = model.speech
-    frozen: FrozenEncoder | None = speech.frozen
-    if frozen is not None:
-        weights = weights.beside({f"speech.encoder.{n}": t for n, t in frozen.encoder.state_dict().items()})
-    staging = export.with_name(export.name + ".partial")
-    try:
-        if main:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        folder = staging if main else None
-        heads = weights.part(lambda name: not name.startswith(_NO_HEADS))
-        write_part(folder, "speech", _below(weights, "speech."), shard_bytes)
-        write_part(folder, "heads", heads, shard_bytes)
-        if isinstance(model, SpeechLLM):
-            _write_llm(folder and folder / "llm", model.llm, _below(weights, "llm."), shard_bytes)
-        if not main:
-            return
-        if isinstance(model, SpeechLLM):
-            tokenizer.save_pretrained(staging / "llm")
-        if speech.statistics is not None:
-            speech.statistics.without_speakers().save(staging / STATISTICS)
-        if ledger is not None and ledger.is_file():
-            shutil.copyfile(ledger, staging / ledger_file.FILE)
-        if readme:
-            (staging / "README.md").write_text(readme, encoding="utf-8")
-        parts = [path for path in sorted(staging.rglob("*")) if path.is_file() and path.name != "README.md"]
-        files = {str(path.relative_to(staging)): file_sha256(path) for path in parts}
-        sharded = any((staging / f"{part}.safetensors.index.json").is_file() for part in ("speech", "heads"))
-        known = {"format": FORMAT if sharded else WHOLE_FORMAT, "version": __version__}
-        write_json(staging / "card.json", {**known, **card, "files": files})
-        check(staging)
-        fsync_tree(staging)
-        shutil.rmtree(export, ignore_errors=True)
-        staging.rename(export)
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(f"cannot write the export to {export}: {error}; free space and start again") from error
-    except UserError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _below(weights: Weights, prefix: str) -> Weights:
-    return weights.part(lambda name: name.startswith(prefix), lambda name: name.removeprefix(prefix))
-
-
-def _write_llm(folder: Path | None, llm: Any, weights: Weights, shard_bytes: int) -> None:
-    if hasattr(llm, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        # peft's own choice and names, looked for by what each tensor is: their values are gathered afterwards.
-        origin = {id(fact): name for name, fact in weights.facts.items()}
-        chosen = {new: origin[id(fact)] for new, fact in get_peft_model_state_dict(llm, dict(weights.facts)).items()}
-        if folder is not None:
-            folder.mkdir()
-            llm.peft_config["default"].save_pretrained(str(folder))
-        names = {old: new for new, old in chosen.items()}
-        adapter = weights.part(names.__contains__, names.__getitem__)
-        write_part(folder, "adapter_model", adapter, shard_bytes=2**63)  # peft reads one file
-        return
-    # A state dict has tied weights under all of their names; transformers ties them again as it loads.
-    tied = getattr(llm, "all_tied_weights_keys", None) or {}
-    ignored = {name for name, source in tied.items() if source in weights.facts}
-    weights = weights.part(lambda name: name not in ignored)
-    weights = _as_published(llm, weights)
-    if folder is not None:
-        llm.config.dtype = next(fact.dtype for fact in weights.facts.values() if fact.is_floating_point())
-        llm.config.architectures = [type(llm).__name__]
-        llm.config.save_pretrained(folder)
-        if llm.can_generate():
-            llm.generation_config.save_pretrained(folder)
-    write_part(folder, "model", weights, shard_bytes)
-
-
-def _as_published(llm: Any, weights: Weights) -> Weights:
-    """An LLM's weights as checkpoints of its class have them, which for some are other tensors: each expert's own, say.
-
-    One tensor of the model is converted at a time, where that gives what all of them together do; else all are.
-    """
-
-    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        converted: dict[str, Tensor] = revert_weight_conversion(llm, dict(tensors))
-        return converted
-
-    def shapes(facts: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        return {name: fact.shape for name, fact in facts.items()}
-
-    wanted = convert(weights.facts)
-    if shapes(wanted) == shapes(weights.facts):
-        return weights
-    asked = [[name] for name in weights.facts]
-    given = [convert({name: fact}) for name, fact in weights.facts.items()]
-    if shapes({name: fact for part in given for name, fact in part.items()}) != shapes(wanted):
-        asked, given = [[*weights.facts]], [wanted]
-    number = {name: i for i, part in enumerate(given) for name in part}
-    held: dict[int, dict[str, Tensor]] = {}  # the newest part: names are asked for in the order of the facts
-
-    def get(name: str, place: Tensor | None) -> Tensor | None:
-        if number[name] not in held:
-            held.clear()
-            held[number[name]] = convert(weights.part(asked[number[name]].__contains__).all(place is not None))
-        return None if place is None else place.copy_(held[number[name]][name])
-
-    return Weights({name: fact for part in given for name, fact in part.items()}, get)
 
 
 def check_files(export: Path, card: dict[str, Any]) -> None:
@@ -317,7 +178,7 @@ def load_speech_llm(
 
 def with_heads(model: Any, export: Path, mapped: bool = False) -> Any:
     """A model with what an export holds of it beside speech model and LLM: the projector, say."""
-    _fill(model, export, "heads", {name for name in model.state_dict() if not name.startswith(_NO_HEADS)}, mapped)
+    _fill(model, export, "heads", {name for name in model.state_dict() if not name.startswith(NO_HEADS)}, mapped)
     return model
 
 

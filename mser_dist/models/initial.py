@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -66,7 +67,10 @@ def build(
             lora = _lora_of(there)
         _check_adapter(config, there, begin, lora)
     freeze = llm_config.freeze and lora is None
-    llm, tokenizer = build_llm(replace(llm_config, lora=lora, freeze=freeze), config.data.labels, attention, ds_json)
+    llm_config = replace(llm_config, lora=lora, freeze=freeze)
+    # What is trained in bfloat16 is loaded so, but for what adapters are added to: that sum is rounded once.
+    dtype = torch.float32 if begin.adapter and config.llm.lora is None else getattr(torch, config.engine.dtype)
+    llm, tokenizer = build_llm(llm_config, config.data.labels, attention, ds_json, dtype)
     if begin.adapter:
         _fill_adapter(llm, begin.adapter)
         if config.llm.lora is None:

@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from mser_dist.errors import UserError
 from mser_dist.files import LFS_POINTER
-from mser_dist.models import ctranslate2, sources
+from mser_dist.models import ctranslate2, partitioned, sources
 from mser_dist.ranks import distributed
 
 
@@ -51,8 +51,8 @@ def load(
         name: what its `pretrained` says.
         allow_missing: patterns (`*` for anything) of tensors that are meant to be new; those that are, are printed.
         unused: patterns of tensors that nothing is computed with, such as a decoder: they may be there or not.
-        zero3: the resolved DeepSpeed config of a ZeRO-3 run: the weights are partitioned as they load, so that no rank
-            ever holds a whole copy.
+        zero3: the resolved DeepSpeed config of a ZeRO-3 run: each rank reads its part of the weights, where
+            `partitioned.load` can; else transformers partitions each tensor as it loads.
         options: of `from_pretrained`.
 
     Raises `UserError` for tensors that are missing (tied ones are not), unexpected, of another shape or damaged. A
@@ -92,10 +92,14 @@ def load(
     if meant and distributed.discover().is_main:
         print(f"{key}.pretrained={name}: new, as {key}.allow_missing says: {', '.join(sorted(meant))}", file=sys.stderr)
     if zero3:
-        partition = HfDeepSpeedConfig(zero3)  # transformers looks for a living one
         with explained(name, source.path), _quiet():
-            model = model_class.from_pretrained(path, ignore_mismatched_sizes=True, **options)
-        del partition
+            attention = {key: options[key] for key in ("attn_implementation",) if key in options}
+            parts = None if meant else partitioned.load(model_class, model, zero3, **attention)
+            if parts is None:
+                partition = HfDeepSpeedConfig(zero3)  # transformers looks for a living one
+                parts = model_class.from_pretrained(path, ignore_mismatched_sizes=True, **options)
+                del partition
+        model = parts
     if path is None:
         model.config.name_or_path = name  # transformers has put down "None"
     return model

@@ -143,9 +143,11 @@ def build_qformer(config: cfg.QFormerConfig, encoder_width: int, attention: Atte
     )
 
 
-def build_speech(encoder: cfg.EncoderConfig, qformer: cfg.QFormerConfig, attention: Attention) -> SpeechModel:
-    """A fresh speech model for stage 1."""
-    speech_encoder = build_encoder(encoder, attention)
+def build_speech(
+    encoder: cfg.EncoderConfig, qformer: cfg.QFormerConfig, attention: Attention, dtype: torch.dtype = torch.float32
+) -> SpeechModel:
+    """A fresh speech model for stage 1; dtype: of a pretrained encoder."""
+    speech_encoder = build_encoder(encoder, attention, dtype)
     concat = encoder.combine == "concat"
     width = speech_encoder.width * (len(speech_encoder.layers) if concat else 1)
     model = SpeechModel(

@@ -17,6 +17,7 @@ import time
 import warnings
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mser_dist.errors import PassingError
@@ -86,7 +87,7 @@ def _let_go(channel: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nothing, number)
-    for number in map(int, os.listdir("/dev/fd")):
+    for number in [int(path.name) for path in Path("/dev/fd").iterdir()]:
         if number > 2 and number != channel:
             with suppress(OSError):  # the listing's own
                 os.close(number)

@@ -18,6 +18,7 @@ from mser_dist.ranks.distributed import World
 from mser_dist.state import engine_state
 from mser_dist.training import average
 from mser_dist.training.groups import assign, parameter_groups, rates
+from mser_dist.training.supported import check_supported
 from mser_dist.training.timing import Timer
 
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")
@@ -100,7 +101,7 @@ def resolve_json(config: cfg.Common, world_size: int) -> dict[str, Any]:
         plain["data_types"] = {"grad_accum_dtype": "fp32", **plain.get("data_types", {})}
     plain.setdefault("steps_per_print", 10**9)  # our log says more
     try:
-        deepspeed_parts.check_supported(plain)
+        check_supported(plain)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return plain

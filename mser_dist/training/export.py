@@ -9,10 +9,10 @@ import torch
 from mser_dist.config.file import load_training
 from mser_dist.errors import UserError
 from mser_dist.files import read_json
-from mser_dist.models import bases, exported
+from mser_dist.models import bases, exported, publish
 from mser_dist.models.attention import choose
 from mser_dist.models.llm import base_of
-from mser_dist.models.weights import SHARD_BYTES
+from mser_dist.models.weights import SHARD_BYTES, Writers
 from mser_dist.shards.ledger import FILE, Ledger
 from mser_dist.state import engine_state
 from mser_dist.state.checkpoint import FORMAT, step_of
@@ -65,13 +65,13 @@ def export(
     validation = _notes(run).get(step_of(folder), {})
     card = {**facts, **stage.card(), "rescored": rescore.record(expected)}
     card["temperature"] = validation.get("temperature")
-    exported.write(
+    publish.write(
         out,
         model,
         model.state_dict(),
         card,
         getattr(stage, "tokenizer", None),
-        shard_bytes=shard_bytes,
+        writers=Writers(shard_bytes=shard_bytes),
         readme=render(card, out.resolve().name, validation, run, Ledger.kept(run / FILE)),
         ledger=run / FILE,
         check=lambda staging: rescore.check(staging, expected, dtype),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from mser_dist.files import write_json
-from mser_dist.models import exported
-from mser_dist.models.weights import SHARD_BYTES
+from mser_dist.models import publish
+from mser_dist.models.weights import SHARD_BYTES, Writers
 from mser_dist.prediction import mlflow_model
 from mser_dist.ranks import distributed
 from mser_dist.runs.tracking import Tracker
@@ -59,14 +59,13 @@ def export_model(run: Run, validation: dict[str, float], shard_bytes: int = SHAR
     if main:
         readme = render(card, out.resolve().name, validation, out, Ledger.kept(out / FILE))
     card["temperature"] = validation.get("temperature")
-    exported.write(
+    publish.write(
         out / "export",
         stage.model,
         run.engine.weights(),
         card,
         getattr(stage, "tokenizer", None),
-        main=main,
-        shard_bytes=shard_bytes,
+        writers=Writers(run.world.rank, run.world.world_size, shard_bytes),
         readme=readme,
         ledger=out / FILE,
         check=lambda export: rescore.check(export, expected, getattr(torch, run.config.engine.dtype)),

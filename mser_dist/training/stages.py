@@ -56,7 +56,8 @@ class Align:
             if config.encoder.freeze:
                 speech.freeze_encoder()
         else:
-            speech = build_speech(config.encoder, config.qformer, attention)
+            dtype = getattr(torch, config.engine.dtype)
+            speech = build_speech(config.encoder, config.qformer, attention, dtype)
         self.model = Aligner(speech, self.tower.width, config.contrastive)
         self.features = speech.any_encoder.features
         self.bases = self._bases()

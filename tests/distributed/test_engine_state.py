@@ -16,6 +16,7 @@ from mser_dist.errors import UserError
 from mser_dist.files import write_json
 from mser_dist.ranks import distributed
 from mser_dist.state import engine_state, manifest
+from mser_dist.training.supported import check_supported
 from tests.distributed.spawn import run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -362,7 +363,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(two: list[dict[str
 
 def test_settings_whose_state_would_be_lost_are_refused() -> None:
     for settings in CASES.values():
-        deepspeed_parts.check_supported(settings)
+        check_supported(settings)
     nvme = {"device": "nvme", "nvme_path": "/nvme"}
     for said, settings in {
         "offload_optimizer.device=nvme": zero(3, offload_optimizer=nvme),
@@ -372,4 +373,4 @@ def test_settings_whose_state_would_be_lost_are_refused() -> None:
         "bf16_optimizer_states=True": {"bf16": {"enabled": True, "bf16_optimizer_states": True}},
     }.items():
         with pytest.raises(UserError, match=said.replace(".", r"\.")):
-            deepspeed_parts.check_supported(settings)
+            check_supported(settings)

@@ -16,15 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mser_dist import config as cfg
 from mser_dist.cli import main as cli
-from mser_dist.models.attention import Attention
 from mser_dist.models.heard import ledger_of
 from mser_dist.prediction.model import load_model
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.state.engine_state import weights
-from mser_dist.training.engine import resolve_json
-from tests.distributed.spawn import run
 from tests.distributed.test_waveform_gradients import WAVEFORM, partitioned
 from tests.tiny_runs import LLM, lines, mser, stage1, stage2, start
 
@@ -262,22 +258,6 @@ def test_a_pretrained_llm_is_partitioned_as_it_loads(trained: Path) -> None:
     same_from_a_checkpoint(trained)
     words = ["eval", "demo_eval", "data.sets=shards", "stage1=null", "stage2=runs/lora", "out=runs/eval3"]
     assert "on this rank (ZeRO-3)" in mser(*words, "zero3=true", "--nproc", "2", cwd=trained)
-
-
-def whole_copies(rank: int, llm: str, ds_json: dict[str, Any]) -> int:
-    """How many of the LLM's parameters this rank holds whole after loading it for a ZeRO-3 run."""
-    from mser_dist.models.llm import build_llm
-
-    model, _ = build_llm(cfg.LLMConfig(pretrained=llm), cfg.SIX_EMOTIONS, Attention("sdpa", "test"), ds_json)
-    return sum(parameter.numel() > 0 for parameter in model.parameters())
-
-
-def test_no_rank_ever_holds_the_whole_pretrained_llm(trained: Path) -> None:
-    export = trained / "runs/two/export/llm"
-    if not export.exists():
-        mser(*stage2("runs/two", LLM, "train.micro_batch=2"), "--nproc", "2", cwd=trained)
-    ds_json = resolve_json(cfg.Stage2(train=cfg.TrainConfig(global_batch=8)), world_size=2)
-    assert run(whole_copies, 2, str(export), ds_json) == [0, 0]
 
 
 @pytest.mark.drill("bitwise-resume")

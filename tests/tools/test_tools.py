@@ -226,6 +226,15 @@ def test_bench_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert f"{many['ratio']:.2f}" in capsys.readouterr().out
 
 
+def test_bench_load(tmp_path: Path) -> None:
+    out = tmp_path / "load.json"
+    done = run_tool("bench_load", "--mib", 60, "--json", out)
+    assert done.returncode == 0, done.stderr
+    own, other = json.loads(out.read_text())["rows"]
+    assert (own["name"], other["name"]) == ("each rank its part", "transformers")
+    assert 0 < own["ratio"] < other["ratio"] and f"{own['ratio']:.2f}" in done.stdout
+
+
 def test_compare_losses(
     tiny_set: Path,
     prepared: Path,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mser_dist import audio
-from mser_dist.models import exported
+from mser_dist.models import exported, publish
 from mser_dist.shards.index import sound
 from mser_dist.shards.ledger import FILE
 from mser_dist.shards.shard_set import ShardSet
@@ -45,4 +45,4 @@ def republish(run: Path) -> None:
     if model.speech.frozen is None:
         state = dict(model.state_dict())
     del card["files"]
-    exported.write(run / "export", model, state, card, tokenizer, ledger=run / FILE)
+    publish.write(run / "export", model, state, card, tokenizer, ledger=run / FILE)

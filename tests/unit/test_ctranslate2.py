@@ -19,7 +19,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from mser_dist import config as cfg
 from mser_dist.audio import SAMPLE_RATE
 from mser_dist.errors import UserError
-from mser_dist.models import exported, pretrained, sources
+from mser_dist.models import exported, pretrained, publish, sources
 from mser_dist.models.attention import choose
 from mser_dist.models.ctranslate2 import Checkpoint
 from mser_dist.models.encoders import build_encoder
@@ -244,7 +244,7 @@ def exports_without_its_source(pretrained_name: str, export: Path, remove: Calla
     encoder = cfg.EncoderConfig(pretrained=pretrained_name, freeze=True)
     model = build_speech(encoder, cfg.QFormerConfig(queries=2, layers=1, width=32, heads=2), SDPA).eval()
     holder = torch.nn.ModuleDict({"speech": model})
-    exported.write(
+    publish.write(
         export, holder, dict(holder.state_dict()), {"stage": 1, "labels": ["a"], "speech": speech_card(model)}
     )
     remove()

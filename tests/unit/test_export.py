@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 import mser_dist
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
-from mser_dist.models import chat, exported
+from mser_dist.models import chat, exported, publish
 from mser_dist.models.llm import build_llm
 from mser_dist.models.push import push
 from mser_dist.models.speech_llm import SpeechLLM
-from mser_dist.models.weights import Weights, files_of, plan, write_part
+from mser_dist.models.weights import Weights, Writers, files_of, plan, write_part
 from mser_dist.prediction.model import Model
 from mser_dist.training import rescore
 from mser_dist.training.model_card import render
@@ -62,7 +62,7 @@ class Counted:
 def test_no_more_than_one_file_is_in_memory(tmp_path: Path) -> None:
     state = {f"layer.{i}": torch.full((10, 25), float(i)) for i in range(9)} | {"large": torch.zeros(1000)}
     counted = Counted(state)
-    write_part(tmp_path, "model", counted.weights(), shard_bytes=3000)
+    write_part(tmp_path, "model", counted.weights(), Writers(shard_bytes=3000))
     assert counted.most == 4000, "the tensor that alone is larger than a shard"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
@@ -96,8 +96,8 @@ def test_an_export_in_many_files_is_the_same_model(tmp_path: Path) -> None:
     model, tokenizer = model_of()
     card = card_of(model, tokenizer)
     counted = Counted({name: tensor for name, tensor in model.state_dict().items() if "encoder.encoder" not in name})
-    exported.write(tmp_path / "many", model, counted.weights(), card, tokenizer, shard_bytes=20_000)
-    exported.write(tmp_path / "one", model, model.state_dict(), card, tokenizer)
+    publish.write(tmp_path / "many", model, counted.weights(), card, tokenizer, writers=Writers(shard_bytes=20_000))
+    publish.write(tmp_path / "one", model, model.state_dict(), card, tokenizer)
     largest = max(tensor.nbytes for tensor in model.state_dict().values())
     assert counted.most <= max(20_000, largest)
     assert json.loads((tmp_path / "many/card.json").read_text())["format"] == 3
@@ -117,7 +117,7 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     llm, tokenizer = build_llm(cfg.LLMConfig(arch={**LLM, "tie_word_embeddings": True}), LABELS, SDPA)
     model = SpeechLLM(tiny_exports.speech(), llm).eval()
     assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
-    exported.write(tmp_path / "export", model, model.state_dict(), card_of(model, tokenizer), tokenizer)
+    publish.write(tmp_path / "export", model, model.state_dict(), card_of(model, tokenizer), tokenizer)
     with safe_open(tmp_path / "export/llm/model.safetensors", "pt") as opened:
         names = set(opened.keys())
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
@@ -138,7 +138,7 @@ def test_experts_are_written_as_checkpoints_have_them(tmp_path: Path) -> None:
     model.llm.save_pretrained(tmp_path / "theirs")
     counted = Counted({name: tensor for name, tensor in model.state_dict().items() if "encoder.encoder" not in name})
     card = card_of(model, tokenizer)
-    exported.write(tmp_path / "ours", model, counted.weights(), card, tokenizer, shard_bytes=30_000)
+    publish.write(tmp_path / "ours", model, counted.weights(), card, tokenizer, writers=Writers(shard_bytes=30_000))
     found, expected = (
         {name: tensor for file in files_of(tmp_path / folder, "model") for name, tensor in load_file(file).items()}
         for folder in ("ours/llm", "theirs")
@@ -155,13 +155,13 @@ def test_an_adapter_is_pefts_own(tmp_path: Path) -> None:
     from peft import PeftModel
 
     base, tokenizer = model_of()
-    exported.write(tmp_path / "base", base, base.state_dict(), card_of(base, tokenizer), tokenizer)
+    publish.write(tmp_path / "base", base, base.state_dict(), card_of(base, tokenizer), tokenizer)
     folder = str(tmp_path / "base/llm")
     model, _ = model_of(cfg.LoraConfig(rank=2), folder)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    exported.write(tmp_path / "lora", model, model.state_dict(), card_of(model, tokenizer, folder), tokenizer)
+    publish.write(tmp_path / "lora", model, model.state_dict(), card_of(model, tokenizer, folder), tokenizer)
     with torch.no_grad():
         again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "lora/llm"))
         ids = torch.tensor([[1, 5, 7]])
@@ -204,7 +204,7 @@ def test_nor_of_an_adapters_base_in_another_dtype(tmp_path: Path) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     export = tmp_path / "export"
-    exported.write(export, model, model.state_dict(), card_of(model, tokenizer, folder), tokenizer)
+    publish.write(export, model, model.state_dict(), card_of(model, tokenizer, folder), tokenizer)
     plain, mapped = (Model(export, "cpu", "float32", mapped=mapped) for mapped in (False, True))
     assert {name for name in copied(mapped.network) if "lora" not in name} == set()
     found = rescore.heard_by(mapped.network, mapped.scorer(LABELS), "cpu")
@@ -223,7 +223,7 @@ def test_an_export_that_answers_otherwise_is_not_published(tmp_path: Path) -> No
     with torch.no_grad():
         model.speech.queries.neg_()
     with pytest.raises(UserError, match=r"export: the exported model answers otherwise .* it is not published"):
-        exported.write(
+        publish.write(
             tmp_path / "there/export",
             model,
             model.state_dict(),

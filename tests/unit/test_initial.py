@@ -12,7 +12,7 @@ from torch import nn
 
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
-from mser_dist.models import bases, exported, initial
+from mser_dist.models import bases, exported, initial, publish
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.speech import build_speech
@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qformer = cfg.QFormerConfig(queries=2, layers=1, width=16, heads=2)
     aligner = Aligner(build_speech(cfg.EncoderConfig(arch=ENCODER), qformer, SDPA), 4, cfg.ContrastiveConfig(width=8))
     card = {"stage": 1, "labels": LABELS, "text_width": 4, **exported.aligner_card(aligner)}
-    exported.write(folder / "one/export", aligner, aligner.state_dict(), card)
+    publish.write(folder / "one/export", aligner, aligner.state_dict(), card)
     write(folder, "two", *made(config(folder, arch=ARCH)))
     write(folder, "lora", *made(adapting(folder)))
     return folder
@@ -58,7 +58,7 @@ def write(folder: Path, name: str, model: SpeechLLM, tokenizer: Any, base: str |
         if parameter.requires_grad:
             parameter.add_(0.1 * torch.randn_like(parameter))
     card = {"stage": 2, "labels": LABELS, **exported.speech_llm_card(model, base)}
-    exported.write(folder / name / "export", model, model.state_dict(), card, tokenizer)
+    publish.write(folder / name / "export", model, model.state_dict(), card, tokenizer)
 
 
 @torch.no_grad()

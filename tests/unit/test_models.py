@@ -25,7 +25,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from mser_dist import config as cfg
 from mser_dist.errors import UserError
 from mser_dist.evaluation.scoring import AnswerScorer, PromptScorer
-from mser_dist.models import chat, exported, prompts
+from mser_dist.models import chat, exported, prompts, publish
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm
@@ -109,7 +109,7 @@ def test_a_model_comes_back_from_its_export(arch: dict[str, Any], tmp_path: Path
     speech.any_encoder.pad_seconds = 2.5
     model = Aligner(speech, 4, cfg.ContrastiveConfig(width=8)).eval()
     card = {"stage": 1, "labels": LABELS, "text_width": 4, **exported.aligner_card(model)}
-    exported.write(tmp_path / "export", model, model.state_dict(), card)
+    publish.write(tmp_path / "export", model, model.state_dict(), card)
     again = exported.load_aligner(tmp_path / "export", SDPA)
     features = exported.features_of(exported.read_card(tmp_path / "export"))
     assert features == again.speech.any_encoder.features == speech.any_encoder.features
@@ -120,7 +120,7 @@ def test_a_model_comes_back_from_its_export(arch: dict[str, Any], tmp_path: Path
 def test_init_from_brings_its_own_kind_of_encoder(tmp_path: Path) -> None:
     model = Aligner(small_speech(), 4, cfg.ContrastiveConfig(width=8))
     card = {"stage": 1, "labels": LABELS, "text_width": 4, **exported.aligner_card(model)}
-    exported.write(tmp_path / "export", model, model.state_dict(), card)
+    publish.write(tmp_path / "export", model, model.state_dict(), card)
     qformer = cfg.QFormerConfig(queries=3, layers=1, width=16, heads=2)
     same = cfg.Stage1(init_from=str(tmp_path), qformer=qformer, encoder=cfg.EncoderConfig(arch=ARCH))
     same.data.labels = LABELS

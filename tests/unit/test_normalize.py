@@ -13,7 +13,7 @@ from mser_dist.config.validate import check_values
 from mser_dist.encoded.encode import encode_once
 from mser_dist.encoded.measure import bind, describe, statistics_of
 from mser_dist.errors import UserError
-from mser_dist.models import exported
+from mser_dist.models import exported, publish
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.frozen import FrozenEncoder
@@ -155,7 +155,7 @@ def test_a_model_keeps_its_statistics_in_the_export(clips: Examples, tmp_path: P
     assert not torch.equal(given["speech"], plain["speech"])
     model = Aligner(speech, 4, cfg.ContrastiveConfig(width=8)).eval()
     card = {"stage": 1, "labels": LABELS, "text_width": 4, **exported.aligner_card(model)}
-    exported.write(tmp_path / "export", model, model.state_dict(), card)
+    publish.write(tmp_path / "export", model, model.state_dict(), card)
     again = exported.load_aligner(tmp_path / "export", SDPA).speech
     assert again.normalize == "speaker" and isinstance(again.frozen, FrozenEncoder)
     assert again.statistics is not None and "" in again.statistics.clips

@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from mser_dist import config as cfg
-from mser_dist.models import chat, exported
+from mser_dist.models import chat, exported, publish
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.attention import Attention
 from mser_dist.models.llm import build_llm
@@ -35,14 +35,18 @@ def speech(normalize: str = "overall", seed: int = 0) -> SpeechModel:
     return model
 
 
-def stage1(run: Path, normalize: str = "overall", **more: Any) -> Path:
-    """A run folder with the export of a stage 1."""
+def aligner(normalize: str = "overall") -> tuple[Aligner, dict[str, Any]]:
+    """A stage 1 and its card."""
     model = Aligner(speech(normalize), 384, cfg.ContrastiveConfig(width=8)).eval()
     card = {"stage": 1, "labels": LABELS, "languages": ["de"], "corpora": ["made-up"], "clips": 4, "text": TOWER}
+    return model, {**card, "text_width": 384, **exported.aligner_card(model)}
+
+
+def stage1(run: Path, normalize: str = "overall", **more: Any) -> Path:
+    """A run folder with the export of a stage 1."""
+    model, card = aligner(normalize)
     run.mkdir(parents=True, exist_ok=True)
-    exported.write(
-        run / "export", model, model.state_dict(), {**card, "text_width": 384, **exported.aligner_card(model), **more}
-    )
+    publish.write(run / "export", model, model.state_dict(), {**card, **more})
     return run
 
 
@@ -58,7 +62,7 @@ def stage2(run: Path, normalize: str = "overall", **more: Any) -> Path:
         **more,
     }
     run.mkdir(parents=True, exist_ok=True)
-    exported.write(run / "export", model, model.state_dict(), card, tokenizer)
+    publish.write(run / "export", model, model.state_dict(), card, tokenizer)
     return run
 
 
