@@ -211,8 +211,8 @@ def slurm_job() -> Finding:
     if not job:
         found = f"not inside one; JobRequeue={fields.get('JobRequeue')}"
         return ("ok", found, "") if fields.get("JobRequeue") == "1" else ("warn", found, "sbatch --requeue …")
-    end = distributed.job_end()
-    left = "no time limit known" if end is None else f"{timedelta(seconds=round(end - time.time()))} left"
+    seconds = distributed.job_seconds_left()
+    left = "no time limit known" if seconds is None else f"{timedelta(seconds=round(seconds))} left"
     found = f"{job}: {fields.get('NumNodes')} nodes, {fields.get('NumTasks')} tasks, {left}"
     found += f", restart {os.environ.get('SLURM_RESTART_COUNT', '0')}, Requeue={fields.get('Requeue')}"
     remedy = "#SBATCH --requeue: `scontrol requeue` refuses this job, which therefore ends at a preemption"

@@ -7,6 +7,7 @@ parts cover, so that N ranks read the files once between them, in the engine's d
 import copy
 import ctypes
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,7 @@ def _pages_of_their_own() -> Iterator[None]:
     what glibc itself comes to where large tensors are freed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
-    if mallopt is None:
+    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:  # then a person has chosen
         yield
         return
     mallopt(_MMAP_THRESHOLD, 2**20)

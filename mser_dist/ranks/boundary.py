@@ -56,7 +56,7 @@ class Decision(NamedTuple):
 class Boundary:
     """The point between two steps. `stop` is the reason to stop, once the ranks have agreed on one.
 
-    ends: wall-clock time at which the scheduler ends the job, on rank 0. A step's duration and a save's are taken from
+    ends: `time.monotonic` at which the scheduler ends the job, on rank 0. A step's duration and a save's are taken from
     those so far.
     """
 
@@ -146,7 +146,7 @@ class Boundary:
         under_way = 0.0 if self.saves.written else self.saves.seconds  # the last save has to wait for it
         # Two as long as any was; the others go at the pace by which they are so many.
         steps = 2 * self._slowest + (every - 1) * max(self._main_side.durations, default=0.0)
-        return self.ends - time.time() < under_way + time_to_save(self.saves.seconds) + steps
+        return self.ends - time.monotonic() < under_way + time_to_save(self.saves.seconds) + steps
 
 
 class _MainSide:

@@ -9,7 +9,9 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -134,14 +136,15 @@ def _address(node: str) -> str:
     return found[1] if found else node
 
 
-def job_end() -> float | None:
-    """When the scheduler will end this job, as `time.time` counts, or None where that is not known."""
+def job_seconds_left() -> float | None:
+    """Seconds until the scheduler will end this job, or None where that is not known.
+
+    By the scheduler's clock alone, where it can be asked: that of a node may be off.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    if text := os.environ.get("SLURM_JOB_END_TIME"):  # newer versions of SLURM say it
-        return float(text)
-    try:
+    with suppress(OSError, subprocess.SubprocessError, ValueError, KeyError):  # no scontrol in the container, no limit
         shown = subprocess.run(
             ["scontrol", "show", "job", job, "--oneliner"],
             capture_output=True,
@@ -150,10 +153,13 @@ def job_end() -> float | None:
             timeout=20,
             check=True,
         ).stdout
-        found = re.search(r"\bEndTime=(\S+)", shown)
-        return datetime.fromisoformat(found[1]).timestamp() if found else None
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None  # no scontrol in the container, or no limit: EndTime=Unknown
+        said = dict(re.findall(r"\b(RunTime|StartTime|EndTime)=(\S+)", shown))
+        whole = datetime.fromisoformat(said["EndTime"]) - datetime.fromisoformat(said["StartTime"])
+        days, _, hours = said["RunTime"].rpartition("-")
+        run = sum(int(n) * size for n, size in zip(hours.split(":"), (3600, 60, 1), strict=True))
+        return whole.total_seconds() - run - 86400 * int(days or 0)
+    end = os.environ.get("SLURM_JOB_END_TIME")  # newer versions of SLURM say it
+    return float(end) - time.time() if end else None
 
 
 def free_port() -> int:

@@ -88,7 +88,7 @@ def announce(run: "Run", step: int, checked: str) -> None:
                 "free space, or choose another disk with out="
             )
         needed = time_to_save(run.checkpoints.seconds)
-        left = max(0.0, setup.ends - time.time()) if setup.ends else math.inf
+        left = max(0.0, setup.ends - time.monotonic()) if setup.ends else math.inf
         if left < needed:
             problem = (
                 f"the job ends in {left:.0f} s, and a save alone may take {needed:.0f} s: "

@@ -55,7 +55,7 @@ class Setup:
     held_out: ShardSet | None  # for validation
     order: Plan  # of the clips
     total: int  # optimizer steps
-    ends: float | None  # wall-clock time at which the scheduler ends the job, on rank 0
+    ends: float | None  # `time.monotonic` at which the scheduler ends the job, on rank 0
     watchdog: Watchdog
     began: float = field(default_factory=time.monotonic)
 
@@ -116,6 +116,7 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
         traced = config.train.profile_steps
         raise UserError(f"train.profile_steps={traced}: the training has {total} steps: name some of them")
     check_length(config, total)
+    left = distributed.job_seconds_left() if world.is_main else None
     return Setup(
         config,
         world,
@@ -128,7 +129,7 @@ def look_ahead(config: cfg.Stage1 | cfg.Stage2, world: distributed.World) -> Set
         _held_out(config.data),
         order,
         total,
-        ends=distributed.job_end() if world.is_main else None,
+        ends=None if left is None else time.monotonic() + left,
         watchdog=Watchdog(world, config.engine.peer_seconds, config.engine.timeout_minutes * 60),
     )
 

@@ -21,7 +21,7 @@ def boundary(tmp_path: Path, ends: float | None = None, rank: int = 0, save_minu
 
 
 def test_nothing_happens_until_something_does(tmp_path: Path) -> None:
-    quiet = boundary(tmp_path, ends=time.time() + 3600, save_minutes=60.0)
+    quiet = boundary(tmp_path, ends=time.monotonic() + 3600, save_minutes=60.0)
     quiet.poll()
     assert quiet.stop is None and not quiet.save_due
     quiet.flag.number = 12
@@ -43,10 +43,10 @@ def test_minutes_count_from_the_last_save_and_on_rank_0(tmp_path: Path, monkeypa
 
 def test_it_stops_while_there_is_time_to_save(tmp_path: Path) -> None:
     for left, stops in ((time_to_save(0) + 5, False), (time_to_save(0) - 5, True)):
-        short = boundary(tmp_path, ends=time.time() + left)
+        short = boundary(tmp_path, ends=time.monotonic() + left)
         short.poll()
         assert (short.stop is not None) is stops
-    slow = boundary(tmp_path, ends=time.time() + 100)
+    slow = boundary(tmp_path, ends=time.monotonic() + 100)
     slow.saves.seconds = 70.0
     slow.poll()
     assert slow.stop == "the job's time is almost over"
@@ -57,7 +57,7 @@ def test_a_save_under_way_has_to_end_before_the_last_one(
     written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Checkpoints, "written", property(lambda self: written))
-    one = boundary(tmp_path, ends=time.time() + time_to_save(40) + 20)
+    one = boundary(tmp_path, ends=time.monotonic() + time_to_save(40) + 20)
     one.saves.seconds = 40.0
     one.poll()
     assert (one.stop is None) is written

@@ -1,11 +1,13 @@
 import socket
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mser_dist.errors import UserError
-from mser_dist.ranks.distributed import World, check_gpus, discover
+from mser_dist.ranks.distributed import World, check_gpus, discover, job_seconds_left
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NODELIST": "localhost"}
@@ -147,3 +149,25 @@ def test_a_name_that_does_not_resolve_is_looked_up_in_slurm(tmp_path: Path, monk
     assert discover(env).master_addr == "127.0.0.9"
     scontrol.write_text("#!/bin/sh\necho slurm_load_node error >&2\nexit 1\n")
     assert discover(env).master_addr == "node4"
+
+
+def test_the_time_left_is_by_the_schedulers_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of an hour that has run for 3 minutes, on a node whose clock is a minute behind, or an hour before."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert job_seconds_left() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 100))
+    assert job_seconds_left() == pytest.approx(100, abs=5), "without a scontrol, as in a container"
+    scontrol = tmp_path / "scontrol"
+    for ahead in (60, -3600):
+        start = datetime.now().replace(microsecond=0) + timedelta(seconds=ahead - 180)
+        times = f"StartTime={start.isoformat()} EndTime={(start + timedelta(days=1)).isoformat()}"
+        for run, left in (("00:03:00", 86220), ("0-00:03:00", 86220), ("1-00:00:01", -1)):
+            line = f"JobId=7 RunTime={run} TimeLimit=1-00:00:00 SubmitTime=x {times}"
+            scontrol.write_text(f'#!/bin/sh\necho "{line}"\n')
+            scontrol.chmod(0o755)
+            assert job_seconds_left() == left
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    scontrol.write_text('#!/bin/sh\necho "RunTime=00:03:00 StartTime=2026-01-01T00:00:00 EndTime=Unknown"\n')
+    assert job_seconds_left() is None
