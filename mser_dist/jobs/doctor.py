@@ -94,6 +94,7 @@ def _machine(out: Path, world: World) -> Iterator[tuple[str, Callable[[], Findin
     """The checks of one machine, by name, in the order of the report."""
     for name in (
         "packages",
+        "start_up",
         "gpu",
         "attention",
         "deepspeed_ops",

@@ -11,6 +11,7 @@ import resource
 import shutil
 import socket
 import sqlite3
+import subprocess
 import sys
 import sysconfig
 import time
@@ -193,6 +194,25 @@ def deepspeed_ops() -> Finding:
     built = any((folder / "cpu_adam/cpu_adam.so").exists() for folder in folders)
     state = "compiled already" if built else "compiled at the first use, which takes minutes"
     return "ok", f"CPU Adam for optimizer offload: {state} ({cache})", ""
+
+
+_OF_A_RANK = "mser_dist.training.loop, deepspeed.runtime.engine"
+
+
+def start_up(modules: str = _OF_A_RANK) -> Finding:
+    """What a rank imports before it can meet the others, timed in a process of its own, and from which disk."""
+    told = "print(len(sys.modules), time.perf_counter() - began)"
+    code = f"import sys, time; began = time.perf_counter(); import {modules}; {told}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        return "fail", f"a rank's imports break off: {done.stderr.strip()[-200:]}", "install again: make install"
+    count, seconds = done.stdout.split()[-2:]
+    kind = file_system(Path(sysconfig.get_path("purelib")))
+    found = f"a rank imports {int(count):,} modules from {kind}, in {float(seconds):.1f} s here and now"
+    if not kind.startswith(_NETWORK):
+        return "ok", found, ""
+    remedy = "one file that each node mounts (slurm/containers), or a copy of the environment on each node's own disk"
+    return "warn", f"{found}: each of N ranks asks the network disk for all of them at once", remedy
 
 
 def mlflow(out: Path) -> Finding:

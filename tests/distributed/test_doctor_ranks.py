@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -58,13 +59,14 @@ def test_this_machine(tmp_path: Path, no_child_left: None) -> None:
     failed = [check for check in lines.values() if check.status == "fail"]
     assert (ended.returncode, found["ok"]) == ((1, False) if failed else (0, True)), ended.stderr
     expected = "packages gpu attention audio cores memory network hub /dev/shm TMPDIR disk out mlflow slurm all-reduce"
-    assert lines.keys() >= {*expected.split(), "deepspeed ops"}
+    assert lines.keys() >= {*expected.split(), "deepspeed ops", "start up"}
     for check in lines.values():
         assert (check.remedy == "") == (check.status == "ok"), check
         assert {"ok": "✓", "warn": "!", "fail": "✗"}[check.status] + f" {check.name}" in ended.stdout
     # What this project's tests need to run at all.
     for name in ("packages", "attention", "audio", "out", "mlflow", "all-reduce"):
         assert lines[name].status == "ok", lines[name]
+    assert re.search(r"imports [2-6],\d{3} modules from", lines["start up"].found)
     assert "2 ranks" in lines["all-reduce"].found and "MB/s" in lines["all-reduce"].found
     assert "hf_very_secret" not in ended.stdout + report.read_text()
     assert "HF_TOKEN is set" in lines["hub"].found

@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import resource
 import shutil
 import socket
@@ -85,6 +86,15 @@ def test_packages_below_their_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "pip install" in remedy
     assert needing("torch>=999; extra == 'x'")[0] == "warn"
     assert checks.packages("never-installed")[0] == "warn"
+
+
+def test_a_start_from_a_network_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "file_system", lambda path: "nfs4")
+    status, found, remedy = checks.start_up("json")
+    assert status == "warn" and "slurm/containers" in remedy
+    assert re.match(r"a rank imports \d+ modules from nfs4, in \d+\.\d s here and now: each of N ranks", found)
+    status, found, remedy = checks.start_up("not_there_at_all")
+    assert status == "fail" and "not_there_at_all" in found and remedy
 
 
 def test_offload_needs_a_compiler_and_ninja(no_commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
