@@ -196,13 +196,13 @@ def deepspeed_ops() -> Finding:
     return "ok", f"CPU Adam for optimizer offload: {state} ({cache})", ""
 
 
-_OF_A_RANK = "mser_dist.training.loop, deepspeed.runtime.engine"
+_OF_A_RANK = "import mser_dist.training.loop; from mser_dist.deepspeed_module import module; module()"
 
 
-def start_up(modules: str = _OF_A_RANK) -> Finding:
+def start_up(imports: str = _OF_A_RANK) -> Finding:
     """What a rank imports before it can meet the others, timed in a process of its own, and from which disk."""
     told = "print(len(sys.modules), time.perf_counter() - began)"
-    code = f"import sys, time; began = time.perf_counter(); import {modules}; {told}"
+    code = f"import sys, time; began = time.perf_counter(); {imports}; {told}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         return "fail", f"a rank's imports break off: {done.stderr.strip()[-200:]}", "install again: make install"

@@ -90,10 +90,10 @@ def test_packages_below_their_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_start_from_a_network_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "file_system", lambda path: "nfs4")
-    status, found, remedy = checks.start_up("json")
+    status, found, remedy = checks.start_up("import json")
     assert status == "warn" and "slurm/containers" in remedy
     assert re.match(r"a rank imports \d+ modules from nfs4, in \d+\.\d s here and now: each of N ranks", found)
-    status, found, remedy = checks.start_up("not_there_at_all")
+    status, found, remedy = checks.start_up("import not_there_at_all")
     assert status == "fail" and "not_there_at_all" in found and remedy
 
 
