@@ -243,8 +243,8 @@ def _shared_gpu(everywhere: list[str]) -> str | None:
     for rank, gpu in enumerate(everywhere):
         if first.setdefault(gpu, rank) != rank:
             return (
-                f"ranks {first[gpu]} and {rank} have one GPU ({gpu}), and a rank needs its own: start as many processes "
-                "on a machine as it has GPUs (mser … --nproc, --ntasks-per-node), or set CUDA_VISIBLE_DEVICES= to have "
+                f"ranks {first[gpu]} and {rank} have one GPU ({gpu}), and a rank needs its own: start as many "
+                "processes on a machine as it has GPUs (mser … --nproc, --ntasks-per-node), or set CUDA_VISIBLE_DEVICES= to have "
                 "them compute on the CPU"
             )
     return None
