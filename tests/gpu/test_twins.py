@@ -1,7 +1,5 @@
 """The GPU suite without a GPU: what its checks compute, what judges them, and what runs them."""
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -53,7 +51,7 @@ def test_what_the_suite_leaves_to_other_tests_is_there(tmp_path: Path) -> None:
         for file in filter(None, check.tests.split(", ")):
             assert (ROOT / file).is_file(), f"{check.name} names {file}"
     own = [check.name for check in registry.checks().values() if not check.tests]
-    assert own == ["contrastive gradients", "attention sdpa", "ZeRO stages"], "these have their twins below"
+    assert own == ["contrastive gradients", "attention sdpa"], "these have their twins below"
 
 
 # ---- what runs them
@@ -66,18 +64,14 @@ def row(name: str, folder: Path, seconds: float | None = None) -> dict[str, Any]
 
 @pytest.mark.distributed
 def test_a_check_that_breaks_stops_no_other(tmp_path: Path, no_child_left: None) -> None:
-    assert row("crashes", tmp_path) | {"seconds": 0} == {
-        "name": "crashes",
-        "status": "FAILED",
-        "value": None,
-        "seconds": 0,
-        "line": "rank 1 ended with exit code 1: ValueError: what broke",
-    }
+    found = row("crashes", tmp_path)
+    assert (found["status"], found["value"]) == ("FAILED", None)
+    assert found["line"] == "rank 0 ended with exit code 1: ValueError: what broke"
     assert row("dies", tmp_path)["line"].startswith("rank 0 was ended by SIGKILL")
     assert row("cannot", tmp_path)["status"] == "skipped"
     began = time.monotonic()
     found = row("hangs", tmp_path)
-    assert found["status"] == "FAILED" and "was not done after 12 s" in found["line"] and time.monotonic() - began < 30
+    assert found["status"] == "FAILED" and "was not done after 15 s" in found["line"] and time.monotonic() - began < 40
     child = int((tmp_path / "child").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     works = row("works", tmp_path)
@@ -88,22 +82,18 @@ def test_a_check_that_breaks_stops_no_other(tmp_path: Path, no_child_left: None)
 # ---- what they compute
 
 
-def of_two_ranks(rank: int, folder: str) -> list[Result]:
-    os.environ["MSER_FEATURES"] = f"{folder}/features"
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    return [json.loads(json.dumps(work("cpu", Path(folder)))) for work in (gradients.contrastive, trainings.zero)]
+def contrasted(rank: int, folder: str) -> Result:
+    return gradients.contrastive("cpu", Path(folder))
 
 
 @pytest.mark.distributed
-def test_two_ranks_over_gloo(tmp_path: Path) -> None:
-    """The losses by NCCL's branches, which refuse what it would; a stage 2 under each ZeRO stage and hpZ."""
-    one, other = on_ranks(of_two_ranks, 2, str(tmp_path))
-    exchanged = gradients.judge_contrastive([one[0], other[0]])
-    assert exchanged.ok, exchanged.line
-    assert {"all_gather", "reduce_scatter", "all_reduce", "P2POp"} <= one[0]["seen"].keys()
-    stages = trainings.judge_zero([one[1], other[1]])
-    assert stages.ok, stages.line
-    assert set(stages.value) == {"ZeRO-2", "ZeRO-3", "hpZ"}
+def test_nccls_branches_over_gloo(tmp_path: Path) -> None:
+    """With a refusal of what NCCL refuses; the gradients are gloo's, and those of one process in double precision."""
+    results = on_ranks(contrasted, 2, str(tmp_path))
+    found = gradients.judge_contrastive(results)
+    assert found.ok, found.line
+    assert {"all_gather", "reduce_scatter", "all_reduce", "P2POp"} <= results[0]["seen"].keys()
+    assert not gradients.judge_contrastive([results[0], results[1] | {"double": 1e-3}]).ok
 
 
 def test_what_nccl_refuses_is_refused() -> None:
