@@ -201,9 +201,9 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
             check_files(world.world_size, serves, mesh=device != "cuda")
             client, _server = _meet(world, timeout_minutes * 60)
             _store = Store(client, world.rank, world.world_size)
-        if device == "cuda":
-            _check_own_gpu(local)
         if not torch.distributed.is_initialized():
+            if device == "cuda":
+                _check_own_gpu(local)
             _join(world, "nccl" if device == "cuda" else "gloo", timedelta(minutes=timeout_minutes))
     except (RuntimeError, ValueError) as error:
         raise PassingError(

@@ -15,6 +15,7 @@ from mser_dist.ranks.distributed import free_port
 from tests.gpu.registry import Check, Machine, Outcome
 
 ROOT = Path(__file__).parents[2]
+LATE = "was not done after"
 GPUS = "MSER_TEST_GPUS"  # tests/conftest.py hides the GPUs from the tests of the CPU, and keeps here which there were
 
 
@@ -29,6 +30,8 @@ def run(check: Check, machine: Machine, folder: Path, seconds: float | None = No
     results, problem = _on_ranks(check, machine, folder, limit)
     if skipped := next((one["skipped"] for one in results if "skipped" in one), None):
         return _row(check, "skipped", None, time.monotonic() - began, skipped)
+    if problem and limit < check.seconds and LATE in problem:
+        return _row(check, "skipped", None, time.monotonic() - began, "the time of all checks was over, in the middle")
     if problem:
         outcome = Outcome(False, None, problem)
     else:
@@ -99,7 +102,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> tuple[int
         if None not in codes:
             return None
         if time.monotonic() > deadline:
-            return codes.index(None), f"was not done after {seconds:.0f} s"
+            return codes.index(None), f"{LATE} {seconds:.0f} s"
         time.sleep(0.05)
 
 

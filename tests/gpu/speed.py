@@ -36,7 +36,7 @@ def words_of(kind: str, device: str, ranks: int) -> list[str]:
         shared += [f"train.global_batch={8 * ranks}", "engine.peak_tflops=0.01", "train.micro_batch=4"]
         return (stage1 if kind == "stage 1" else stage2)(f"runs/{kind}".replace(" ", "-"), *shared)
     shared += ["engine.dtype=bfloat16", "engine.deepspeed=zero2_bf16", "data.workers=6"]
-    micro = {"stage 1": 64, "stage 2 SmolLM2": 64, "stage 2 1B": 32}[kind]
+    micro = {"stage 1": 256, "stage 2 SmolLM2": 256, "stage 2 1B": 128}[kind]
     shared += [f"train.global_batch={micro * ranks}", f"train.micro_batch={micro}", "train.lr=1e-5"]
     out = f"runs/{kind}".replace(" ", "-")
     if kind == "stage 1":
