@@ -364,21 +364,26 @@ def test_fault_drill_reports_what_failed_and_what_could_not_run(tmp_path: Path) 
     assert "test_bad" in drills["bad"]["detail"] and "no such thing here" in drills["absent"]["detail"]
 
 
-def test_gpu_check(tmp_path: Path) -> None:
+def test_gpu_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The tool itself, with a check that says something on a CPU too; its checks are tested in tests/gpu."""
-    listed = run_tool("gpu_check", "--list", "--device", "cpu")
-    assert listed.returncode == 0 and "attention sdpa" in listed.stdout and "(skipped here: of GPUs" in listed.stdout
+    tool = script("gpu_check")
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", *map(str, words)])
+        return tool.main(), capsys.readouterr().out
+
+    code, listed = run("--list", "--device", "cpu")
+    assert code == 0 and "attention sdpa" in listed and "(skipped here: of GPUs" in listed
     out = tmp_path / "gpu.json"
-    done = run_tool("gpu_check", "--device", "cpu", "--only", "sdpa", "flash_attention_2", "--json", out)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = run("--device", "cpu", "--only", "sdpa", "flash_attention_2", "--json", out)
     report = json.loads(out.read_text())
     first, second = report["rows"]
-    assert (first["name"], first["status"]) == ("attention sdpa", "ok") and first["value"]["from_float32"] < 0.1
+    assert code == 0 and (first["name"], first["status"]) == ("attention sdpa", "ok"), first
+    assert first["value"]["from_float32"] < 0.1
     assert (second["name"], second["status"]) == ("attention flash_attention_2", "skipped")
     assert report["device"]["gpus"] == 0 and {"torch", "transformers", "deepspeed"} <= report["versions"].keys()
-    assert (
-        "1 × cpu: 1 ok, 0 failed, 1 skipped |" in done.stdout and "| attention sdpa | ok: sdpa at worst" in done.stdout
-    )
-    none = run_tool("gpu_check", "--device", "cuda", "--only", "sdpa")
-    assert none.returncode == 1 and "(no GPU" in none.stdout, "where none ran, none is right"
-    assert "there is no check 'sdpo'" in run_tool("gpu_check", "--only", "sdpo").stderr
+    assert "1 × cpu: 1 ok, 0 failed, 1 skipped |" in said and "| attention sdpa | ok: sdpa at worst" in said
+    code, said = run("--only", "sdpa")
+    assert code == 1 and "(no GPU" in said, "where none ran, none is right"
+    with pytest.raises(SystemExit, match="there is no check 'sdpo'"):
+        run("--only", "sdpo")
