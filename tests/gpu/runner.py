@@ -78,6 +78,10 @@ def _on_ranks(check: Check, machine: Machine, folder: Path, seconds: float) -> t
             )
     try:
         problem = _wait(processes, seconds)
+        if problem is not None and LATE in problem[1]:
+            for process in processes:
+                process.send_signal(signal.SIGABRT)  # whose handler writes where it stands
+            time.sleep(2.0)
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
@@ -108,6 +112,12 @@ def _wait(processes: list[subprocess.Popen[bytes]], seconds: float) -> tuple[int
 
 def _said(log: Path) -> str:
     """The line of a log that says most: an error's, else the last one."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = log.read_text(encoding="utf-8", errors="replace")
+    if "Fatal Python error: Aborted" in said:
+        stack = said.partition("Current thread")[2].partition("\n\n")[0].splitlines()[1:]
+        ours = [line for line in stack if "/mser_dist/" in line or "/tests/" in line]
+        where = [" ".join(line.split()) for line in [*stack[:1], *ours[:2]]]
+        return f"it stands at {' < '.join(dict.fromkeys(where))}"[:400]
+    lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or line.startswith("mser: error")]
     return re.sub(r"^\[rank\d+\]: ", "", " ".join((errors or lines or ["it said nothing"])[-1].split()))[:300]

@@ -108,7 +108,7 @@ def judge(results: list[Result]) -> Outcome:
 
 def demo(device: str, folder: Path) -> Result:
     """`mser demo`, as README has it; two processes where there are as many GPUs."""
-    out = folder / "demo"
+    out = folder / "runs/demo"
     command = [sys.executable, "-m", "mser_dist", "demo", "--out", str(out)]
     env = environment(device) | {"MSER_FEATURES": os.environ.get("MSER_FEATURES", "")}
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
