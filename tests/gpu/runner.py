@@ -51,6 +51,8 @@ def environment(device: str) -> dict[str, str]:
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MLFLOW_TRACKING_URI", GPUS)
     env = {name: text for name, text in os.environ.items() if name not in dropped and not name.startswith("SLURM_")}
     env |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    beside = str(Path(sys.executable).parent)  # ninja's place, by which DeepSpeed compiles, where nothing is activated
+    env["PATH"] = f"{beside}{os.pathsep}{env.get('PATH', os.defpath)}"
     env.setdefault("HF_HUB_OFFLINE", "1")
     if device == "cpu":
         return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
