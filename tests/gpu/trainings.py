@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mser_dist.config.file import load_training
+from mser_dist.errors import UserError
 from mser_dist.ranks import distributed
 from mser_dist.synth.write import write_set
 from mser_dist.training.loop import train
@@ -168,10 +169,13 @@ def resume(device: str, folder: Path) -> Result:
     try:
         torch.use_deterministic_algorithms(True)
         runs = _three_runs(ranks, "runs/strict")
-    except RuntimeError as error:  # on all ranks, as they compute the same
+    except (
+        RuntimeError,
+        UserError,
+    ) as error:  # of a step, or of the self-check; on all ranks, as they compute the same
         if "deterministic" not in str(error):
             raise
-        missing = str(error).split(" does not have")[0][:80]
+        missing = " ".join(str(error).split(" does not have")[0].split())[-80:]
         torch.use_deterministic_algorithms(True, warn_only=True)
         runs = _three_runs(ranks, "runs/lenient")
     finally:
