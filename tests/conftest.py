@@ -19,6 +19,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Read by the Hugging Face libraries when they are imported: a test that would download something fails at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# The tests compute on the CPU, as in CI; those of tests/gpu, in processes of their own, on the GPUs that are kept here.
+os.environ.setdefault("MSER_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A test encodes what it needs itself, and leaves nothing in anybody's cache.
 os.environ["MSER_FEATURES"] = tempfile.mkdtemp(prefix="mser-test-features-")
 atexit.register(shutil.rmtree, os.environ["MSER_FEATURES"], ignore_errors=True)

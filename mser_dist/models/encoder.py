@@ -1,7 +1,8 @@
 """What every speech encoder has: which of its layers are used, over how many frames they are averaged, and padding."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -87,12 +88,26 @@ class Encoder(nn.Module, ABC):
 
         Returns (B, T, L, D) features of L layers and the (B, T) mask of each clip's frames.
         """
-        states, frames = self.hidden(speech, lengths)
+        with _one_precision():
+            states, frames = self.hidden(speech, lengths)
         x = torch.stack(states, 2)  # (B, T, L, D)
         if self.pad_seconds is not None:  # else the longest clip fills the batch, and a GPU need not be waited for
             x = x[:, : int(frames.max())]
         mask = torch.arange(x.shape[1], device=x.device) < frames[:, None]
         return (x, mask) if self.stride == 1 else _averaged(x, frames, self.stride)
+
+
+@contextmanager
+def _one_precision() -> Iterator[None]:
+    """Convolutions are computed as matrices are. By torch's default a GPU rounds what goes into those of float32 to the
+    10 bits of TF32, and into products of matrices not: the same weights would say something else there than on a CPU.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _averaged(x: Tensor, frames: Tensor, stride: int) -> tuple[Tensor, Tensor]:

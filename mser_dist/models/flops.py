@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from mser_dist import deepspeed_parts
+from mser_dist.models import attention
 from mser_dist.models.aligner import Aligner
 from mser_dist.models.encoder import Encoder
 from mser_dist.models.encoders import encoder_config
@@ -27,7 +28,8 @@ from mser_dist.models.speech import SpeechModel
 from mser_dist.models.speech_llm import SpeechLLM
 from mser_dist.models.waveform import WaveformEncoder
 
-_FUSED = ("sdpa", "flash_attention_2", "flash_attention_3")  # kernels that compute the scores anew in a backward pass
+# Kernels that compute the scores anew in a backward pass.
+_FUSED = ("sdpa", "flash_attention_2", "flash_attention_3", *attention.HUB)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def sliding_window(config: PreTrainedConfig) -> tuple[int | None, list[str]]:
 
 def is_flash(config: PreTrainedConfig) -> bool:
     """Whether the LLM computes attention by a flash-attn kernel, which takes no mask of blocks."""
-    return str(config.get_text_config()._attn_implementation).startswith("flash")
+    return "flash" in str(config.get_text_config()._attn_implementation)
 
 
 def _as_taken(config: PreTrainedConfig, visible: Tensor, dtype: torch.dtype) -> Tensor:

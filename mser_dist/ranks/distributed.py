@@ -208,6 +208,8 @@ def init(world: World, timeout_minutes: float, device: str) -> None:
             client, _server = _meet(world, timeout_minutes * 60)
             _store = Store(client, world.rank, world.world_size)
         if not torch.distributed.is_initialized():
+            if device == "cuda":
+                _check_own_gpu(local)
             _join(world, "nccl" if device == "cuda" else "gloo", timedelta(minutes=timeout_minutes))
     except (RuntimeError, ValueError) as error:
         raise PassingError(
@@ -229,6 +231,29 @@ def _meet(world: World, seconds: float) -> tuple[Any, Server | None]:
     if world.launcher == "srun":
         return rendezvous.meet(world.rank, world.world_size, world.master_addr, world.master_port, patience=seconds)
     return rendezvous.meet_at(world.rank, world.world_size, world.master_addr, world.master_port, seconds)
+
+
+def _check_own_gpu(local: int) -> None:
+    """Raise `UserError`, on every rank, where two of them compute on one GPU: NCCL cannot. Collective."""
+    import torch
+
+    mine = f"{socket.gethostname()}, {torch.cuda.get_device_properties(local).uuid}"
+    everywhere = store().to_main(mine)
+    if problem := store().agree(_shared_gpu(everywhere) if everywhere is not None else None):
+        raise UserError(problem)
+
+
+def _shared_gpu(everywhere: list[str]) -> str | None:
+    """What to say where two ranks name the same GPU; None where each has its own."""
+    first: dict[str, int] = {}
+    for rank, gpu in enumerate(everywhere):
+        if first.setdefault(gpu, rank) != rank:
+            return (
+                f"ranks {first[gpu]} and {rank} have one GPU ({gpu}), and a rank needs its own: start as many "
+                "processes on a machine as it has GPUs (mser … --nproc, --ntasks-per-node); "
+                "CUDA_VISIBLE_DEVICES= has them compute on the CPU"
+            )
+    return None
 
 
 def _join(world: World, backend: str, limit: timedelta) -> None:

@@ -65,8 +65,8 @@ def telemetry(out: ContrastiveOutput) -> Tensor:
 class Wrapped:
     """A model under DDP, one of the ZeRO stages, or nothing but the mean over ranks that they take."""
 
-    def __init__(self, kind: str, rank: int, ranks: int, folder: str) -> None:
-        model = Towers(SCALE) if "bound" in kind else Towers()
+    def __init__(self, kind: str, rank: int, ranks: int, folder: str, device: str = "cpu") -> None:
+        model = (Towers(SCALE) if "bound" in kind else Towers()).to(device)
         self.ranks = ranks
         self.ddp = DistributedDataParallel(model) if kind == "ddp" else None
         self.engine = None
@@ -76,7 +76,7 @@ class Wrapped:
             path.write_text(json.dumps({"zero_optimization": {"stage": int(kind[-1]), **small}}))
             train = cfg.TrainConfig(global_batch=4 * ranks, lr=0.0, grad_clip=0.0)  # steps that change nothing
             config = cfg.Stage1(train=train, engine=cfg.EngineConfig(deepspeed=str(path)))
-            self.engine = Engine(model, config, World(rank, ranks), total=10**6, device="cpu")
+            self.engine = Engine(model, config, World(rank, ranks), total=10**6, device=device)
         self.model = model
 
     def gradients(self, chunks: list[dict[str, Tensor]], loss: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:

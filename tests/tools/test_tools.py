@@ -371,3 +371,28 @@ def test_fault_drill_reports_what_failed_and_what_could_not_run(tmp_path: Path) 
     assert [drills[name]["passed"] for name in ("good", "bad", "absent")] == [True, False, False]
     assert drills["good"]["detail"] == "seen: 3"
     assert "test_bad" in drills["bad"]["detail"] and "no such thing here" in drills["absent"]["detail"]
+
+
+def test_gpu_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tool itself, with a check that says something on a CPU too; its checks are tested in tests/gpu."""
+    tool = script("gpu_check")
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", *map(str, words)])
+        return tool.main(), capsys.readouterr().out
+
+    code, listed = run("--list", "--device", "cpu")
+    assert code == 0 and "attention sdpa" in listed and "(skipped here: of GPUs" in listed
+    out = tmp_path / "gpu.json"
+    code, said = run("--device", "cpu", "--only", "sdpa", "flash_attention_2", "--json", out)
+    report = json.loads(out.read_text())
+    first, second = report["rows"]
+    assert code == 0 and (first["name"], first["status"]) == ("attention sdpa", "ok"), first
+    assert first["value"]["from_float32"] < 0.1
+    assert (second["name"], second["status"]) == ("attention flash_attention_2", "skipped")
+    assert report["device"]["gpus"] == 0 and {"torch", "transformers", "deepspeed"} <= report["versions"].keys()
+    assert "1 × cpu: 1 ok, 0 failed, 1 skipped |" in said and "| attention sdpa | ok: sdpa at worst" in said
+    code, said = run("--only", "sdpa")
+    assert code == 1 and "(no GPU" in said, "where none ran, none is right"
+    with pytest.raises(SystemExit, match="there is no check 'sdpo'"):
+        run("--only", "sdpo")

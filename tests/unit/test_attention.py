@@ -128,3 +128,25 @@ def test_models_without_a_flash_path_get_sdpa() -> None:
     assert fallback.kernel == "sdpa" and "Without" in fallback.reason
     eager = Attention("eager", "asked for")
     assert supported_by(Without, eager) is eager
+
+
+HUB = ("kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3")
+
+
+def test_kernels_of_the_hub_are_taken_by_name_alone(gpu: Callable[[set[str], tuple[int, int]], None]) -> None:
+    """They are code that is fetched: what stands in the log line is why they are not taken."""
+    gpu({"kernels"}, (9, 0))
+    found = choose("auto", HALF, "cuda")
+    assert found.kernel == "sdpa" and all(f"{kernel}: by name alone" in found.reason for kernel in HUB)
+    gpu(set(), (9, 0))
+    assert "kernels-community" not in choose("auto", HALF, "cuda").reason
+    with pytest.raises(UserError, match=r"the Python module kernels is not installed \(`pip install kernels`\)"):
+        choose(HUB[0], HALF, "cuda")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kernels") is not None, reason="kernels is installed")
+def test_a_kernel_of_the_hub_that_does_not_load_is_one_line(gpu: Callable[[set[str], tuple[int, int]], None]) -> None:
+    gpu({"kernels"}, (9, 0))  # as it seems: transformers then does not find it
+    with pytest.raises(UserError, match="the hub's kernels-community/flash-attn2 cannot be loaded") as caught:
+        choose(HUB[0], HALF, "cuda")
+    assert "\n" not in str(caught.value)
