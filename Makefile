@@ -1,12 +1,14 @@
 # `make` lists the targets. On a bare Debian or Ubuntu only Python >= 3.11 with its venv module is needed.
 # Overridable: PYTHON (which interpreter makes the environment), VENV (where), PIP (which pip), TORCH_ARGS (options for
-# the torch install alone, e.g. --index-url of a CPU or CUDA wheel index), DEMO (options for `mser demo`), PYTEST_ARGS.
+# the torch install alone, e.g. --index-url of a CPU or CUDA wheel index), DEMO (options for `mser demo`), PYTEST_ARGS,
+# APART (the tests that `make test` runs last, of which .ci/run runs each beside something else).
 PYTHON ?= python3
 VENV ?= .venv
 PIP ?= $(VENV)/bin/python -m pip
 TORCH_ARGS ?=
 DEMO ?=
 PYTEST_ARGS ?=
+APART ?= tests/slurm tests/lab
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -45,8 +47,9 @@ demo: $(STAMP)  ## synthesise speech, train both stages on two workers, print th
 
 test: $(STAMP)  ## every test; those of tests/slurm where SLURM is installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models tests/tools tests/distributed -n 2 --dist loadfile $(PYTEST_ARGS)
-	$(BIN)/python -m pytest --ignore=tests/unit --ignore=tests/models --ignore=tests/tools --ignore=tests/distributed $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models tests/tools tests/distributed tests/gpu -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(if $(APART),$(BIN)/python -m pytest $(APART) $(PYTEST_ARGS))
 	@{ $(HAVE_LAB); } >/dev/null || echo "make: no PostgreSQL or Chromium here, their tests were skipped: make test-lab installs them and runs them"
 	@{ $(HAVE_SLURM); } >/dev/null || echo "make: no SLURM here, its tests were skipped: make test-slurm installs it and runs them"
 
