@@ -39,7 +39,7 @@ class Saves:
         raise UserError("a part could not be written")
 
 
-def decide(rank: int, ranks: int, port: int, spacing: float, found: "Queue[Any]") -> None:
+def decide(rank: int, ranks: int, port: int, spacing: float, step_together: Any, found: "Queue[Any]") -> None:
     boundary.SPACING = spacing
     distributed.join_store(World(rank, ranks, rank, "127.0.0.1", port, "torchrun"), 60)
     saves, flag = Saves(), Flag()
@@ -47,6 +47,7 @@ def decide(rank: int, ranks: int, port: int, spacing: float, found: "Queue[Any]"
     stopped = seen = failed = None
     for step in range(100):
         time.sleep(0.01)
+        step_together.wait(30)  # as a training's collectives make them
         if step == 5:
             saves.written = False
             one.saved()
@@ -73,7 +74,8 @@ def decide(rank: int, ranks: int, port: int, spacing: float, found: "Queue[Any]"
 def test_what_one_rank_is_told_all_do_behind_the_same_step(spacing: float) -> None:
     ranks, port = 4, free_port()
     found: Queue[Any] = CONTEXT.Queue()
-    processes = [CONTEXT.Process(target=decide, args=(r, ranks, port, spacing, found)) for r in range(ranks)]
+    together = CONTEXT.Barrier(ranks)
+    processes = [CONTEXT.Process(target=decide, args=(r, ranks, port, spacing, together, found)) for r in range(ranks)]
     for process in processes:
         process.start()
     answers = sorted(found.get(timeout=100) for _ in processes)
