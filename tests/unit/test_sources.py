@@ -1,4 +1,7 @@
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,3 +90,19 @@ def test_hub_errors_become_one_line() -> None:
     assert str(error).startswith("cannot load the pretrained model 'a/b': 401 Client Error; ")
     assert "\n" not in str(error)
     assert "TimeoutError" in str(sources.explain("a/b", TimeoutError()))
+
+
+def test_a_model_of_the_hub_lies_in_its_cache(tmp_path: Path) -> None:
+    """As `huggingface_hub` lays it out, which it reads where this process' variables say when it is imported."""
+    model = tmp_path / "hub/models--org--llm"
+    snapshot = model / "snapshots/0123abc"
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("0123abc")
+    for name in ("config.json", "model-00001-of-00001.safetensors"):
+        (snapshot / name).write_text("{}")
+    code = "from mser_dist.models import bases, sources; source = sources.resolve('org/llm');"
+    code += "print(sources.folder_of(source), *bases.files_of(source))"
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [str(snapshot), str(snapshot / "model-00001-of-00001.safetensors")], done.stderr
