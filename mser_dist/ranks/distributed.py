@@ -144,7 +144,8 @@ def job_seconds_left() -> float | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    with suppress(OSError, subprocess.SubprocessError, ValueError, KeyError):  # no scontrol in the container, no limit
+    # No scontrol in the container, another job's answer, or no limit.
+    with suppress(OSError, subprocess.SubprocessError, ValueError, KeyError, StopIteration):
         shown = subprocess.run(
             ["scontrol", "show", "job", job, "--oneliner"],
             capture_output=True,
@@ -153,7 +154,9 @@ def job_seconds_left() -> float | None:
             timeout=20,
             check=True,
         ).stdout
-        said = dict(re.findall(r"\b(RunTime|StartTime|EndTime)=(\S+)", shown))
+        # Of an array's last task the others are shown too, whose number is the array's.
+        line = next(line for line in shown.splitlines() if re.match(rf"\s*JobId={job}\b", line))
+        said = dict(re.findall(r"\b(RunTime|StartTime|EndTime)=(\S+)", line))
         whole = datetime.fromisoformat(said["EndTime"]) - datetime.fromisoformat(said["StartTime"])
         days, _, hours = said["RunTime"].rpartition("-")
         run = sum(int(n) * size for n, size in zip(hours.split(":"), (3600, 60, 1), strict=True))

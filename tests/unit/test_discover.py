@@ -165,9 +165,10 @@ def test_the_time_left_is_by_the_schedulers_clock(tmp_path: Path, monkeypatch: p
         times = f"StartTime={start.isoformat()} EndTime={(start + timedelta(days=1)).isoformat()}"
         for run, left in (("00:03:00", 86220), ("0-00:03:00", 86220), ("1-00:00:01", -1)):
             line = f"JobId=7 RunTime={run} TimeLimit=1-00:00:00 SubmitTime=x {times}"
-            scontrol.write_text(f'#!/bin/sh\necho "{line}"\n')
+            others = line.replace("JobId=7 ", "JobId=8 ArrayJobId=7 ").replace(run, "00:00:09")
+            scontrol.write_text(f'#!/bin/sh\necho "{others}"\necho "{line}"\necho "{others}"\n')
             scontrol.chmod(0o755)
             assert job_seconds_left() == left
     monkeypatch.delenv("SLURM_JOB_END_TIME")
-    scontrol.write_text('#!/bin/sh\necho "RunTime=00:03:00 StartTime=2026-01-01T00:00:00 EndTime=Unknown"\n')
+    scontrol.write_text('#!/bin/sh\necho "JobId=7 RunTime=00:03:00 StartTime=2026-01-01T00:00:00 EndTime=Unknown"\n')
     assert job_seconds_left() is None
