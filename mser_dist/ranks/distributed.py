@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -137,15 +136,13 @@ def _address(node: str) -> str:
 
 
 def job_seconds_left() -> float | None:
-    """Seconds until the scheduler will end this job, or None where that is not known.
-
-    By the scheduler's clock alone, where it can be asked: that of a node may be off.
-    """
+    """Seconds until the scheduler will end this job, by this node's clock, or None where that is not known."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    # No scontrol in the container, another job's answer, or no limit.
-    with suppress(OSError, subprocess.SubprocessError, ValueError, KeyError, StopIteration):
+    if text := os.environ.get("SLURM_JOB_END_TIME"):  # newer versions of SLURM say it
+        return float(text) - time.time()
+    try:
         shown = subprocess.run(
             ["scontrol", "show", "job", job, "--oneliner"],
             capture_output=True,
@@ -154,15 +151,10 @@ def job_seconds_left() -> float | None:
             timeout=20,
             check=True,
         ).stdout
-        # Of an array's last task the others are shown too, whose number is the array's.
-        line = next(line for line in shown.splitlines() if re.match(rf"\s*JobId={job}\b", line))
-        said = dict(re.findall(r"\b(RunTime|StartTime|EndTime)=(\S+)", line))
-        whole = datetime.fromisoformat(said["EndTime"]) - datetime.fromisoformat(said["StartTime"])
-        days, _, hours = said["RunTime"].rpartition("-")
-        run = sum(int(n) * size for n, size in zip(hours.split(":"), (3600, 60, 1), strict=True))
-        return whole.total_seconds() - run - 86400 * int(days or 0)
-    end = os.environ.get("SLURM_JOB_END_TIME")  # newer versions of SLURM say it
-    return float(end) - time.time() if end else None
+        found = re.search(r"\bEndTime=(\S+)", shown)
+        return datetime.fromisoformat(found[1]).timestamp() - time.time() if found else None
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None  # no scontrol in the container, or no limit: EndTime=Unknown
 
 
 def free_port() -> int:
