@@ -109,11 +109,11 @@ def _work(planned: Plan, left: Sequence[Left], nproc: int, flag: preempt.Flag, f
     with tracked(tracking, place, {"mser.stage": "folds"}, chosen(planned.base) | facts, True) as tracker:
         assert tracker is not None
         for one in left:
-            _fold(one, len(left), nproc, flag, tracker.run_id)
+            _fold(one, len(left), nproc, flag, str(place.resolve()))
         _pool(planned, tracker)
 
 
-def _fold(left: Left, of: int, nproc: int, flag: preempt.Flag, parent: str | None) -> None:
+def _fold(left: Left, of: int, nproc: int, flag: preempt.Flag, parent: str) -> None:
     fold = left.fold
     named = f"fold {fold.number}/{of}"
     stopped = Stopped(f"fold {fold.number} of {of}", None, "before its end; the same command goes on from there")
@@ -124,7 +124,7 @@ def _fold(left: Left, of: int, nproc: int, flag: preempt.Flag, parent: str | Non
         if flag.number:
             raise stopped
         _say(f"{named}: {step} without {_names(fold)}")
-        words = [*training.words, *([f"tracking.parent={parent}"] if parent else [])]
+        words = [*training.words, f"tracking.parent={parent}"]
         code = local_ranks.local(nproc, ["train", *words])
         if code in _STOPPED:
             raise stopped

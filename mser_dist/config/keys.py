@@ -186,7 +186,7 @@ class TrackingConfig(Section):
     run_name: str | None = opt(None, "name of the MLflow run; null: the run folder's name")
     enabled: Bool = opt(True, "log to MLflow; the JSONL log in the run folder is always written")
     parent: str | None = opt(
-        None, "id of the MLflow run that this one is a part of, e.g. a sweep's (`mser sweep` sets it)"
+        None, "MLflow run that this one is a part of, e.g. a sweep's (`mser sweep` sets it): its id or run folder"
     )
     model: Literal["link", "copy", "off"] = opt(
         "link",

@@ -245,20 +245,20 @@ def join(planned: Sequence[Trial], ranks: int = 1, command: str = "") -> None:
     try:
         if handle is None:
             raise UserError(f"{folder}: another `mser sweep` is submitting it")
+        for trial in planned:
+            trial.config.tracking.parent = str(place.resolve())
+            if trial.evaluation is not None:
+                trial.evaluation.tracking.parent = trial.config.tracking.parent
         tracking_sync.prepare_mlflow(uri)
         tracking_sync.Sender(place, record, uri).send()
     except UserError:
         raise
     except Exception as error:  # the tracker is never worth a training
-        tracking_sync.say(f"warning: MLflow {tracking_sync.trouble(error)}: the runs of the sweep have no parent there")
-        return
+        what = "the runs of the sweep have no parent there until it answers"
+        tracking_sync.say(f"warning: MLflow {tracking_sync.trouble(error)}: {what}")
     finally:
         if handle is not None:
             unlock_file(handle)
-    for trial in planned:
-        trial.config.tracking.parent = record.run_id
-        if trial.evaluation is not None:
-            trial.evaluation.tracking.parent = record.run_id
 
 
 def _noted(trial: Trial, ranks: int) -> dict[str, Any]:

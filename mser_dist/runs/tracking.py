@@ -24,6 +24,7 @@ from mser_dist.runs.record import run_id_of as run_id_of  # callers have it from
 from mser_dist.runs.sync import Sender, prepare_mlflow, refused, say, trouble
 from mser_dist.tables import count
 
+_PARENT = "mlflow.parentRunId"
 COMMAND = "mser.command"  # the tag with the command that repeats a run
 
 # All in seconds.
@@ -57,8 +58,10 @@ class Tracker:
         if cut:  # a kill in the middle of a line: the next one begins afresh
             self._log.write("\n")
         self._first_byte = log.stat().st_size
-        if parent := getattr(config, "parent", None):
-            tags = {**tags, "mlflow.parentRunId": parent}
+        if (parent := config.parent) and Path(parent).is_dir():  # MLflow may not have told its id yet
+            links = {**(links or {}), _PARENT: Path(parent)}
+        elif parent:
+            tags = {**tags, _PARENT: parent}
         tags = {name: redact(value) if name == COMMAND else value for name, value in tags.items()}
         if COMMAND in tags:
             tags = {"mlflow.note.content": _note("", tags), **tags}

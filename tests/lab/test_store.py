@@ -17,6 +17,9 @@ from tests.unit.test_sweep import (
     test_the_runs_are_children_of_one_mlflow_run as test_the_runs_of_a_sweep,
 )
 from tests.unit.test_tracking import (
+    test_a_run_is_linked_to_another_one_that_gets_its_id_later as test_stage_2_is_linked,
+)
+from tests.unit.test_tracking import (
     test_a_run_that_was_made_but_not_noted_down_is_found as test_a_run_that_was_not_noted_down,
 )
 from tests.unit.test_tracking import (
@@ -24,9 +27,6 @@ from tests.unit.test_tracking import (
 )
 from tests.unit.test_tracking import (
     test_all_of_a_run_is_in_mlflow_and_a_resume_continues_it as test_all_of_a_run,
-)
-from tests.unit.test_tracking import (
-    test_stage_2_is_linked_to_a_stage_1_that_gets_its_id_later as test_stage_2_is_linked,
 )
 from tests.unit.test_tracking import (
     test_the_status_tells_how_a_run_ended as test_the_status,

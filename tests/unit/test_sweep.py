@@ -107,7 +107,8 @@ def test_the_runs_are_children_of_one_mlflow_run(tmp_path: Path, monkeypatch: py
     client = client_of(tmp_path / "runs")
     (experiment,) = (e for e in client.search_experiments() if e.name == "mser-demo")
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`mser.sweep` = '{tmp_path}/runs/x'")
-    assert parents == {run.info.run_id} and run.info.run_name == "x" and run.info.status == "RUNNING"
+    assert parents == {f"{tmp_path}/runs/x/sweep"} and run_id_of(f"{tmp_path}/runs/x/sweep") == run.info.run_id
+    assert run.info.run_name == "x" and run.info.status == "RUNNING"
     assert run.data.params == {"seed": "0,1"} and "seed=0,1,2" in run.data.tags["mlflow.note.content"]
 
 
@@ -118,7 +119,7 @@ def test_a_dead_mlflow_does_not_hold_up_a_sweep(
     planned = sweep.trials("demo_stage1", [*BASE, "seed=0,1", f"tracking.uri=http://127.0.0.1:{free_port()}"])
     sweep.join(planned)
     assert "have no parent there" in capfd.readouterr().err
-    assert {trial.config.tracking.parent for trial in planned} == {None}
+    assert {trial.config.tracking.parent for trial in planned} == {f"{tmp_path}/runs/x/sweep"}, "for when it answers"
 
 
 def test_tracking_that_is_off_stays_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +293,7 @@ def test_a_sweep_is_ranked_in_its_folder_and_in_mlflow(
     how: dict[str, Any] = {"enabled": True, "experiment": "mser-demo"}
     for trial, right in zip(planned, (0.3, 0.7), strict=True):
         assert trial.evaluation
-        assert trial.config.tracking.parent == trial.evaluation.tracking.parent == parent
+        assert trial.config.tracking.parent == trial.evaluation.tracking.parent == str(out / "sweep")
         trained = train(Path(trial.config.out), *as_words(trial.config), **how)
         given = {"stage1": answers(shards, right)}
         evaluate(Path(trial.evaluation.out), shards, given, *as_words(trial.evaluation), stages={1: trained}, **how)

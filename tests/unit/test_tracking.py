@@ -268,18 +268,23 @@ def test_a_run_folder_of_an_earlier_version_is_synced(runs: Path) -> None:
     assert history(out, "loss") == [(1, 3.0)] and run.data.tags["mser.stage"] == "2"
 
 
-def test_stage_2_is_linked_to_a_stage_1_that_gets_its_id_later(runs: Path) -> None:
-    one, two = runs / "one", runs / "two"
+def test_a_run_is_linked_to_another_one_that_gets_its_id_later(runs: Path) -> None:
+    one, two, three = runs / "one", runs / "two", runs / "three"
     start(one, enabled=False).close("FINISHED")
     config = cfg.TrackingConfig(experiment=f"test-{runs.name}")
-    config.parent = "0123456789abcdef0123456789abcdef"  # type: ignore[attr-defined,unused-ignore]
+    config.parent = "0123456789abcdef0123456789abcdef"
     with tracked(config, *_prepared(two), links={"mser.stage1_run_id": one}):
         pass
     assert "mser.stage1_run_id" not in run_of(two).data.tags
-    assert run_of(two).data.tags["mlflow.parentRunId"] == config.parent  # type: ignore[attr-defined,unused-ignore]
-    sync(one)
-    sync(two)
+    assert run_of(two).data.tags["mlflow.parentRunId"] == config.parent
+    config.parent = str(one)  # as those of a sweep and of folds: MLflow may answer them late
+    with tracked(config, *_prepared(three)):
+        pass
+    assert "mlflow.parentRunId" not in run_of(three).data.tags
+    for run in (one, two, three):
+        sync(run)
     assert run_of(two).data.tags["mser.stage1_run_id"] == run_id_of(one)
+    assert run_of(three).data.tags["mlflow.parentRunId"] == run_id_of(one)
 
 
 def test_a_run_that_was_made_but_not_noted_down_is_found(runs: Path) -> None:
