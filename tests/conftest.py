@@ -23,6 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MSER_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# As `make test` has it. Tests fork processes that have computed: of several threads of OpenMP they would wait for ever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A test encodes what it needs itself, and leaves nothing in anybody's cache.
 os.environ["MSER_FEATURES"] = tempfile.mkdtemp(prefix="mser-test-features-")
 atexit.register(shutil.rmtree, os.environ["MSER_FEATURES"], ignore_errors=True)

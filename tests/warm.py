@@ -6,11 +6,14 @@ too. What is about a process' beginning, or needs variables that are read then, 
 """
 
 import atexit
+import ctypes
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +33,9 @@ IMPORTED += ["deepspeed.runtime.zero.muon.original_muon", "transformers.trainer_
 IMPORTED += ["mlflow.store.tracking.sqlalchemy_store"]
 # What does to a rank what a drill says: where processes begin with Python itself, it finds this by PYTHONPATH.
 INJECTED = Path(__file__).parent / "faults/inject/sitecustomize.py"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_WITH_THREADS = ("demo", "folds")  # commands that compute and track themselves, and start ranks
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 CONTEXT = multiprocessing.get_context("forkserver")
 multiprocessing.set_forkserver_preload(IMPORTED)
 
@@ -86,15 +92,20 @@ class _Rank:
         self.returncode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
+        said = [stdout.fileno()] * 2 if stdout is not None else [1, 2]
+        if _nursery is not None:
+            socket.send_fds(_nursery, [pickle.dumps((command[3:], dict(env)))], said)
+            self.pid = int(_nursery.recv(20))
+            return
         self.pid = os.fork()
         if self.pid == 0:
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the launcher's
+            for number in _SIGNALS:  # the launcher's
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             preempt._listening = None
             if preexec_fn is not None:
                 preexec_fn()
-            _become(command[3:], env, [stdout.fileno()] * 2 if stdout is not None else [1, 2])
+            _become(command[3:], env, said)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -118,10 +129,54 @@ class _Rank:
         self.send_signal(signal.SIGKILL)
 
 
+_nursery: socket.socket | None = None
+
+
+def _begin_nursery() -> socket.socket:
+    """A process that forks the ranks of this one, and has none of the threads that this one will have.
+
+    What is forked while another thread holds a lock, of MLflow's or of OpenMP's, waits for it for ever. The ranks are
+    this process' children all the same.
+    """
+    system, launcher = ctypes.CDLL(None), os.getpid()
+    system.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        theirs.close()
+        return ours
+    ours.close()
+    for number in (signal.SIGINT, *_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        asked, said, _, _ = socket.recv_fds(theirs, 1 << 20, 2)
+        if not asked:
+            os._exit(0)
+        if between := os.fork():
+            os.waitpid(between, 0)
+            for file in said:
+                os.close(file)
+            continue
+        if os.fork():
+            os._exit(0)
+        while os.getppid() != launcher:
+            time.sleep(0.001)
+        system.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # as `local_ranks` has it
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        theirs.send(str(os.getpid()).encode())
+        theirs.close()
+        words, env = pickle.loads(asked)
+        _become(words, env, said)
+
+
 def _command(words: list[str], cwd: str, env: dict[str, str], names: list[str]) -> NoReturn:
+    global _nursery
     from mser_dist.jobs import local_ranks
 
     os.chdir(cwd)
+    if words[0] in _WITH_THREADS:
+        _nursery = _begin_nursery()
     forks: Any = SimpleNamespace(Popen=_Rank, TimeoutExpired=subprocess.TimeoutExpired)
     local_ranks.subprocess = forks  # in this process alone
     _become(words, env, [os.open(name, os.O_WRONLY) for name in names])
