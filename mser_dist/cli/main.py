@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mser_dist import __version__
-from mser_dist.cli import compare, export, jobs, plan, predict, report, runs, sets
+from mser_dist.cli import compare, export, jobs, plan, predict, report, runs, sets, translate
 from mser_dist.errors import Stopped, UserError
 from mser_dist.quiet import hush
 from mser_dist.ranks import preempt
@@ -155,7 +155,7 @@ def _parser() -> _Parser:
             help="overrides; mser config --keys stage1 lists them",
         )
 
-    for subject in (runs, compare, report, predict, export, sets, plan, jobs):
+    for subject in (runs, compare, report, predict, export, sets, translate, plan, jobs):
         subject.add_verbs(verb, config_words)
     parser.verbs = list(verbs.choices)
     return parser

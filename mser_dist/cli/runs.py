@@ -128,7 +128,7 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
         sub = verb(name, run, help, more)
         config_words(sub)
         sub.add_argument("--nproc", type=int, metavar="N", help="start N processes on this machine")
-    sub.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="only the I-th of N parts, I from 0")
+    sub.add_argument("--part", type=part_of, default=(0, 1), metavar="I/N", help="only the I-th of N parts, I from 0")
     sub.add_argument("--dry-run", action="store_true", help="only say how much there is to do")
 
     folds = verb("folds", _folds, "cross-validation by speaker: train and evaluate every fold, and pool", _FOLDS_HELP)
@@ -147,7 +147,9 @@ def add_verbs(verb: Verb, config_words: Callable[[argparse.ArgumentParser], None
     config = verb("config", _config, "list presets, print a resolved config, or explain the keys")
     config.add_argument("config", nargs="?", metavar="CONFIG", help="print this config with every default resolved")
     config.add_argument("words", metavar="key=value", nargs="*", default=[], help="overrides")
-    config.add_argument("--keys", choices=("stage1", "stage2", "eval"), help="explain every key of a kind of config")
+    config.add_argument(
+        "--keys", choices=("stage1", "stage2", "eval", "translate"), help="explain every key of a kind of config"
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -165,7 +167,8 @@ def _demo(options: argparse.Namespace) -> None:
     )
 
 
-def _part(text: str) -> tuple[int, int]:
+def part_of(text: str) -> tuple[int, int]:
+    """I/N of an option as numbers."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     part = (int(found[1]), int(found[2])) if found else (0, 0)
     if part[0] >= part[1]:
@@ -273,7 +276,12 @@ def _config(options: argparse.Namespace) -> None:
     if options.keys:
         from mser_dist.config.fields import key_table
 
-        cls = {"stage1": config.Stage1, "stage2": config.Stage2, "eval": config.Evaluation}[options.keys]
+        cls = {
+            "stage1": config.Stage1,
+            "stage2": config.Stage2,
+            "eval": config.Evaluation,
+            "translate": config.TranslateConfig,
+        }[options.keys]
         for key, kind, default, help in key_table(cls):
             print(f"{key} ({kind}) = {default}\n    {help}")
     elif options.config:

@@ -24,6 +24,7 @@ from mser_dist.config.model_keys import (
     QFormerConfig,
     TextConfig,
 )
+from mser_dist.config.translation_keys import SelectionConfig, SpeechConfig, TranslateConfig
 
 __all__ = [
     "BASELINES",
@@ -45,12 +46,15 @@ __all__ = [
     "ProtocolConfig",
     "QFormerConfig",
     "Schedule",
+    "SelectionConfig",
+    "SpeechConfig",
     "Stage1",
     "Stage2",
     "TextConfig",
     "TrackingConfig",
     "TrainConfig",
     "TrainingDataConfig",
+    "TranslateConfig",
     "batch_shape",
     "is_called",
 ]

@@ -15,6 +15,7 @@ import yaml
 from mser_dist.config import chosen, kinds
 from mser_dist.config.evaluation_keys import Baseline, Evaluation
 from mser_dist.config.keys import Stage1, Stage2
+from mser_dist.config.translation_keys import TranslateConfig
 from mser_dist.config.validate import build
 from mser_dist.errors import UserError
 
@@ -237,6 +238,20 @@ def load_baseline(name: str, on: str, words: Sequence[str], only: Sequence[str] 
     baseline = Baseline(out=out or f"{evaluation.out}_baseline", only=list(only), stage1=stage1, on=evaluation)
     baseline.check()
     return baseline
+
+
+def load_translation(name: str | None, words: Sequence[str]) -> TranslateConfig:
+    """The checked config of ``mser translate``: defaults < the file NAME, if one is given < WORDS."""
+    path = find_config(name) if name else None
+    tree = read_yaml(path) if path else {}
+
+    def where(key: str) -> str:
+        found = _words_for(key, words)
+        return repr(found[-1]) if found or path is None else title(path)
+
+    config = build(TranslateConfig, apply_overrides(tree, words), where)
+    config.check()
+    return config
 
 
 def load_any(name: str, words: Sequence[str]) -> Stage1 | Stage2 | Evaluation:

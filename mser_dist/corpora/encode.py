@@ -51,7 +51,7 @@ def encode_all(
             yield _encode(place, audio_format, decoding)
         return
     # spawn: a fork of a process that runs threads (torch, MLflow) can deadlock
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_follow_parent)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=follow_parent)
     try:
         under_way: deque[Future[list[Encoded | str]]] = deque()
         while True:
@@ -68,7 +68,7 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """End with the parent, however it ends: Ctrl-C, which reaches every process, is its to handle, and when it is
     killed, nobody else would end its workers.
     """

@@ -27,7 +27,9 @@ DATASET_FILE = "dataset.json"
 LOCK_FILE = ".lock"  # in a staging folder only: held by its writer, and the mark of a set that is not whole
 _KEY = re.compile(r"[A-Za-z0-9_+=-]{1,90}")  # `<key>.flac` must fit the 100 bytes of a ustar name, and hold one dot
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,31}")
-_OUR_FILE = re.compile(r"(.+\.tar(\.idx\.json)?|dataset\.json|\.lock|\.packed|\..+\.partial)")
+_OUR_FILE = re.compile(
+    r"(.+\.tar(\.idx\.json)?|dataset\.json|README\.md|selection(_\w+)?\.(csv|svg)|\.lock|\.packed|\..+\.partial)"
+)
 
 
 def shard_name(split: str, number: int) -> str:
@@ -163,6 +165,13 @@ class DatasetWriter:
             if len(shard.rows) == self.shard_samples:
                 self._finish(split)
         self._keys.add(key)
+
+    def beside(self, name: str, data: bytes) -> None:
+        """Put a file beside the shards that tells of them: README.md, selection.csv, selection_….svg."""
+        if not _OUR_FILE.fullmatch(name):
+            raise ValueError(f"{name} would not be known for a file of a set")
+        with _disk_errors(self._staging):
+            (self._staging / name).write_bytes(data)
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys

@@ -49,6 +49,10 @@ class Espeak:
         self._loader = ctypes.CDLL(None)  # the process itself: dlclose
         self._loader.dlclose.argtypes = [ctypes.c_void_p]
 
+    def languages(self) -> set[str]:
+        """Those that have a voice, by eSpeak's own codes without a region: mostly ISO 639-1, Mandarin is ``cmn``."""
+        return {file.name.partition("-")[0] for file in (self._data / "lang").rglob("*") if file.is_file()}
+
     def synthesize(
         self,
         text: str,

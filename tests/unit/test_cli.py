@@ -27,6 +27,7 @@ VERBS = [
     "report",
     "config",
     "predict",
+    "translate",
     "export",
     "push",
     "synth",

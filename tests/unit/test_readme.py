@@ -122,8 +122,8 @@ def take_sbatch(words: list[str]) -> None:
         return
     script, *arguments = [word for word in words if not word.startswith("--")] or ["slurm/stage1.sh"]
     assert (ROOT / script).is_file() or script == "job.sh", script
-    if script == "slurm/pack.sh":
-        take(["pack", *arguments])
+    if script in ("slurm/pack.sh", "slurm/translate.sh"):
+        take([Path(script).stem, *arguments])
     elif script.startswith("slurm/"):
         kind = Path(script).stem
         verb = kind if kind in ("eval", "features") else "train"

@@ -108,7 +108,15 @@ def test_each_job_of_an_array_encodes_its_part(more: dict[str, str], part: str, 
     assert done.stdout.splitlines()[-6:-1] == ["features", "my.yaml", "seed=1", "--part", part], done.stderr
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def test_each_job_of_an_array_translates_its_part(tmp_path: Path) -> None:
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "MSER": "/bin/echo"}
+    done = run_job_script("translate", tmp_path, ["a set", "out", "--to", "fr"], ROOT, **array)
+    assert done.stdout == "translate a set out --to fr --part 3/8 --workers 3\n", done.stderr
+    done = run_job_script("translate", tmp_path, [], ROOT, MSER="/bin/echo", MSER_WORKERS="1", MSER_PARTS="2")
+    assert done.stdout == "translate --part 0/2 --workers 1\n"
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "translate"])
 def test_job_scripts_say_where_the_repository_is_looked_for(stage: str, tmp_path: Path) -> None:
     done = run_job_script(stage, tmp_path, [], home=None)
     assert done.returncode == 2

@@ -96,8 +96,9 @@ def verbs() -> list[str]:
 
 def test_every_verb_is_walked_through_or_has_its_help_shown(tmp_path: Path) -> None:
     # demo is synth, train and eval, and so is folds; requeue needs a SLURM, sync an MLflow, push a hub, synth eSpeak,
-    # features and baseline a frozen encoder, and plan rehearses DeepSpeed: they take long or say little.
-    shown = {"baseline", "demo", "features", "folds", "plan", "push", "requeue", "sync", "synth"}
+    # features and baseline a frozen encoder, translate a voice, and plan rehearses DeepSpeed: they take long or say
+    # little.
+    shown = {"baseline", "demo", "features", "folds", "plan", "push", "requeue", "sync", "synth", "translate"}
     assert {*verbs()} - {words[0] for words in COMMANDS} == shown
     code = (
         "import sys\nfrom mser_dist.cli.main import main\nfor words in [[], *([verb] for verb in sys.argv[1:])]:\n"

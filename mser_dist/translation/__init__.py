@@ -1,0 +1,1 @@
+"""Carries recorded emotion into other languages: words by another, prosody from the recording."""
