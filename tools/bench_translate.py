@@ -153,16 +153,17 @@ def named(made: list[Made], recordings: list[Recording], heard: list[np.ndarray]
     speakers = sorted({str(clip.speaker) for clip in recordings})
     number = {label: n for n, label in enumerate(COMMON)}
     right = {kind: np.zeros(len(made), bool) for kind in ("sources", *KINDS)}
+    language = [one["language"] for one in made]
+    tested = {"sources": adapted([one["source"] for one in made])}
+    tested |= {kind: adapted([one[kind]["heard"] for one in made], language) for kind in KINDS}
     for part in np.array_split(speakers, folds):
         train = [n for n, clip in enumerate(recordings) if clip.speaker not in part]
         labels = np.array([number[str(recordings[n].label)] for n in train])
         probe = fitted("logistic_regression", adapted([heard[n] for n in train]), labels, 0)
         test = [n for n, one in enumerate(made) if one["speaker"] in part]
         wanted = np.array([number[made[n]["label"]] for n in test])
-        right["sources"][test] = probe.predict(adapted([made[n]["source"] for n in test])) == wanted
-        language = [made[n]["language"] for n in test]
-        for kind in KINDS:
-            right[kind][test] = probe.predict(adapted([made[n][kind]["heard"] for n in test], language)) == wanted
+        for kind, x in tested.items():
+            right[kind][test] = probe.predict(x[test]) == wanted
     return right
 
 

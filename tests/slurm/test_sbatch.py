@@ -19,6 +19,7 @@ from mser_dist.synth.write import write_set
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT
 from tests.tiny_runs import ENCODER, LLM, QFORMER, losses, mser
+from tests.unit import made_up_recordings
 from tests.unit.made_up_set import pcm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -100,6 +101,23 @@ def test_pack_makes_shards(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / f"slurm-mser-pack-{job}.out"
     assert cluster.wait_state(job) == "COMPLETED", log.read_text()
     assert list((tmp_path / "my shards").glob("train-*.tar")) and "12 clips" in log.read_text()
+
+
+def test_the_jobs_of_an_array_translate_a_set(cluster: Cluster, tmp_path: Path) -> None:
+    """Two jobs, each its part; the last one writes the set, which is that of one process."""
+    recordings = made_up_recordings.write_set(tmp_path / "set", {f"a{i}": "train" for i in range(40)})
+    asked = made_up_recordings.config(tmp_path)
+    made_up_recordings.run(recordings, tmp_path / "alone", asked)
+    words = [f"text.table={asked.text.table}", "speech.backend=command", f"speech.command={asked.speech.command}"]
+    words += ["selection.whisper=null", "--to", "de,fr"]
+    options = ["--array=0-1", "--cpus-per-task=1", "--time=20"]
+    job = cluster.sbatch(*options, script("translate"), "set", "whole", *words, cwd=tmp_path)
+    for task in range(2):
+        log = tmp_path / f"slurm-mser-translate-{job}_{task}.out"
+        state = cluster.wait_state(f"{job}_{task}", timeout=200)
+        assert state == "COMPLETED", log.read_text() if log.exists() else f"part {task}: no output"
+        assert f"{[48, 32][task]} of them here" in log.read_text()
+    assert made_up_recordings.same(tmp_path / "alone", tmp_path / "whole")
 
 
 def test_an_allocation_that_does_not_match_the_config_is_one_line_and_no_requeue(
