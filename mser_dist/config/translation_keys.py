@@ -73,6 +73,10 @@ class SelectionConfig(Section):
     probe: List[str] = opt(
         [], "sets whose training split a logistic regression on a frozen Whisper is fitted to, to be asked instead"
     )
+    adapt: Bool = opt(
+        True,
+        "scorer, probe: hear each label against its mean over a language's clips: machines sound otherwise",
+    )
     agree: Bool = opt(True, "scorer, probe: drop a clip whose likeliest label is another")
     min_score: Share = opt(0.0, "scorer, probe: least probability of the clip's label")
     whisper: str | None = opt(WHISPER, "Whisper that writes down each clip, to compare with its text; null: none")
@@ -145,7 +149,7 @@ class TranslateConfig(Section):
                 f"{chosen.max_seconds:g}: lower it"
             )
         default = SelectionConfig()
-        for key in ("agree", "min_score"):
+        for key in ("adapt", "agree", "min_score"):
             if not (chosen.scorer or chosen.probe) and getattr(chosen, key) != getattr(default, key):
                 raise UserError(f"selection.{key} is of a scorer: name one by selection.scorer or selection.probe")
         if chosen.whisper is None and chosen.max_cer != default.max_cer and chosen.max_cer is not None:

@@ -12,7 +12,7 @@ from mser_dist.progress import bar
 from mser_dist.shards.writer import DatasetWriter, shard_name
 from mser_dist.translation import card, made
 from mser_dist.translation.made import Kept, Made
-from mser_dist.translation.selection import KEPT, Outcomes, as_csv, outcome
+from mser_dist.translation.selection import KEPT, Outcomes, adapted, as_csv, outcome
 from mser_dist.translation.sources import Block, Recordings
 
 
@@ -32,21 +32,25 @@ def seal(
     kept: dict[str, dict[str, list[_Clip]]] = defaultdict(lambda: defaultdict(list))
     rows: list[tuple[Made, str]] = []
     backends: dict[str, Any] = {}
+    there: list[Made] = []
+    places: list[Kept | None] = []
     for block in bar(blocks, title="select", unit="block", total=len(blocks), delay=2, leave=False):
         found = made.read(folder / f"{block.name}.tar", block.recipe)
         if found is None:
             raise UserError(f"{folder / block.name}.tar is damaged or gone: the same command makes it again")
-        for one, where in found:
-            what = outcome(one, config.selection)
-            outcomes.add(one, what)
-            rows.append((one, what))
-            if what == KEPT and where is not None:
-                kept[one.facts["split"]][one.facts["language"]].append(_Clip(one, where))
-                for name in ("text", "speech"):
-                    about = (one.meta or {})["translation"][name]
-                    if about is None:
-                        continue
-                    backends.setdefault(name, {})[files.digest(about)] = about
+        there += [one for one, _ in found]
+        places += [where for _, where in found]
+    for one, where in zip(adapted(there) if config.selection.adapt else there, places, strict=True):
+        what = outcome(one, config.selection)
+        outcomes.add(one, what)
+        rows.append((one, what))
+        if what == KEPT and where is not None:
+            kept[one.facts["split"]][one.facts["language"]].append(_Clip(one, where))
+            for name in ("text", "speech"):
+                about = (one.meta or {})["translation"][name]
+                if about is None:
+                    continue
+                backends.setdefault(name, {})[files.digest(about)] = about
     if not kept:
         why = ", ".join(f"{reason}: {outcomes.total(reason)}" for reason in outcomes.reasons)
         raise UserError(f"{out}: not one clip is kept ({why}): see selection.*, or --keep-all; what was made stays")

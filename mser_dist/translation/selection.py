@@ -2,9 +2,13 @@
 
 import csv
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mser_dist.config.translation_keys import SelectionConfig
 from mser_dist.tables import Table
@@ -13,6 +17,43 @@ from mser_dist.translation.made import Made
 KEPT = "kept"
 _COLUMNS = ("key", "source", "split", "corpus", "from", "language", "label", "speaker", "outcome")
 _MEASURES = ("seconds", "level", "clipped", "cer")
+
+
+def adapted(made: Sequence[Made]) -> list[Made]:
+    """Clips whose scores count from what is heard in their language on the whole.
+
+    A model of recordings hears in speech of machines some labels everywhere, and others nowhere. From each label's log
+    probability its mean over the language's clips is taken, in which every label that the clips have counts alike; the
+    rest is made probabilities again, of the labels that the clips have. Of one label alone nothing is told apart, and
+    its clips stay as they are.
+    """
+    has = {one.facts["label"] for one in made}
+    logs: dict[str, dict[str, list[NDArray[np.float64]]]] = defaultdict(lambda: defaultdict(list))
+    for one in made:
+        if scores := _scores(one, has):
+            logs[one.facts["language"]][one.facts["label"]].append(_logs(scores))
+    means = {
+        language: np.mean([np.mean(own, 0) for own in by_label.values()], 0)
+        for language, by_label in logs.items()
+        if len(by_label) > 1
+    }
+    found = []
+    for one in made:
+        if (scores := _scores(one, has)) and one.facts["language"] in means:
+            rest = np.exp(_logs(scores) - means[one.facts["language"]])
+            values = dict(zip(sorted(scores), (rest / rest.sum()).round(4).tolist(), strict=True))
+            one = replace(one, measures={**(one.measures or {}), "scores": values})
+        found.append(one)
+    return found
+
+
+def _scores(made: Made, labels: set[str]) -> dict[str, float]:
+    return {label: score for label, score in ((made.measures or {}).get("scores") or {}).items() if label in labels}
+
+
+def _logs(scores: dict[str, float]) -> NDArray[np.float64]:
+    """(K,) by the labels' names; scores are kept to four digits."""
+    return np.log(np.maximum([scores[label] for label in sorted(scores)], 1e-4))
 
 
 def outcome(made: Made, chosen: SelectionConfig) -> str:

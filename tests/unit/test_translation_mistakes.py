@@ -14,7 +14,7 @@ from mser_dist.errors import UserError
 from mser_dist.shards.shard_set import ShardSet
 from mser_dist.translation.made import Made
 from mser_dist.translation.measures import character_error
-from mser_dist.translation.selection import KEPT, outcome
+from mser_dist.translation.selection import KEPT, adapted, heard, outcome
 from tests.unit.made_up_recordings import asked_for, config, run, write_set
 
 OUTCOMES = {
@@ -177,6 +177,36 @@ def test_why_a_clip_is_dropped(measures: dict[str, Any], chosen: dict[str, Any],
     made = Made("k", {"label": "anger"}, "", FINE | measures)
     assert outcome(made, SelectionConfig(**chosen)) == what
     assert outcome(Made("k", {}, "silent source"), SelectionConfig(all=True)) == "silent source"
+
+
+def scored(label: str, language: str, **scores: float) -> Made:
+    return Made("k", {"label": label, "language": language}, "", FINE | {"scores": scores})
+
+
+def test_a_scorer_that_hears_one_label_everywhere_is_heard_against_that() -> None:
+    clips = [
+        scored("anger", "de", anger=0.2, sad=0.7, fear=0.1),
+        scored("sad", "de", anger=0.02, sad=0.9, fear=0.08),
+        scored("sad", "de", anger=0.05, sad=0.8, fear=0.15),
+        scored("anger", "fr", anger=0.9, sad=0.1, fear=0.0),
+        scored("sad", "fr", anger=0.6, sad=0.4, fear=0.0),
+        scored("anger", "it", anger=0.3, sad=0.7, fear=0.0),
+        Made("k", {"label": "sad", "language": "de"}, "silent source"),
+    ]
+    found = adapted(clips)
+    assert [heard(one.measures["scores"]) for one in found[:5] if one.measures] == [
+        "anger",
+        "sad",
+        "sad",
+        "anger",
+        "sad",
+    ]
+    for one in found[:5]:
+        assert one.measures and sum(one.measures["scores"].values()) == pytest.approx(1, abs=1e-3)
+        assert one.measures["scores"].keys() == {"anger", "sad"}, "no clip has another label"
+    assert found[5:] == clips[5:], "with one label alone there is nothing to tell apart"
+    # Each label counts alike, however many clips have it.
+    assert adapted([*clips, clips[1], clips[2]])[0] == found[0]
 
 
 def test_errors_by_character() -> None:
