@@ -1,6 +1,7 @@
 """The verb `translate` of the ``mser`` command."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,8 @@ into the language, spoken as it was spoken, and kept where words and emotion can
   mser translate shards/ravdess shards/fr --to fr selection.scorer=runs/stage1 selection.min_score=0.3
 
 Keys: mser config --keys translate. What is made lies in OUT.made until the set is whole: stopped, the same command goes
-on, and with another selection nothing is made anew. An array of jobs shares the work (slurm/translate.sh).
+on. With --keep-made it stays there, and another selection makes nothing anew. An array of jobs shares the work
+(slurm/translate.sh).
 """
 
 
@@ -52,7 +54,11 @@ def _translate(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('tried', 'try')} must be {least} or more, not {value:g}")
-    words = [*options.words, *([f"to=[{options.to}]"] if options.to else [])]
+    for name in ("clips", "price"):
+        if getattr(options, name) is not None and not options.plan:
+            raise UserError(f"--{name} is of --plan: add --plan, or leave it out")
+    to = json.dumps([code.strip() for code in options.to.split(",")]) if options.to else ""  # `no` is no boolean
+    words = [*options.words, *([f"to={to}"] if to else [])]
     config = load_translation(options.config, [*words, *(["selection.all=true"] if options.keep_all else [])])
     if options.plan:
         from mser_dist.translation import plan

@@ -74,11 +74,18 @@ def build(config: TranslateConfig, recordings: Recordings, folder: Path) -> Back
 
         named = chosen.scorer
         scorer = scorers.Export(named, recordings.labels, config.device) if named else scorers.Probe(chosen.probe)
+    checker = whisper(chosen.whisper) if chosen.whisper else None
+    unknown = [name for name in config.to if checker is not None and not checker.knows(name)]
+    if unknown and chosen.max_cer is not None and not chosen.all:
+        raise UserError(
+            f"selection.whisper does not know {', '.join(unknown)}, where max_cer could not select: leave it out of "
+            "--to, or set selection.max_cer=null"
+        )
     return Backends(
         transcriber=None if config.transcript.source == "text" else lambda: whisper(config.transcript.whisper),
         text=text,
         speech=speech,
-        checker=whisper(chosen.whisper) if chosen.whisper else None,
+        checker=checker,
         scorer=scorer,
     )
 

@@ -87,7 +87,16 @@ class Told:
 
 
 def _line(about: Any) -> str:
-    return ", ".join(f"{key} {value}" for key, value in about.items())
+    return ", ".join(_trained_on(value) if key == "trained_on" else f"{key} {value}" for key, value in about.items())
+
+
+def _trained_on(ledger: Any) -> str:
+    """Whose clips a scorer knows: it takes them for what it was told that they are."""
+    parts = (
+        f"{', '.join(part['corpora'])} ({', '.join(part['languages'])}; {part['clips']} clips)"
+        for part in ledger["parts"]
+    )
+    return f"trained on {'; '.join(parts) or 'what is not known'}"
 
 
 def plots(outcomes: Outcomes) -> Iterator[tuple[str, bytes]]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mser_dist import audio
 from mser_dist.errors import UserError
+from mser_dist.translation.measures import CLIPPED, decoded
 from mser_dist.translation.parts import NotMadeError, Source
 
 _START = 600.0  # seconds until it says that it is there: models load
@@ -44,7 +45,7 @@ class Command:
         self._line, self._timeout, self._tries, self._seed = line, timeout, tries, seed
         self._folder = tempfile.TemporaryDirectory(prefix="mser-speech-")
         self._errors: IO[bytes] = (Path(self._folder.name) / "stderr").open("wb+")
-        self._failed = 0  # recordings in a row
+        self._failed: list[str] = []  # recordings in a row
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
         try:
@@ -91,10 +92,11 @@ class Command:
                 why = str(lost)
                 self._end()
                 continue
-            self._failed = 0
+            self._failed = []
             return self._wave(answer, out)
-        self._failed += 1
-        if self._failed == _IN_A_ROW:
+        if source.id not in self._failed:  # one recording may be asked for in many languages
+            self._failed.append(source.id)
+        if len(self._failed) == _IN_A_ROW:
             raise UserError(
                 f"speech.command {self._line!r}: {why} at {_IN_A_ROW} recordings in a row{self._said()}: mend it, and "
                 "the same command goes on"
@@ -129,9 +131,14 @@ class Command:
         if not data:
             raise NotMadeError("the program made nothing")
         try:
-            return audio.decode(data, str(out), max_seconds=_LONGEST, scale=True)
+            wave, clipped = decoded(data, str(out))
         except UserError:
             raise NotMadeError("the program made no readable audio") from None
+        if len(wave) > _LONGEST * audio.SAMPLE_RATE:
+            raise NotMadeError(f"the program made more than {_LONGEST:.0f} s")
+        if clipped > CLIPPED:
+            raise NotMadeError("the program's audio is clipped")
+        return wave
 
     def _start(self) -> dict[str, Any]:
         """What it says of itself."""
@@ -182,6 +189,8 @@ class Command:
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while True:
+                if time.monotonic() >= until:  # it may write, and never what was asked for
+                    raise _LostError("the program did not answer")
                 line, newline, rest = self._rest.partition(b"\n")
                 if newline:
                     self._rest = rest

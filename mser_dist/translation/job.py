@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +21,7 @@ from mser_dist.ranks import distributed, preempt
 from mser_dist.shards import index as shard_index
 from mser_dist.shards.writer import DATASET_FILE
 from mser_dist.translation import backends, made, plan
-from mser_dist.translation.making import Maker
+from mser_dist.translation.making import Maker, one_thread
 from mser_dist.translation.seal import seal
 from mser_dist.translation.selection import Outcomes
 from mser_dist.translation.sources import Block, Recordings
@@ -59,8 +59,8 @@ def translate(
     """Make the set `out` of the recordings in the set at `path`, as `config` says.
 
     What is made lies in `<out>.made`, a file for each few recordings, until the set is whole: a call that was stopped
-    goes on from there, and another selection makes nothing anew. Parts write into the same folder; the one that finds
-    all of it there seals the set.
+    goes on from there, and where it was kept another selection makes nothing anew. Parts write into the same folder;
+    the one that finds all of it there seals the set.
 
     Args:
         workers: processes, each of which loads the backends.
@@ -73,11 +73,15 @@ def translate(
 
     Raises `UserError` for a mistake in the set, the config or a backend; `Stopped` after a signal.
     """
+    if Path(path).exists() and (Path(path).resolve() == out.resolve() or out.resolve() in Path(path).resolve().parents):
+        raise UserError(f"{out} is the set that is translated, or holds it: name another folder")
     recordings = Recordings(path, config)
     blocks = recordings.blocks()
     recipe = files.digest([[block.recipe for block in blocks], asdict(config.selection), config.shard_clips])
     folder = out.absolute().with_name(f"{out.absolute().name}.made")
     if _is_there(out, recipe):
+        if not keep_made:
+            shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed behind its last line
         return None
     if out.exists() and not overwrite and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out}: already exists and was made in another way; choose another, or --overwrite it")
@@ -134,7 +138,7 @@ def _make(
                 raise Stopped(signal.Signals(flag.number).name, None, STOPPED)
 
         if workers == 1:
-            with _one_thread(), closing(_Worker(path, config, folder, recordings)) as worker:
+            with one_thread(), closing(_Worker(path, config, folder, recordings)) as worker:
                 for block in blocks:
                     worker.make(block, shown.update, go_on)
             return
@@ -166,19 +170,6 @@ class _Worker:
         for part in self._backends:
             if close := getattr(part, "close", None):
                 close()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch computes in one thread: with another number of them sums come out another way, and so would clips."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- in processes of their own

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mser_dist import __version__
 from mser_dist.files import digest, whole
 from mser_dist.translation.parts import NotMadeError, Source
 from mser_dist.translation.sources import Recordings
@@ -36,23 +37,29 @@ class Levels:
         return self._known[who]
 
     def _found(self, who: tuple[str, str]) -> Level | None:
-        file = self._folder / f"level-{digest(who)[:16]}.npz"
+        clips = self._chosen(self._clips[who])
+        places = [int(place) for place in self._recordings.shards.place_keys(np.array(clips))]
+        # By what it is made of: the folder may be of another call, with other recordings.
+        file = self._folder / f"level-{digest([who, places, __version__])[:16]}.npz"
         if file.is_file():
             with np.load(file) as kept:
                 return Level(float(kept["pitch"]), kept["shape"])
-        found = level(self._waves(self._clips[who]))
+        found = level(self._waves(clips))
         if found is not None:
             with whole(file) as staging, staging.open("wb") as into:
                 np.savez(into, pitch=found.pitch, shape=found.shape)
         return found
 
-    def _waves(self, clips: list[int]) -> Iterator[np.ndarray]:
+    def _chosen(self, clips: list[int]) -> list[int]:
         """As many recordings of each label, the first ones of the set."""
         by_label = defaultdict[str, list[int]](list)
         for clip in clips:
             by_label[self._recordings.facts(clip)["label"]].append(clip)
         each = -(-_RECORDINGS // len(by_label))
-        for clip in (clip for own in by_label.values() for clip in own[:each]):
+        return [clip for own in by_label.values() for clip in own[:each]]
+
+    def _waves(self, clips: list[int]) -> Iterator[np.ndarray]:
+        for clip in clips:
             try:
                 source, _, _ = self._recordings.read(clip)
             except NotMadeError:

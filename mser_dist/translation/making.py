@@ -1,6 +1,7 @@
 """A recording into other languages: what it says, those words in the language, spoken, and measured."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,8 @@ class Maker:
                 "checked": sentence.checked,
                 "text": self._backends.text.about if self._backends.text else None,
                 "speech": self._backends.speech.about,
+                "whisper": self._backends.checker.about if self._backends.checker else None,
+                "scorer": self._backends.scorer.about if self._backends.scorer else None,
                 "measures": measures,
             },
         }
@@ -117,6 +120,19 @@ class Maker:
             scores = self._backends.scorer.score(wave)
             found["scores"] = {name: round(float(score), 4) for name, score in scores.items()}
         return found
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes in one thread: with another number of them sums come out another way, and so would clips."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _sound(wave: NDArray[np.float32]) -> NDArray[np.float32]:

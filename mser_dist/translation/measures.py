@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mser_dist import audio
+
+CLIPPED = 0.01  # share of the samples at full scale, from which on a sound is taken for damaged
 _FULL = 0.999  # of full scale
 _FLOOR = -120.0  # dB
 
@@ -15,6 +18,21 @@ def level(wave: NDArray[np.float32]) -> float:
     """RMS of [samples] in dB of full scale, -120 at the least."""
     power = float(np.mean(np.square(wave, dtype=np.float64))) if len(wave) else 0.0
     return max(_FLOOR, 10 * float(np.log10(max(power, 1e-12))))
+
+
+def decoded(data: bytes, where: str) -> tuple[NDArray[np.float32], float]:
+    """An audio file's samples at 16 kHz, within full scale, and the share that was at full scale or beyond.
+
+    What was clipped at another rate overshoots when it is resampled: it has to be seen before it is scaled down.
+    Raises `UserError` as `audio.decode`.
+    """
+    try:
+        wave = audio.decode(data, where)
+    except audio.BeyondFullScaleError:  # floats that nobody has divided
+        return audio.decode(data, where, scale=True), 0.0
+    share = clipped(wave)
+    top = float(np.abs(wave).max())
+    return (wave * np.float32(32766 / 32768 / top) if top > 1 else wave), share
 
 
 def clipped(wave: NDArray[np.float32]) -> float:

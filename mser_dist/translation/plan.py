@@ -11,7 +11,7 @@ from mser_dist.config.translation_keys import TranslateConfig
 from mser_dist.encoded.encode import in_bytes
 from mser_dist.tables import Table, count
 from mser_dist.translation import backends, made
-from mser_dist.translation.making import Maker
+from mser_dist.translation.making import Maker, one_thread
 from mser_dist.translation.measures import seconds_of
 from mser_dist.translation.selection import KEPT, outcome
 from mser_dist.translation.sources import Block, Recordings
@@ -50,9 +50,10 @@ def measured(
     of a core.
     """
     recordings = Recordings(path, config)
-    which = recordings.clips[np.linspace(0, len(recordings.clips) - 1, min(clips, len(recordings.clips))).astype(int)]
+    able = np.array([i for i in recordings.clips.tolist() if recordings.languages_of(i)])
+    which = able[np.linspace(0, len(able) - 1, min(clips, len(able))).astype(int)]
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, one_thread():
         built = backends.build(config, recordings, Path(folder))
         loaded = time.monotonic()
         rows = [one for i in which for one in Maker(recordings, built).of(int(i))]
@@ -69,6 +70,8 @@ def measured(
     hours = wanted * each / 3600
     speech = sum(seconds_of(one.measures) for one in rows)
     dropped = "".join(f", {what} {number}" for what, number in outcomes.most_common() if what != KEPT)
+    scored = config.selection.adapt and bool(config.selection.scorer or config.selection.probe)
+    dropped += "; so few clips are not adapted (selection.adapt), more are kept" if scored else ""
     cells = [
         ["tried", f"{len(which)} recordings, {count(len(rows), 'clip')}: {outcomes[KEPT]} kept{dropped}"],
         ["loading", f"{loaded - began:.1f} s a process"],

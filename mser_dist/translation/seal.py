@@ -46,7 +46,7 @@ def seal(
         rows.append((one, what))
         if what == KEPT and where is not None:
             kept[one.facts["split"]][one.facts["language"]].append(_Clip(one, where))
-            for name in ("text", "speech"):
+            for name in ("text", "speech", "whisper", "scorer"):
                 about = (one.meta or {})["translation"][name]
                 if about is None:
                     continue

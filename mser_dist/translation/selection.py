@@ -64,12 +64,14 @@ def outcome(made: Made, chosen: SelectionConfig) -> str:
         return KEPT
     of: dict[str, Any] = made.measures or {}
     scores: dict[str, float] = of.get("scores") or {}
+    by_scorer = chosen.agree or chosen.min_score > 0
     reasons = (
         (of["seconds"] < chosen.min_seconds, "too short"),
         (of["seconds"] > chosen.max_seconds, "too long"),
         (of["level"] < chosen.min_level, "too faint"),
         (of["clipped"] > chosen.max_clipped, "clipped"),
         (chosen.max_cer is not None and (of.get("cer") or 0) > (chosen.max_cer or 0), "other words"),
+        (bool(scores) and by_scorer and made.facts["label"] not in scores, "a label that the scorer does not know"),
         (bool(scores) and chosen.agree and heard(scores) != made.facts["label"], "other emotion"),
         (bool(scores) and scores.get(made.facts["label"], 0) < chosen.min_score, "faint emotion"),
     )

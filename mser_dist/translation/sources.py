@@ -5,21 +5,22 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mser_dist import __version__, audio, files
+from mser_dist import __version__, files
 from mser_dist.config.translation_keys import TranslateConfig
 from mser_dist.errors import UserError
+from mser_dist.prediction.locate import find_export
 from mser_dist.shards.metadata import SPLITS, as_text
 from mser_dist.shards.shard_set import ShardSet
-from mser_dist.translation.measures import clipped, level
+from mser_dist.translation.measures import CLIPPED, decoded, level
 from mser_dist.translation.parts import NotMadeError, Source
 
 BLOCK = 16  # recordings: what is lost where a process is killed, and so many files the fewer
 _SILENT = -65.0  # dB of full scale
-_CLIPPED = 0.01  # share of the samples at full scale
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ class Recordings:
         """
         sample = self.shards.read(clip)
         try:
-            wave = audio.decode(sample.audio, sample.where, scale=True)
+            wave, clipped = decoded(sample.audio, sample.where)
         except UserError:
             raise NotMadeError("source cannot be decoded") from None
         if level(wave) < _SILENT:
             raise NotMadeError("silent source")
-        if clipped(wave) > _CLIPPED:
+        if clipped > CLIPPED:
             raise NotMadeError("clipped source")
         meta, of = sample.meta, self.facts(clip)
         text = as_text(meta.get("text"))
@@ -134,10 +135,22 @@ def _base(language: str) -> str:
 
 
 def _made_by(config: TranslateConfig) -> dict[str, Any]:
-    """The keys that decide the bytes of a clip and its scores; which are kept is decided afterwards."""
+    """What decides the bytes of a clip and its scores: keys, and what stands in the files that they name; which clips
+    are kept is decided afterwards."""
     tree = asdict(config)
     chosen = config.selection
+    for name in ("timeout", "tries"):  # patience makes no other clip
+        del tree["speech"][name]
     return {name: tree[name] for name in ("to", "seed", "transcript", "text", "speech")} | {
         "asked": [chosen.scorer, chosen.probe, chosen.whisper],
+        "files": [
+            _sum(Path(config.text.table)) if config.text.table else None,
+            _sum(find_export(chosen.scorer) / "card.json") if chosen.scorer else None,
+            ShardSet.open(chosen.probe).fingerprint() if chosen.probe else None,
+        ],
         "version": __version__,
     }
+
+
+def _sum(file: Path) -> str | None:
+    return files.file_sha256(file) if file.is_file() else None

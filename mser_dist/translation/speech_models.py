@@ -26,6 +26,11 @@ class Vits:
 
     def __init__(self, name: str, to: list[str], seed: int, device: str) -> None:
         self._seed, self._device = seed, device
+        if len(to) > 1 and "{}" not in name and "{iso3}" not in name:
+            raise UserError(
+                f"speech.model={name} is one voice, for {', '.join(to)}: write {{}} or {{iso3}} where its name has the "
+                "language, or ask for one language"
+            )
         names = {code: name.replace("{iso3}", languages.three(code)).replace("{}", code) for code in to}
         loaded = {one: self._load(one) for one in sorted(set(names.values()))}
         self._voices = {code: loaded[one] for code, one in names.items()}

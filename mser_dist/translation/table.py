@@ -89,6 +89,8 @@ def _sentences(where: str, row: Mapping[str, Any]) -> dict[str, Sentence]:
     checked = row.get("checked") or None
     if isinstance(checked, str):
         checked = re.findall(r"\w+", checked)
+    if not isinstance(checked, (list, type(None))):
+        raise UserError(f"{where}: checked is {checked!r}: list the languages whose text a speaker has checked")
     if odd := [name for name in checked or () if name not in languages]:
         raise UserError(f"{where}: checked names {odd[0]!r}, which is none of {', '.join(languages)}")
     return {

@@ -46,6 +46,9 @@ class TextModel:
             "max_tokens": max_tokens,
         }
 
+    def languages(self) -> set[str] | None:
+        return {code for code in languages.known() if languages.among(code, self._names)}
+
     @torch.no_grad()
     def sentence(self, source: Source, language: str) -> Sentence:
         """Raises `NotMadeError`: no transcript, a language that the model does not know, or nothing came of it."""
@@ -59,6 +62,8 @@ class TextModel:
         else:
             begin = self._tokenizer.convert_tokens_to_ids(here)
             tokens = self._model.generate(**inputs, forced_bos_token_id=begin, **self._options)
+        if self._tokenizer.eos_token_id not in tokens[0][1:]:
+            raise NotMadeError("its translation is longer than text.max_tokens")
         text = self._tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
         if not any(letter.isalnum() for letter in text):
             raise NotMadeError(f"no words in {language} came of its text")

@@ -92,17 +92,18 @@ class Transplant:
     Raises `UserError` where eSpeak NG or WORLD are missing.
     """
 
-    def __init__(self, level_of: Callable[[Source], Level | None] = lambda source: None) -> None:
+    def __init__(self, level_of: Callable[[Source], Level | None] | None = None) -> None:
         self._espeak = Espeak()
-        self._level_of = level_of
+        self._level_of = level_of or (lambda source: None)
         analyse(np.zeros(0, np.float32))  # a missing WORLD is told at once
         self.about: dict[str, Any] = {
             "name": "transplant",
             **_versions("espeakng-loader", "pyworld-prebuilt"),
             "rate": _RATE,
             **envelope.SETTINGS,
+            "level": "voice" if level_of else "recording",
         }
-        self._carrier = lru_cache(256)(self._made)  # a set has few sentences and many recordings of each
+        self._carrier = lru_cache(16)(self._made)  # of 1 MB a second; sets of acted speech have few sentences
 
     def languages(self) -> set[str]:
         return Plain().languages()
@@ -189,9 +190,9 @@ def _recording(wave: np.ndarray) -> _Heard:
         raise NotMadeError("not finite")
     level = np.abs(wave)
     if len(wave) == 0 or level.max() < _SILENT:
-        raise NotMadeError("silent")
+        raise NotMadeError("silent source")
     if (level >= _FULL).mean() > _CLIPPED:
-        raise NotMadeError("clipped")
+        raise NotMadeError("clipped source")
     try:
         return _heard(wave, "recording")
     except _VoicelessError:

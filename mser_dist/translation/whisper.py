@@ -51,6 +51,9 @@ class Whisper:
             raise UserError(f"{name}: its tokenizer has no {word}: name a multilingual Whisper")
         return int(found)
 
+    def knows(self, language: str) -> bool:
+        return self._tokenizer.token_to_id(f"<|{language.partition('-')[0]}|>") is not None
+
     def write(self, wave: NDArray[np.float32], language: str) -> str:
         """What is said in [samples] at 16 kHz. Raises `NotMadeError` for a language that it does not know."""
         code = self._tokenizer.token_to_id(f"<|{language.partition('-')[0]}|>")

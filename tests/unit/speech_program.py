@@ -48,6 +48,8 @@ for line in sys.stdin:
         time.sleep(60)
     elif name.startswith("stops") and once(name):
         os.kill(os.getppid(), signal.SIGUSR1)
+    while name.startswith("floods"):
+        print("retrying", flush=True)
     if name.startswith("error"):
         answer["error"] = "no such\nspeaker"
     elif name.startswith("nonsense"):
@@ -55,7 +57,7 @@ for line in sys.stdin:
     elif name.startswith("quiet"):
         whistle(out, name, level=0.0)
     elif name.startswith("loud"):
-        whistle(out, name, level=4.0)
+        whistle(out, name, 24000 if name.endswith("rate") else 16000, level=4.0)
     elif name.startswith("short"):
         whistle(out, name, seconds=0.1)
     elif not name.startswith("nothing"):

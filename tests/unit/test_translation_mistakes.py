@@ -1,6 +1,7 @@
 """What goes wrong with a translation: counted and named by clip, or one line that says how to mend it."""
 
 import csv
+import re
 import shlex
 import sys
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mser_dist.cli import main as cli
 from mser_dist.config.translation_keys import SelectionConfig, TranslateConfig
 from mser_dist.errors import UserError
 from mser_dist.shards.shard_set import ShardSet
@@ -30,7 +32,9 @@ OUTCOMES = {
     "nonsense": "the program made no readable audio",
     "quiet": "the voice made silence",
     "error": "the program: no such speaker",
-    "loud": "clipped",
+    "loud": "the program's audio is clipped",
+    "loud-rate": "the program's audio is clipped",
+    "floods": "the program did not answer",
     "short": "too short",
     "last": KEPT,
 }
@@ -58,6 +62,54 @@ def test_a_program_that_fails_time_after_time_is_told_of(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"the program died at 5 recordings in a row \(out of memory\): mend it, and"):
         run(source, tmp_path / "out", config(tmp_path, "de"))
     assert [path.name for path in (tmp_path / "out.made").glob("*.tar")] == ["train-000000.tar"], "what is made stays"
+
+
+def test_a_recording_that_ends_the_program_in_every_language_is_one_recording(tmp_path: Path) -> None:
+    words = "de", "fr", "it"
+    source = write_set(tmp_path / "set", dict.fromkeys(["dies1", "dies2", "fine"], "train"))
+    asked = config(tmp_path, ",".join(words), speech__tries=1)
+    Path(str(asked.text.table)).write_text("en,de,fr,it\nThe cat sleeps.,a,b,c\n")
+    outcomes = run(source, tmp_path / "out", asked)
+    assert outcomes and outcomes.total("the program died") == 6 and outcomes.total(KEPT) == 3
+
+
+def test_words_that_changed_are_said_anew_and_patience_that_changed_is_not(tmp_path: Path) -> None:
+    source = write_set(tmp_path / "set", {"fine": "train"})
+    asked = config(tmp_path, "de")
+    run(source, tmp_path / "out", asked, keep_made=True)
+    asked.speech.timeout, asked.speech.tries = 300.0, 3
+    run(source, tmp_path / "out", asked, keep_made=True)
+    assert len(asked_for(tmp_path)) == 1
+    Path(str(asked.text.table)).write_text("en,de\nThe cat sleeps.,Die Katze ruht.\n")
+    with pytest.raises(UserError, match="was made in another way"):
+        run(source, tmp_path / "out", asked, keep_made=True)
+    run(source, tmp_path / "out", asked, overwrite=True)
+    assert ShardSet.open([str(tmp_path / "out")]).read(0).meta["text"] == "Die Katze ruht."
+
+
+def test_a_set_is_not_replaced_by_its_translations(tmp_path: Path) -> None:
+    source = write_set(tmp_path / "set", {"fine": "train"})
+    for path in (source, next(source.glob("*.tar"))):
+        with pytest.raises(UserError, match="is the set that is translated"):
+            run(path, source, config(tmp_path), overwrite=True)
+    assert ShardSet.open([str(source)]).keys == ["fine"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--clips", "5"], "--clips is of --plan"),
+        (["--price", "0.1"], "--price is of --plan"),
+        (["--to", "no"], "speech.backend=espeak has no voice in no|text.backend=table has no sentence in no"),
+    ],
+)
+def test_words_of_the_command_line(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_set(tmp_path / "set", {"fine": "train"})
+    line = ["translate", str(source), str(tmp_path / "out"), "--to", "de", "speech.backend=espeak"]
+    assert cli.main([*line, "selection.whisper=null", *words]) == 2
+    assert re.search(says, capsys.readouterr().err)
 
 
 def program(code: str) -> str:
@@ -169,7 +221,8 @@ FINE: dict[str, Any] = {
         ({"scores": {"anger": 0.3, "sad": 0.7}}, {"agree": False}, KEPT),
         ({"scores": {"anger": 0.3, "sad": 0.7}}, {"agree": False, "min_score": 0.4}, "faint emotion"),
         ({"scores": {"anger": 0.5, "sad": 0.5}}, {"min_score": 0.5}, KEPT),
-        ({"scores": {"sad": 1.0}}, {}, "other emotion"),
+        ({"scores": {"sad": 1.0}}, {}, "a label that the scorer does not know"),
+        ({"scores": {"sad": 1.0}}, {"agree": False}, KEPT),
         ({"seconds": 0.0, "cer": 9.0}, {"all": True}, KEPT),
     ],
 )

@@ -60,6 +60,7 @@ def nllb(folder: Path) -> Path:
     model = M2M100ForConditionalGeneration(
         M2M100Config(vocab_size=len(tokenizer), d_model=16, max_position_embeddings=64, init_std=1.0, **sizes, **ids)
     )
+    model.generation_config.forced_eos_token_id = 2  # of random weights it does not come by itself
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -83,6 +84,11 @@ def test_a_translation_model(tmp_path: Path) -> None:
         model.sentence(source(language="el-GR"), "fr")
     with pytest.raises(NotMadeError, match="no transcript"):
         model.sentence(source(None), "fr")
+    assert model.languages() == {"en", "fr"}
+    model._model.generation_config.forced_eos_token_id = None
+    with pytest.raises(NotMadeError, match=r"longer than text\.max_tokens"):
+        for text in ("a dog sits", "it rains", "we walk", "no", "good night"):
+            model.sentence(source(text), "fr")
 
 
 def vits(folder: Path, uroman: bool = False) -> Path:
@@ -115,6 +121,8 @@ def test_a_voice_of_vits(tmp_path: Path) -> None:
         voice.speak(source(), "Η", "fr")
     with pytest.raises(UserError, match="tts-deu"):
         Vits(str(tmp_path / "tts-{iso3}"), ["fr", "de"], 0, "cpu")
+    with pytest.raises(UserError, match="is one voice, for fr, de"):
+        Vits(str(tmp_path / "tts-fra"), ["fr", "de"], 0, "cpu")
     with pytest.raises(UserError, match="romanised"):
         Vits(str(vits(tmp_path / "zho", uroman=True)), ["zh"], 0, "cpu")
 
@@ -141,8 +149,9 @@ def seamless(folder: Path) -> Path:
     )  # fmt: skip
     code = {"eng": size - 2, "fra": size - 1}
     generation = GenerationConfig(
-        max_new_tokens=10, pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3
-    )
+        max_new_tokens=10, pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3,
+        forced_eos_token_id=3,
+    )  # fmt: skip
     lists: dict[str, Any] = {
         "text_decoder_lang_to_code_id": code,
         "t2u_lang_code_to_id": {"eng": 20, "fra": 21},

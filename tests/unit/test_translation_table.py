@@ -81,6 +81,7 @@ def test_a_users_own_table(name: str, tmp_path: Path) -> None:
         ("a.csv", "en,de\n", "no sentences"),
         ("a.json", '{"sentences": [\n{"en": "Yes" "de"}]}', "line 2: not valid JSON"),
         ("a.json", '[{"en": "Yes", "de": "Ja"}, {"en": 1, "de": "Ja"}]', "sentence 2: en is no text"),
+        ("a.json", '[{"en": "Yes", "de": "Ja", "checked": true}]', "sentence 1: checked is True"),
         ("a.json", '{"rows": []}', "no sentences"),
         ("a.txt", "en,de\n", "not a .csv"),
     ],

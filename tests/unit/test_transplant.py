@@ -179,6 +179,7 @@ def test_a_set_is_translated_with_its_speakers_own_levels(tmp_path: Path) -> Non
         how = [*words, f"speech.level={name}"]
         assert cli.main(["translate", str(tmp_path / "set"), str(tmp_path / name), *how]) == 0
         made = ShardSet.open([str(tmp_path / name)])
+        assert made.read(0).meta["translation"]["speech"]["level"] == name
         assert len(made) == 4 and made.read(0).meta["translation"]["speech"]["name"] == "transplant"
         waves = {made.key(i): audio_module.decode(made.read(i).audio, "") for i in range(4)}
         heights[name] = [float(np.median(pitch(waves[f"{key}_de"])[1])) for key in ("low0", "low1", "high0", "high1")]
