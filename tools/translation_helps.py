@@ -12,8 +12,8 @@ which is tested and which no step sees. Trained on:
 - recorded    ravdess, emovo and emodb_uncut: what recordings in the languages themselves are worth
 
 Each is `real_stage1` of every seed, and `mser compare` tells them apart, with intervals by speaker. What is there is
-kept: stopped, the same command goes on. A set of half of ravdess' speakers took 20 minutes of two cores, a training and
-its test 2.
+kept: stopped, the same command goes on. With half of ravdess' speakers it took 53 minutes of two cores, beside other
+work.
 """
 
 import argparse
