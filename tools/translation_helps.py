@@ -22,7 +22,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mser_dist.cli.main import main
+from mser_dist.cli import main as cli
 
 CONDITIONS = "english,espeak,transplant,selected,recorded"
 ENGLISH, RECORDED, TESTED = "ravdess", ("emovo", "emodb_uncut"), ("nemo", "korean")
@@ -32,7 +32,7 @@ def mser(*words: object) -> None:
     """Run a command of the package; its error line and exit code are this script's."""
     line = [str(word) for word in words]
     print(f"\n▶ mser {' '.join(line)}", flush=True)
-    if code := main(line):
+    if code := cli.main(line):
         sys.exit(code)
 
 
@@ -58,7 +58,7 @@ def sets(options: argparse.Namespace) -> dict[str, list[Path]]:
     return {name: [english, *others.get(name, [made / name])] for name in asked}
 
 
-def run() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, default=Path("shards"), help="packed sets (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/translation"), help="default: %(default)s")
@@ -84,4 +84,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    main()

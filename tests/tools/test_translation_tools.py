@@ -63,12 +63,12 @@ def test_whether_translations_help(folder: Path, tmp_path: Path) -> None:
         assert (
             cli.main(["pack", "manifest", str(tmp_path / corpus / "clips.csv"), str(tmp_path / "shards" / corpus)]) == 0
         )
-    words = ["--to", "de", "--seeds", "0", "--workers", 1, "--only", "english,transplant"]
+    words = ["--to", "de", "--seeds", "0", "--workers", 1, "--only", "transplant"]
     labels = f"data.labels=[{','.join(LABELS)}]"
     said = _run("translation_helps", *words, "train.steps=2", "train.global_batch=8", labels, cwd=tmp_path)
     out = tmp_path / "runs/translation"
-    assert {"english-0-eval", "transplant-0-eval"} <= {path.name for path in out.iterdir()} and "selected" in said
+    assert "mser train real_stage1" in said and "selected" in said
     card = (out / "shards/transplant/README.md").read_text(encoding="utf-8")
     assert "- scorer: " in card and "trained on ravdess (en; " in card and "- whisper: " in card
     table = (out / "compare/compare.csv").read_text(encoding="utf-8")
-    assert "english-0-eval" in table and "transplant-0-eval" in table
+    assert "transplant-0-eval" in table

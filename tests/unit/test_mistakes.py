@@ -172,7 +172,7 @@ eval ev.yaml stage1=set                 | stage1=set: the run has no finished ex
 config no_such.yaml                     | the file does not exist
 config run                              | did you mean run/config.yaml?
 config --keys                           | argument --keys: expected one argument
-config --keys stage3                    | invalid choice: 'stage3' (choose from 'stage1', 'stage2', 'eval')
+config --keys stage3                    | invalid choice: 'stage3' (choose from 'stage1', 'stage2', 'eval', 'translate')
 config my1.yaml --keys stage1           | --keys explains a kind of config, and 'my1.yaml' is one to print: give either
 demo extra                              | mser demo does not take 'extra'
 demo seed=3                             | mser demo does not take 'seed=3': `mser demo --help` shows what it takes
