@@ -47,7 +47,7 @@ demo: $(STAMP)  ## synthesise speech, train both stages on two workers, print th
 
 test: $(STAMP)  ## every test; those of tests/slurm where SLURM is installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models tests/tools tests/distributed tests/gpu -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/models tests/tools tests/gpu -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 --dist loadfile $(PYTEST_ARGS)
 	$(if $(APART),$(BIN)/python -m pytest $(APART) $(PYTEST_ARGS))
 	@{ $(HAVE_LAB); } >/dev/null || echo "make: no PostgreSQL or Chromium here, their tests were skipped: make test-lab installs them and runs them"
