@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--to", default="de,fr,it", help="languages (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=840, help="clips to carry over (default: %(default)s)")
     parser.add_argument("--folds", type=int, default=4, help="of speakers (default: %(default)s)")
-    parser.add_argument("--transcribed", type=int, default=120, help="clips to write down (default: %(default)s)")
+    parser.add_argument("--transcribed", type=int, default=300, help="clips to write down (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()

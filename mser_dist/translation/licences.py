@@ -22,6 +22,7 @@ LICENCES: dict[str, str | None] = {
     "resd": "MIT",
     "savee": "free for research",
     "shemo": "Apache-2.0",
+    "subesco": "CC BY 4.0",
     "tess": "CC BY-NC-ND 4.0",
     "urdu": "free for research",
 }

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from mser_dist.planning import real, rehearsal, shapes
 from mser_dist.planning.collectives import Log, Traffic
 from mser_dist.ranks.distributed import discover
 from mser_dist.training.engine import Engine
+from tests import warm
 from tests.distributed.spawn import run
 
 pytestmark = pytest.mark.distributed
@@ -31,6 +33,12 @@ CASES: dict[str, tuple[str, list[str], int]] = {
     "zero2": ("demo_stage2", ["engine.deepspeed=zero2"], 2),
     "stage 1, zero3": ("demo_stage1", ["encoder.freeze=true"], 2),
 }
+
+
+@pytest.fixture(autouse=True)
+def _warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal's process has the imports done."""
+    monkeypatch.setattr(rehearsal, "multiprocessing", SimpleNamespace(get_context=lambda _: warm.CONTEXT))
 
 
 def config_of(case: str) -> tuple[cfg.Stage1 | cfg.Stage2, int]:
@@ -98,14 +106,23 @@ def _talk(rank: int) -> list[list[Any]]:
 @pytest.mark.timeout(600)
 def test_the_benchs_number_is_of_real_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """0 as it is; and not where the rehearsal would say something else."""
+    heard, planned = [], []
+
+    def really(*arguments: Any) -> list[Traffic]:
+        heard.append(real_said(*arguments))
+        return heard[-1]
+
+    def rehearsed(*arguments: Any) -> rehearsal.Rehearsed:
+        planned.append(rehearse(*arguments))
+        return planned[-1]
+
+    real_said, rehearse = real.said, rehearsal.rehearse
+    monkeypatch.setattr(real, "said", really)
+    monkeypatch.setattr(rehearsal, "rehearse", rehearsed)
     assert real.bytes_error() == 0
-    planned = rehearsal.rehearse
-
-    def more(*arguments: Any) -> Any:
-        found = planned(*arguments)
-        return replace(found, said=[replace(one, bytes=2 * one.bytes) for one in found.said])
-
-    monkeypatch.setattr(rehearsal, "rehearse", more)
+    more = replace(planned[0], said=[replace(one, bytes=2 * one.bytes) for one in planned[0].said])
+    monkeypatch.setattr(real, "said", lambda *_: heard[0])
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: more)
     assert real.bytes_error() == 1
 
 
