@@ -31,7 +31,7 @@ _SPEECH = {"recording": 32.0, "carrier": 45.0}  # dB below the loudest frame: fa
 _PAUSE = 20  # frames: a shorter silence is a stop consonant
 _UNVOICED = 0.3  # of a voiced frame: how much an unvoiced one moves the clock, in both languages
 _NEARBY = 50  # frames
-_BREATH = 0.3  # of the difference in noise: all of it made words unclear
+_BREATH = 0.1  # of the difference in noise: more of it made words unclear, and told no more
 _TEMPO = (0.7, 2.2)  # times eSpeak's own duration
 
 
