@@ -9,8 +9,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mser_dist.models.whisper import SpeechEncoder
+from mser_dist.translation.making import one_thread
 
 
 def seconds(work: Callable[[], torch.Tensor]) -> float:
@@ -26,23 +26,12 @@ def seconds(work: Callable[[], torch.Tensor]) -> float:
     return time.process_time() - began
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other do so busily: on a shared machine that wait would be measured."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @one_thread()
 @torch.inference_mode()
 def measure(length: float, rounds: int, batch: int) -> dict[str, float]:
     """Median CPU seconds of a forward pass over `batch` clips of `length` seconds, padded and not, and their ratio.
 
-    One thread computes.
+    One thread computes: several would wait for each other busily, and that wait would be measured.
     """
     torch.manual_seed(0)
     # Whisper-tiny's shape (arXiv 2212.04356, table 1)
