@@ -18,11 +18,12 @@ from mser_dist.translation import envelope
 from mser_dist.translation.parts import NotMadeError, Source
 from mser_dist.translation.world import BINS, FRAME, Floats, Frames, analyse, synthesise
 
-_VOICES = {"male": "m1", "female": "f1"}  # eSpeak's variants: of eight pairs the one understood best, with most emotion
+_VOICES = {"male": "m1", "female": "f1"}  # eSpeak's variants: of seven pairs the one that is understood best
 _LOW_VOICE = 165.0  # Hz: below it a speaker of unknown gender gets the male voice
 _ESPEAK_LANGUAGE = {"zh": "cmn"}  # the others have their own code
 _RATE = 175  # words a minute, eSpeak's own
 _VOLUME = 50  # per cent: eSpeak overloads above
+_CARRIER = {"rate": _RATE, "voices": "+".join(_VOICES.values())}
 
 _SILENT = 1e-4  # full scale 1: the peak of a recording with nothing in it
 _FULL, _CLIPPED = 0.99, 0.005  # a recording with such a share of its samples at full scale is no speaker's prosody
@@ -62,7 +63,7 @@ class Plain:
 
     def __init__(self) -> None:
         self._espeak = Espeak()
-        self.about: dict[str, Any] = {"name": "espeak", **_versions("espeakng-loader"), "rate": _RATE}
+        self.about: dict[str, Any] = {"name": "espeak", **_versions("espeakng-loader"), **_CARRIER}
 
     def languages(self) -> set[str]:
         theirs = self._espeak.languages()
@@ -99,8 +100,9 @@ class Transplant:
         self.about: dict[str, Any] = {
             "name": "transplant",
             **_versions("espeakng-loader", "pyworld-prebuilt"),
-            "rate": _RATE,
+            **_CARRIER,
             **envelope.SETTINGS,
+            "breath": _BREATH,
             "level": "voice" if level_of else "recording",
         }
         self._carrier = lru_cache(16)(self._made)  # of 1 MB a second; sets of acted speech have few sentences
