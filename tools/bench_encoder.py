@@ -17,7 +17,6 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mser_dist.models.whisper import SpeechEncoder
-from mser_dist.translation.making import one_thread
 
 
 def seconds(work: Callable[[], torch.Tensor]) -> float:
@@ -26,13 +25,13 @@ def seconds(work: Callable[[], torch.Tensor]) -> float:
     return time.process_time() - began
 
 
-@one_thread()
 @torch.inference_mode()
 def measure(length: float, rounds: int, batch: int) -> dict[str, float]:
     """Median CPU seconds of a forward pass over `batch` clips of `length` seconds, padded and not, and their ratio.
 
     One thread computes: several would wait for each other busily, and that wait would be measured.
     """
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     # Whisper-tiny's shape (arXiv 2212.04356, table 1)
     arch = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}

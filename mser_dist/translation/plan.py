@@ -23,13 +23,14 @@ def outlook(recordings: Recordings, blocks: list[Block], mine: list[Block], miss
         recordings.pairs([i for block in some for i in block.clips]) for some in (blocks, mine, missing)
     )
     numbers = [i for block in missing for i in block.clips]
-    hours = sum(float(recordings.shards.duration[i]) * len(recordings.languages_of(i)) for i in numbers) / 3600
-    size = in_bytes(round(hours * 3600 * _bytes_per_second(recordings)))
+    seconds = sum(float(recordings.shards.duration[i]) * len(recordings.languages_of(i)) for i in numbers)
+    size = in_bytes(round(seconds * _bytes_per_second(recordings)))
+    long = f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     share = f", {own:,} of them here" if own != total else ""
     left = ", ".join(f"{what}: {number:,}" for what, number in sorted(recordings.left_out.items()))
     return (
         f"{len(recordings.clips):,} recordings, {count(total, 'clip')} in {', '.join(recordings.config.to)}{share}: "
-        f"{own - to_make:,} are there, {to_make:,} to make (about {hours:.1f} h, {size})"
+        f"{own - to_make:,} are there, {to_make:,} to make (about {long} of speech, {size})"
         + (f"; left out: {left}" if left else "")
     )
 

@@ -35,9 +35,9 @@ CASES: dict[str, tuple[str, list[str], int]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rehearsal's process has the imports done."""
+@pytest.fixture
+def imports_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal's process is a fork of one with the imports done. The bench's number begins with Python itself."""
     monkeypatch.setattr(rehearsal, "multiprocessing", SimpleNamespace(get_context=lambda _: warm.CONTEXT))
 
 
@@ -63,6 +63,7 @@ def really(rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("imports_done")
 def test_a_rehearsal_says_what_two_real_ranks_say() -> None:
     ranks = run(really, 2)
     for case in CASES:
@@ -127,6 +128,7 @@ def test_the_benchs_number_is_of_real_ranks(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("imports_done")
 def test_each_further_layer_adds_as_much(tmp_path: Path) -> None:
     """Of a deep LLM two shallow ones are rehearsed. Here DeepSpeed lets go of weights between forward and backward."""
     json_file = tmp_path / "small.json"
